@@ -1,0 +1,7 @@
+//! RearviewFS.
+
+pub mod catalog;
+pub mod error;
+pub mod progress;
+pub mod replica;
+pub mod types;

@@ -1,0 +1,2 @@
+//! The `rearview` command.
+fn main() {}
