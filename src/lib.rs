@@ -5,3 +5,4 @@ pub mod error;
 pub mod progress;
 pub mod replica;
 pub mod types;
+pub mod volume;
