@@ -77,6 +77,11 @@ impl Error {
         }
     }
 
+    /// A bare system error as the plain answer it is.
+    pub fn from_io(error: io::Error) -> Error {
+        Error::Posix(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
+
     /// Whether this is the plain POSIX answer `errno`.
     pub fn is(&self, errno: Errno) -> bool {
         matches!(self, Error::Posix(own) if *own == errno)

@@ -1,52 +1,389 @@
 //! The live tree of a store: every operation, mirrored, preserved and recorded.
+//!
+//! The steps of every mutating operation are the same: lock, preserve what would be lost
+//! (`history`), apply to every replica (`replica`), push to the catalog, answer. What the kernel was told
+//! is thus in the catalog's queue, and a snapshot that waits for the queue contains it.
+//!
+//! # Lock order
+//! 1. `cut`, shared by operations, exclusive while a moment is cut;
+//! 2. `dirs`, the stripes of directories whose entries change, in ascending order;
+//! 3. `Node::lock`, in ascending order of node ids;
+//! 4. the leaf locks: the node table's shards, places, the replicas' and the catalog's own.
+//!
+//! No lock is held while waiting for a commit, except a node's own in its fsync.
 
-use crate::catalog::{Catalog, Snapshot};
-use crate::error::Result;
-use crate::replica::backing::Seek;
-use crate::types::{ContentId, Generation, NodeId};
+mod attributes;
+mod content;
+mod files;
+mod namespace;
+pub mod nodes;
+mod seal;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Mutex, MutexGuard, RwLock};
+use rustix::io::Errno;
+
+use crate::catalog::{Catalog, Durability, NodeRow, Snapshot, Totals};
+use crate::error::{Error, Result};
+use crate::history::History;
+use crate::replica::backing::{Creds, Space, Stat};
+use crate::replica::{Handles, Health, ReplicaSet};
+use crate::store::Store;
+use crate::types::{
+    EntryName, Generation, Kind, NodeId, PRIVATE_DIR, ReplicaId, SnapshotId, Timestamp, XattrSetId,
+};
+
+pub use attributes::{Changes, Privileges};
+use nodes::{Node, Nodes};
+
+/// Stripes of directory locks: more than threads.
+const DIR_STRIPES: usize = 64;
+/// Room that an operation which makes a name asks for: a directory block and our records of it.
+const ROOM_FOR_A_NAME: u64 = 64 << 10;
+
+/// How a volume behaves.
+#[derive(Clone, Debug)]
+pub struct VolumeOptions {
+    /// A file that stays open for writing is sealed when it was not written for this long.
+    pub idle_seal: Duration,
+    /// How often the housekeeping looks.
+    pub housekeeping: Duration,
+}
+
+impl Default for VolumeOptions {
+    fn default() -> VolumeOptions {
+        VolumeOptions {
+            idle_seal: Duration::from_secs(30),
+            housekeeping: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Who asks for an operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// Filesystem ids and umask.
+    pub creds: Creds,
+    /// Process id; 0 where the kernel itself asks.
+    pub pid: u32,
+}
 
 /// A mounted store's live tree and the access to its history.
 pub struct Volume {
-    _todo: (),
+    store: Store,
+    history: History,
+    nodes: Nodes,
+    options: VolumeOptions,
+    cut: RwLock<()>,
+    dirs: Vec<Mutex<()>>,
+    /// Files with changes that are not sealed yet. They stay in the table until they are.
+    unsealed: Mutex<HashMap<NodeId, Arc<Node>>>,
+    /// Directories whose times changed since they were recorded.
+    stale_dirs: Mutex<HashSet<NodeId>>,
+    /// Replicas that failed and have not been dealt with yet.
+    failed: Arc<Mutex<Vec<(ReplicaId, String)>>>,
+    housekeeper: Mutex<Option<Housekeeper>>,
 }
 
-#[allow(unused_variables)]
+struct Housekeeper {
+    stop: crossbeam_channel::Sender<()>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+/// State and counters of one replica, for status.
+#[derive(Clone, Debug)]
+pub struct ReplicaStatus {
+    /// Its label.
+    pub label: String,
+    /// Where its backing is.
+    pub path: std::path::PathBuf,
+    /// Its identity.
+    pub uuid: uuid::Uuid,
+    /// How it is.
+    pub health: Health,
+    /// Space of its filesystem; `None` where that cannot be told.
+    pub space: Option<Space>,
+}
+
+/// What `status` shows of a mounted store.
+#[derive(Clone, Debug)]
+pub struct VolumeStatus {
+    /// The store.
+    pub uuid: uuid::Uuid,
+    /// Its mounted replicas.
+    pub replicas: Vec<ReplicaStatus>,
+    /// Totals of live tree and history.
+    pub totals: Totals,
+    /// The newest generation.
+    pub generation: Generation,
+    /// The oldest moment that can be looked at.
+    pub oldest: Timestamp,
+}
+
+/// A live object as an answer to the kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Looked {
+    /// Its attributes; `ino` is the node id.
+    pub stat: Stat,
+}
+
 impl Volume {
+    /// Takes a store that was opened and begins to serve it.
+    pub fn open(store: Store, options: VolumeOptions) -> Result<Arc<Volume>> {
+        let history = History::open(&store.replicas)?;
+        let failed: Arc<Mutex<Vec<(ReplicaId, String)>>> = Arc::default();
+        let noticed = failed.clone();
+        store.replicas.on_fault(Box::new(move |replica, fault| {
+            noticed.lock().push((replica, fault.to_string()));
+        }));
+        let volume = Arc::new(Volume {
+            history,
+            nodes: Nodes::new(),
+            options,
+            cut: RwLock::new(()),
+            dirs: (0..DIR_STRIPES).map(|_| Mutex::new(())).collect(),
+            unsealed: Mutex::default(),
+            stale_dirs: Mutex::default(),
+            failed,
+            housekeeper: Mutex::new(None),
+            store,
+        });
+        volume.ensure_root()?;
+        *volume.housekeeper.lock() = Some(Housekeeper::start(&volume)?);
+        Ok(volume)
+    }
+
+    /// Seals and commits everything, durably, and marks the store clean. The volume is of no use after.
+    pub fn close(&self) -> Result<()> {
+        if let Some(housekeeper) = self.housekeeper.lock().take() {
+            drop(housekeeper.stop);
+            let _ = housekeeper.thread.join();
+        }
+        self.settle()?;
+        self.handle_failed_replicas();
+        self.catalog().close()?;
+        self.store.close()
+    }
+
     /// The catalog.
     pub fn catalog(&self) -> &Catalog {
-        todo!()
+        &self.store.catalog
+    }
+
+    /// The replicas.
+    pub fn replicas(&self) -> &ReplicaSet {
+        &self.store.replicas
+    }
+
+    /// Records the root of a store that was made empty.
+    fn ensure_root(&self) -> Result<()> {
+        if self.catalog().node(NodeId::ROOT)?.is_none() {
+            self.mark_dir(NodeId::ROOT);
+            self.settle()?;
+        }
+        Ok(())
     }
 
     /// Seals every file that is open for writing, records what is due, and returns the generation that
     /// shows exactly what was live. Later changes do not reach it.
     pub fn settle(&self) -> Result<Generation> {
-        todo!()
+        let _cut = self.cut.write();
+        let unsealed: Vec<Arc<Node>> = self.unsealed.lock().values().cloned().collect();
+        for node in unsealed {
+            self.seal(&node, &mut node.lock())?;
+        }
+        self.settle_dirs()?;
+        Ok(self.catalog().freeze())
     }
 
     /// [`Volume::settle`] and names that generation.
     pub fn create_snapshot(&self, name: &str, automatic: bool) -> Result<Snapshot> {
-        todo!()
+        let at = self.settle()?;
+        self.catalog().create_snapshot(name, at, automatic)
     }
 
-    /// Reads a past content of a node; the count is short only at the content's end.
-    pub fn read_content(
-        &self,
-        node: NodeId,
-        content: ContentId,
-        offset: u64,
-        buffer: &mut [u8],
-    ) -> Result<usize> {
-        todo!()
+    /// State of the replicas and totals.
+    pub fn status(&self) -> Result<VolumeStatus> {
+        let replicas = self.replicas();
+        Ok(VolumeStatus {
+            uuid: self.store.uuid,
+            replicas: replicas
+                .ids()
+                .map(|id| {
+                    let replica = replicas.get(id);
+                    ReplicaStatus {
+                        label: replica.label.clone(),
+                        path: replica.path.clone(),
+                        uuid: replica.uuid,
+                        health: replicas.health(id),
+                        space: replica.backing().space().ok(),
+                    }
+                })
+                .collect(),
+            totals: self.catalog().totals()?,
+            generation: self.catalog().generation(),
+            oldest: self.catalog().time_of(self.catalog().oldest()?)?,
+        })
     }
 
-    /// Finds data or a hole in a past content; `ENXIO` at or past its end.
-    pub fn seek_content(
-        &self,
-        node: NodeId,
-        content: ContentId,
-        offset: u64,
-        to: Seek,
-    ) -> Result<u64> {
-        todo!()
+    /// Space: the tightest replica's.
+    pub fn space(&self) -> Result<Space> {
+        self.replicas().space()
     }
+
+    /// The kernel forgot `count` lookups of a node.
+    pub fn forget(&self, node: NodeId, count: u64) {
+        self.nodes.forget(node, count);
+    }
+
+    // --- helpers of the operations
+
+    /// Handles of a directory on every online replica.
+    fn dir(&self, dir: NodeId) -> Result<Arc<Handles>> {
+        let path = self.nodes.path(self.catalog(), dir);
+        self.replicas().dir(dir, move || path)
+    }
+
+    /// Locks the entries of a directory.
+    fn lock_dir(&self, dir: NodeId) -> MutexGuard<'_, ()> {
+        self.dirs[dir.0 as usize % DIR_STRIPES].lock()
+    }
+
+    /// Locks the entries of two directories.
+    fn lock_dirs(&self, a: NodeId, b: NodeId) -> (MutexGuard<'_, ()>, Option<MutexGuard<'_, ()>>) {
+        let (low, high) = {
+            let stripes = (a.0 as usize % DIR_STRIPES, b.0 as usize % DIR_STRIPES);
+            (stripes.0.min(stripes.1), stripes.0.max(stripes.1))
+        };
+        let first = self.dirs[low].lock();
+        (first, (low != high).then(|| self.dirs[high].lock()))
+    }
+
+    /// The directory's times changed: they are recorded, and made equal on all replicas, at the next
+    /// settling.
+    fn mark_dir(&self, dir: NodeId) {
+        self.stale_dirs.lock().insert(dir);
+    }
+
+    /// Refuses names that cannot be made in `parent`: our private directory in the root.
+    fn check_name(&self, parent: NodeId, name: &EntryName) -> Result<()> {
+        if is_private(parent, name) {
+            return Err(Error::Posix(Errno::PERM));
+        }
+        Ok(())
+    }
+
+    /// The live node that a name means.
+    fn named(&self, parent: NodeId, name: &EntryName) -> Result<Arc<Node>> {
+        if is_private(parent, name) {
+            return Err(Error::Posix(Errno::NOENT));
+        }
+        match self.catalog().lookup(parent, name)? {
+            Some((id, kind)) => Ok(self.nodes.load(id, kind)),
+            None => Err(Error::Posix(Errno::NOENT)),
+        }
+    }
+
+    /// A node by its id: in use, or alive.
+    pub(crate) fn node(&self, id: NodeId) -> Result<Arc<Node>> {
+        if let Some(node) = self.nodes.get(id) {
+            return Ok(node);
+        }
+        let row = self.catalog().node(id)?.ok_or(Error::Posix(Errno::STALE))?;
+        Ok(self.nodes.load(id, row.kind))
+    }
+
+    /// The record of a node's present state, from the primary's attributes.
+    fn row(&self, id: NodeId, stat: &Stat, xattrs: XattrSetId) -> NodeRow {
+        NodeRow {
+            id,
+            kind: stat.kind,
+            mode: stat.mode,
+            uid: stat.uid,
+            gid: stat.gid,
+            rdev: stat.rdev,
+            size: if stat.kind == Kind::Dir { 0 } else { stat.size },
+            blocks: stat.blocks,
+            mtime: stat.mtime,
+            ctime: stat.ctime,
+            btime: stat.btime,
+            xattrs,
+            content: crate::types::ContentId::EMPTY,
+        }
+    }
+
+    /// Tells the survivors about replicas that failed: they must not be believed at the next mount.
+    fn handle_failed_replicas(&self) {
+        let failed = std::mem::take(&mut *self.failed.lock());
+        for (replica, reason) in failed {
+            self.catalog().detach(replica);
+            if let Err(error) = self.store.mark_stale(replica, &reason) {
+                log::error!("cannot record that a replica is stale: {error}");
+            }
+        }
+    }
+
+    /// What is done now and then: sealing what is idle, recording directories, sweeping.
+    fn housekeep(&self) -> Result<()> {
+        self.handle_failed_replicas();
+        let idle: Vec<Arc<Node>> = self.unsealed.lock().values().cloned().collect();
+        for node in idle {
+            let _cut = self.cut.read();
+            let mut state = node.lock();
+            let quiet = state
+                .open
+                .as_ref()
+                .is_some_and(|open| open.touched.elapsed() >= self.options.idle_seal);
+            if quiet {
+                self.seal(&node, &mut state)?;
+            }
+        }
+        {
+            let _cut = self.cut.read();
+            self.settle_dirs()?;
+        }
+        self.nodes.sweep();
+        Ok(())
+    }
+
+    /// Commits durably what was pushed.
+    fn barrier(&self) -> Result<()> {
+        self.catalog().flush(Durability::Durable)
+    }
+
+    /// Forgets a snapshot by its name; see [`Catalog::delete_snapshot`].
+    pub fn delete_snapshot(&self, name: &str) -> Result<SnapshotId> {
+        Ok(self.catalog().delete_snapshot(name)?.id)
+    }
+}
+
+impl Housekeeper {
+    fn start(volume: &Arc<Volume>) -> Result<Housekeeper> {
+        let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
+        let weak = Arc::downgrade(volume);
+        let every = volume.options.housekeeping;
+        let thread = std::thread::Builder::new()
+            .name("rv-housekeeping".into())
+            .spawn(move || {
+                // A disconnect is the signal to stop; nothing is ever sent.
+                while let Err(crossbeam_channel::RecvTimeoutError::Timeout) =
+                    stopped.recv_timeout(every)
+                {
+                    let Some(volume) = weak.upgrade() else { return };
+                    if let Err(error) = volume.housekeep() {
+                        log::error!("housekeeping: {error}");
+                    }
+                }
+            })
+            .map_err(Error::from_io)?;
+        Ok(Housekeeper { stop, thread })
+    }
+}
+
+/// Whether this is our own directory, which the mount does not show.
+pub fn is_private(parent: NodeId, name: &EntryName) -> bool {
+    parent == NodeId::ROOT && name.as_bytes() == PRIVATE_DIR.as_bytes()
 }

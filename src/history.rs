@@ -1,0 +1,293 @@
+//! What was overwritten or deleted: kept before it is gone, and read back.
+//!
+//! A sealed content of a file is *chained* or *whole*. Whole: its bytes lie in
+//! `.rearview/preserved/<hh>/<node>.<content>` (a file that was moved aside or cloned). Chained: its
+//! bytes are its own before-images, then those of the node's later contents, and so on up to the first
+//! whole content, or else the live file. A before-image is written once for each byte range of a sealed
+//! content, before the live file's bytes are changed for the first time since the seal.
+//!
+//! Deliberately not here: when to preserve (the volume's write path), what a path was (the catalog).
+
+mod extents;
+pub mod ranges;
+pub mod undo;
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+
+pub use extents::{Extent, Extents, Place};
+
+use crate::catalog::{Catalog, Change, UndoRow};
+use crate::error::Result;
+use crate::replica::backing::{Access, Backing, Creds, Handle, Seek};
+use crate::replica::{Handles, PrivateDir, ReplicaSet};
+use crate::types::{ContentId, EntryName, NodeId};
+
+use ranges::ByteRange;
+use undo::UndoLog;
+
+/// Owner of what the daemon makes for itself: root's, or the mounter's own, with no umask.
+pub const OWN: Creds = Creds { uid: 0, gid: 0, umask: 0 };
+/// Resolved extent maps kept in memory. One of a database with many changed pages is some MiB.
+const EXTENT_MAPS_MAX: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");
+/// Before-images are taken in blocks of this size: what filesystems and databases write at least.
+const BLOCK_BYTES: u64 = 4096;
+/// The most bytes of a before-image held in memory at once.
+const COPY_BYTES: u64 = 1 << 20;
+
+/// The preserved contents and before-images of a mounted store.
+pub struct History {
+    undo: UndoLog,
+    maps: Mutex<LruCache<(NodeId, ContentId), (u64, Arc<Extents>)>>,
+    reflink: bool,
+}
+
+/// The name of a whole content in its shard of `preserved/`.
+pub fn preserved_name(node: NodeId, content: ContentId) -> EntryName {
+    EntryName::new(format!("{:016x}.{:016x}", node.0, content.0)).expect("hex digits and a dot")
+}
+
+/// The shard of `preserved/` that a node's contents lie in.
+pub fn preserved_dir(node: NodeId) -> PrivateDir {
+    PrivateDir::Preserved((node.0 & 0xff) as u8)
+}
+
+/// The inverse of [`preserved_name`]; `None` for a name that is not ours.
+pub fn parse_preserved_name(name: &EntryName) -> Option<(NodeId, ContentId)> {
+    let (node, content) = std::str::from_utf8(name.as_bytes()).ok()?.split_once('.')?;
+    if node.len() != 16 || content.len() != 16 {
+        return None;
+    }
+    let node = u64::from_str_radix(node, 16).ok()?;
+    let content = u64::from_str_radix(content, 16).ok()?;
+    Some((NodeId(node), ContentId(content)))
+}
+
+impl History {
+    /// Opens the history of a store whose replicas agree.
+    pub fn open(replicas: &ReplicaSet) -> Result<History> {
+        Ok(History {
+            undo: UndoLog::open(replicas)?,
+            maps: Mutex::new(LruCache::new(EXTENT_MAPS_MAX)),
+            reflink: all_can_reflink(replicas)?,
+        })
+    }
+
+    /// Preserves `range` of the sealed content that `file` still has there. When it returns, the bytes
+    /// are durable on every replica, and the live ones may be overwritten. If we die before the caller's
+    /// overwrite, a before-image that equals the live bytes is left: harmless.
+    pub fn before_overwrite(
+        &self,
+        replicas: &ReplicaSet,
+        catalog: &Catalog,
+        of: (NodeId, ContentId),
+        file: &Handles,
+        range: ByteRange,
+    ) -> Result<()> {
+        let mut rows = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let (data, end) = next_run(replicas, file, at, range.end)?;
+            let end = end.min(at + COPY_BYTES);
+            let place = if data {
+                let mut bytes = vec![0; (end - at) as usize];
+                let got = replicas.read("read", |id, b| b.read_at(file.get(id)?, &mut bytes, at))?;
+                // A file that is shorter than its sealed size was damaged behind our back; what is
+                // missing reads as zeros, as it would from the live file.
+                bytes[got..].fill(0);
+                Some(self.undo.append(replicas, of, at, &bytes)?)
+            } else {
+                None
+            };
+            let (node, content) = of;
+            rows.push(Change::UndoAdd(UndoRow {
+                node,
+                content,
+                offset: at,
+                length: end - at,
+                at: place,
+            }));
+            at = end;
+        }
+        self.undo.sync(replicas)?;
+        catalog.push(rows)?;
+        Ok(())
+    }
+
+    /// Preserves a sealed content whole by sharing its blocks, where every replica can; `false` where
+    /// not, and nothing was done. Durable when it returns: btrfs persists only the file that is fsynced
+    /// next, so without the clone's own sync an fsync of the live file would lose it.
+    pub fn clone_whole(
+        &self,
+        replicas: &ReplicaSet,
+        catalog: &Catalog,
+        of: (NodeId, ContentId),
+        file: &Handles,
+    ) -> Result<bool> {
+        if !self.reflink {
+            return Ok(false);
+        }
+        let (node, content) = of;
+        let dir = replicas.private(preserved_dir(node))?;
+        let name = preserved_name(node, content);
+        replicas.apply("clone", |id, b| {
+            let clone = b.create(dir.get(id)?, &name, 0o600, OWN)?;
+            b.clone_file(file.get(id)?, &clone)?;
+            b.sync(&clone, true)
+        })?;
+        catalog.push(vec![Change::ContentPreserved { id: content }])?;
+        Ok(true)
+    }
+
+    /// The extent map of a content. `stamp` changes whenever the node's before-images do, and is how
+    /// a kept map is known to be current; the caller holds the node's lock.
+    pub fn extents(
+        &self,
+        catalog: &Catalog,
+        of: (NodeId, ContentId),
+        stamp: u64,
+    ) -> Result<Arc<Extents>> {
+        if let Some((kept, map)) = self.maps.lock().get(&of)
+            && *kept == stamp
+        {
+            return Ok(map.clone());
+        }
+        let (node, content) = of;
+        let size = catalog.content_size(content)?.unwrap_or(0);
+        let map = Arc::new(Extents::resolve(size, catalog.sources(node, content)?));
+        self.maps.lock().put(of, (stamp, map.clone()));
+        Ok(map)
+    }
+
+    /// Reads a piece of a before-image.
+    pub fn read_undo(
+        &self,
+        replicas: &ReplicaSet,
+        place: crate::catalog::UndoPlace,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        self.undo.read(replicas, place, buffer)
+    }
+
+    /// Finds again what an unclean end left unrecorded: before-images whose rows and whole contents
+    /// whose marks were not committed yet. To be called before the live tree is compared.
+    pub fn recover(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
+        undo::recover(replicas, catalog)?;
+        for shard in 0..=255 {
+            let dir = replicas.private(PrivateDir::Preserved(shard))?;
+            let names = replicas.read("list", |id, b| b.list(dir.get(id)?))?;
+            let mut found = Vec::new();
+            for entry in names {
+                let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
+                if catalog.content_size(content)?.is_some()
+                    && catalog.sources(node, content)?.whole != Some(content)
+                    && !is_live_link(replicas, catalog, node, &dir, &entry.name)?
+                {
+                    found.push(Change::ContentPreserved { id: content });
+                }
+            }
+            if !found.is_empty() {
+                log::info!("history: found {} preserved files not yet recorded", found.len());
+                catalog.push(found)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a preserved name is still a second link of the live file: we died between `link` and
+/// `rename` of a replacement that then never happened.
+fn is_live_link(
+    replicas: &ReplicaSet,
+    catalog: &Catalog,
+    node: NodeId,
+    dir: &Handles,
+    name: &EntryName,
+) -> Result<bool> {
+    let links = replicas.read("stat", |id, b| Ok(b.stat_at(dir.get(id)?, name)?.nlink))?;
+    if links < 2 || catalog.node(node)?.is_none() {
+        return Ok(false);
+    }
+    replicas.apply("unlink", |id, b| match b.unlink(dir.get(id)?, name) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        answer => answer,
+    })?;
+    Ok(true)
+}
+
+/// Whether data or a hole begins at `at`, and where it ends (at most `limit`).
+fn next_run(replicas: &ReplicaSet, file: &Handles, at: u64, limit: u64) -> Result<(bool, u64)> {
+    replicas.read("seek", |id, b| {
+        let file = file.get(id)?;
+        run_at(b, file, at, limit)
+    })
+}
+
+/// See [`next_run`]; on one replica. Past the last data everything is hole.
+pub fn run_at(b: &dyn Backing, file: &Handle, at: u64, limit: u64) -> std::io::Result<(bool, u64)> {
+    let data = match b.seek(file, at, Seek::Data) {
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok((false, limit)),
+        other => other?,
+    };
+    if data > at {
+        return Ok((false, data.min(limit)));
+    }
+    let hole = match b.seek(file, at, Seek::Hole) {
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => limit,
+        other => other?,
+    };
+    Ok((true, hole.min(limit)))
+}
+
+/// The blocks that a change of `range` touches, as far as the sealed content reaches.
+pub fn touched(range: ByteRange, sealed_size: u64) -> ByteRange {
+    let start = range.start / BLOCK_BYTES * BLOCK_BYTES;
+    let end = range.end.div_ceil(BLOCK_BYTES).saturating_mul(BLOCK_BYTES).min(sealed_size);
+    ByteRange { start: start.min(end), end }
+}
+
+/// Tries a clone of a small file on every replica. Only where all can is it used: history is the same
+/// on each.
+fn all_can_reflink(replicas: &ReplicaSet) -> Result<bool> {
+    let dir = replicas.private(PrivateDir::Tmp)?;
+    for id in replicas.online().collect::<Vec<_>>() {
+        let backing = replicas.get(id).backing();
+        let probe = || -> std::io::Result<()> {
+            let dir = dir.get(id)?;
+            let names = [probe_name(0), probe_name(1)];
+            let outcome = (|| {
+                let _ = names.iter().try_for_each(|name| backing.unlink(dir, name));
+                let from = backing.create(dir, &names[0], 0o600, OWN)?;
+                backing.write_at(&from, &[1; BLOCK_BYTES as usize], 0)?;
+                let to = backing.create(dir, &names[1], 0o600, OWN)?;
+                backing.clone_file(&from, &to)
+            })();
+            for name in &names {
+                let _ = backing.unlink(dir, name);
+            }
+            outcome
+        };
+        if probe().is_err() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn probe_name(number: u32) -> EntryName {
+    EntryName::new(format!("reflink-probe-{number}")).expect("a plain name")
+}
+
+/// Opens a whole content on the primary for reading, failing over.
+pub fn open_whole(
+    replicas: &ReplicaSet,
+    node: NodeId,
+    content: ContentId,
+) -> Result<(crate::types::ReplicaId, Handle)> {
+    let dir = replicas.private(preserved_dir(node))?;
+    let name = preserved_name(node, content);
+    replicas.read("open", |id, b| Ok((id, b.open_file(dir.get(id)?, &name, Access::Read)?)))
+}

@@ -1,0 +1,136 @@
+//! The map from the bytes of one past content to the places that hold them.
+
+use std::collections::BTreeMap;
+
+use crate::catalog::{Sources, UndoPlace};
+use crate::types::ContentId;
+
+use super::ranges::ByteRange;
+
+/// Where a run of bytes is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In an undo segment, from here on.
+    Undo(UndoPlace),
+    /// Nowhere: they are zero.
+    Hole,
+    /// In the base: the whole content named by [`Extents::whole`], or else the live file.
+    Base,
+}
+
+/// A run of bytes and their place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Which bytes of the content.
+    pub range: ByteRange,
+    /// Where they are.
+    pub place: Place,
+}
+
+/// The extents of one content. What no before-image covers is in the base.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Extents {
+    /// Bytes of the content.
+    pub size: u64,
+    /// The content whose whole file is the base; `None` for the live file.
+    pub whole: Option<ContentId>,
+    overlay: BTreeMap<u64, (u64, Option<UndoPlace>)>,
+}
+
+impl Extents {
+    /// Lays the before-images over one another: for each byte the oldest content that has one counts.
+    pub fn resolve(size: u64, sources: Sources) -> Extents {
+        let mut extents = Extents { size, whole: sources.whole, overlay: BTreeMap::new() };
+        for row in sources.undo {
+            let range = ByteRange::new(row.offset, row.length);
+            let range = ByteRange { start: range.start, end: range.end.min(size) };
+            for part in extents.missing(range) {
+                let place = row.at.map(|at| UndoPlace {
+                    segment: at.segment,
+                    offset: at.offset + (part.start - row.offset),
+                });
+                extents.overlay.insert(part.start, (part.end, place));
+            }
+        }
+        extents
+    }
+
+    fn missing(&self, range: ByteRange) -> Vec<ByteRange> {
+        let mut missing = Vec::new();
+        let mut at = range.start;
+        if let Some((_, &(end, _))) = self.overlay.range(..=range.start).next_back() {
+            at = at.max(end);
+        }
+        for (&start, &(end, _)) in self.overlay.range(range.start..range.end.max(range.start)) {
+            if start > at {
+                missing.push(ByteRange { start: at, end: start });
+            }
+            at = at.max(end);
+        }
+        if at < range.end {
+            missing.push(ByteRange { start: at, end: range.end });
+        }
+        missing
+    }
+
+    /// The run that begins at `at`, cut at `limit` and at the content's end. `at` lies before both.
+    pub fn run(&self, at: u64, limit: u64) -> Extent {
+        let limit = limit.min(self.size);
+        debug_assert!(at < limit);
+        if let Some((&start, &(end, place))) = self.overlay.range(..=at).next_back()
+            && at < end
+        {
+            let place = match place {
+                None => Place::Hole,
+                Some(undo) => Place::Undo(UndoPlace {
+                    segment: undo.segment,
+                    offset: undo.offset + (at - start),
+                }),
+            };
+            return Extent { range: ByteRange { start: at, end: end.min(limit) }, place };
+        }
+        let next = self.overlay.range(at..).next().map_or(limit, |(&start, _)| start.min(limit));
+        Extent { range: ByteRange { start: at, end: next }, place: Place::Base }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::UndoRow;
+    use crate::types::NodeId;
+
+    fn row(content: u64, offset: u64, length: u64, segment: u64) -> UndoRow {
+        UndoRow {
+            node: NodeId(2),
+            content: ContentId(content),
+            offset,
+            length,
+            at: Some(UndoPlace { segment, offset: 1000 }),
+        }
+    }
+
+    #[test]
+    fn the_oldest_before_image_of_a_byte_counts() {
+        let sources = Sources { undo: vec![row(1, 10, 10, 1), row(2, 0, 30, 2)], whole: None };
+        let extents = Extents::resolve(25, sources);
+        let first = extents.run(0, 100);
+        assert_eq!(first.range, ByteRange { start: 0, end: 10 });
+        assert_eq!(first.place, Place::Undo(UndoPlace { segment: 2, offset: 1000 }));
+        let second = extents.run(12, 100);
+        assert_eq!(second.range, ByteRange { start: 12, end: 20 });
+        assert_eq!(second.place, Place::Undo(UndoPlace { segment: 1, offset: 1002 }));
+        let third = extents.run(20, 100);
+        assert_eq!(third.range, ByteRange { start: 20, end: 25 });
+        assert_eq!(third.place, Place::Undo(UndoPlace { segment: 2, offset: 1020 }));
+    }
+
+    #[test]
+    fn what_no_before_image_covers_is_in_the_base() {
+        let sources = Sources { undo: vec![row(1, 10, 10, 1)], whole: None };
+        let extents = Extents::resolve(40, sources);
+        assert_eq!(extents.run(0, 40).range, ByteRange { start: 0, end: 10 });
+        assert_eq!(extents.run(0, 40).place, Place::Base);
+        assert_eq!(extents.run(20, 30).range, ByteRange { start: 20, end: 30 });
+    }
+}

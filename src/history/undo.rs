@@ -1,0 +1,312 @@
+//! The undo log: before-images, appended to segments that are equal on every replica.
+//!
+//! # Format of a segment, version 1
+//! `.rearview/undo/<number, 16 hex digits>.seg` is a sequence of records, each at a multiple of 64:
+//!
+//! | bytes | what |
+//! |--|--|
+//! | 0..4 | magic `RVU1` |
+//! | 4..8 | length of the data, little endian |
+//! | 8..16 | node |
+//! | 16..24 | content |
+//! | 24..32 | offset of the data in the content |
+//! | 32..64 | BLAKE3 of bytes 0..32 and the data |
+//! | 64.. | the data, then zeros up to a multiple of 64 |
+//!
+//! A catalog row points at the data. If we die before the row is committed, the record itself tells
+//! all that the row would say, and [`recover`] adds the row.
+
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::catalog::{Catalog, Change, UndoPlace, UndoRow};
+use crate::error::{Error, Result};
+use crate::replica::backing::Access;
+use crate::replica::{Handles, PrivateDir, ReplicaSet};
+use crate::types::{ContentId, EntryName, NodeId};
+
+const MAGIC: [u8; 4] = *b"RVU1";
+const HEADER_BYTES: usize = 64;
+const RECORD_ALIGN: u64 = 64;
+/// A new segment is begun at this size, so that space can be given back by removing whole files.
+const SEGMENT_BYTES_MAX: u64 = 64 << 20;
+/// No record's data is longer; a longer length in a header is garbage.
+const DATA_BYTES_MAX: u32 = 4 << 20;
+
+/// The open end of the undo log.
+pub struct UndoLog {
+    tail: Mutex<Tail>,
+    synced: Mutex<Synced>,
+    synced_more: Condvar,
+}
+
+struct Tail {
+    segment: u64,
+    /// Where the next record goes.
+    end: u64,
+    files: Option<Arc<Handles>>,
+    /// Bytes appended since the mount: the log's position for group syncs.
+    position: u64,
+}
+
+#[derive(Default)]
+struct Synced {
+    position: u64,
+    running: bool,
+}
+
+fn segment_name(segment: u64) -> EntryName {
+    EntryName::new(format!("{segment:016x}.seg")).expect("hex digits and a suffix")
+}
+
+fn parse_segment_name(name: &EntryName) -> Option<u64> {
+    let hex = std::str::from_utf8(name.as_bytes()).ok()?.strip_suffix(".seg")?;
+    (hex.len() == 16).then(|| u64::from_str_radix(hex, 16).ok())?
+}
+
+/// The segments on any replica, in order.
+fn segments(replicas: &ReplicaSet) -> Result<Vec<u64>> {
+    let dir = replicas.private(PrivateDir::Undo)?;
+    let mut all = std::collections::BTreeSet::new();
+    for id in replicas.online().collect::<Vec<_>>() {
+        let listed = dir.get(id).and_then(|dir| replicas.get(id).backing().list(dir));
+        for entry in listed.map_err(Error::from_io)? {
+            all.extend(parse_segment_name(&entry.name));
+        }
+    }
+    Ok(all.into_iter().collect())
+}
+
+fn encode_header(of: (NodeId, ContentId), offset: u64, data: &[u8]) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    header[0..4].copy_from_slice(&MAGIC);
+    header[4..8].copy_from_slice(&(data.len() as u32).to_le_bytes());
+    header[8..16].copy_from_slice(&of.0.0.to_le_bytes());
+    header[16..24].copy_from_slice(&of.1.0.to_le_bytes());
+    header[24..32].copy_from_slice(&offset.to_le_bytes());
+    let mut hash = blake3::Hasher::new();
+    hash.update(&header[..32]).update(data);
+    header[32..64].copy_from_slice(hash.finalize().as_bytes());
+    header
+}
+
+/// Reads a record that begins at `bytes[0]`; `None` where there is no whole, valid one.
+pub fn decode(bytes: &[u8]) -> Option<(UndoRow, usize)> {
+    let header = bytes.get(..HEADER_BYTES)?;
+    if header[..4] != MAGIC {
+        return None;
+    }
+    let word = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("8 bytes"));
+    let length = u32::from_le_bytes(header[4..8].try_into().expect("4 bytes"));
+    if length == 0 || length > DATA_BYTES_MAX {
+        return None;
+    }
+    let data = bytes.get(HEADER_BYTES..HEADER_BYTES + length as usize)?;
+    let mut hash = blake3::Hasher::new();
+    hash.update(&header[..32]).update(data);
+    if hash.finalize().as_bytes() != &header[32..64] {
+        return None;
+    }
+    let row = UndoRow {
+        node: NodeId(word(8)),
+        content: ContentId(word(16)),
+        offset: word(24),
+        length: u64::from(length),
+        at: None,
+    };
+    Some((row, HEADER_BYTES + length as usize))
+}
+
+impl UndoLog {
+    /// Begins after the last segment there is: a segment is written by one mount only.
+    pub fn open(replicas: &ReplicaSet) -> Result<UndoLog> {
+        let next = segments(replicas)?.last().map_or(1, |last| last + 1);
+        let tail = Tail { segment: next, end: 0, files: None, position: 0 };
+        Ok(UndoLog {
+            tail: Mutex::new(tail),
+            synced: Mutex::default(),
+            synced_more: Condvar::new(),
+        })
+    }
+
+    /// Appends the bytes that a content has at `offset`, on every replica. Not durable yet.
+    pub fn append(
+        &self,
+        replicas: &ReplicaSet,
+        of: (NodeId, ContentId),
+        offset: u64,
+        data: &[u8],
+    ) -> Result<UndoPlace> {
+        assert!(!data.is_empty() && data.len() <= DATA_BYTES_MAX as usize);
+        let mut record = Vec::with_capacity(HEADER_BYTES + data.len());
+        record.extend_from_slice(&encode_header(of, offset, data));
+        record.extend_from_slice(data);
+        let mut tail = self.tail.lock();
+        if tail.files.is_none() || tail.end >= SEGMENT_BYTES_MAX {
+            self.begin_segment(replicas, &mut tail)?;
+        }
+        let files = tail.files.clone().expect("a segment was begun");
+        let at = tail.end;
+        replicas.apply("undo", |id, b| b.write_at(files.get(id)?, &record, at))?;
+        tail.end = (at + record.len() as u64).next_multiple_of(RECORD_ALIGN);
+        tail.position += record.len() as u64;
+        Ok(UndoPlace { segment: tail.segment, offset: at + HEADER_BYTES as u64 })
+    }
+
+    fn begin_segment(&self, replicas: &ReplicaSet, tail: &mut Tail) -> Result<()> {
+        if let Some(full) = tail.files.take() {
+            // Its last records must not be forgotten by later group syncs of the next segment.
+            replicas.apply("fsync", |id, b| b.sync(full.get(id)?, true))?;
+            tail.segment += 1;
+        }
+        let dir = replicas.private(PrivateDir::Undo)?;
+        let name = segment_name(tail.segment);
+        let files = replicas.apply("create", |id, b| {
+            let file = b.create(dir.get(id)?, &name, 0o600, super::OWN)?;
+            // The name must be there when its records are looked for after a power cut.
+            b.sync(dir.get(id)?, false)?;
+            Ok(file)
+        })?;
+        tail.files = Some(Arc::new(files.into_handles()));
+        tail.end = 0;
+        Ok(())
+    }
+
+    /// Makes all that was appended before the call durable on every replica. Callers that come while a
+    /// sync runs share the next one.
+    pub fn sync(&self, replicas: &ReplicaSet) -> Result<()> {
+        let target = self.tail.lock().position;
+        let mut synced = self.synced.lock();
+        loop {
+            if synced.position >= target {
+                return Ok(());
+            }
+            if !synced.running {
+                break;
+            }
+            self.synced_more.wait(&mut synced);
+        }
+        synced.running = true;
+        drop(synced);
+        let (position, files) = {
+            let tail = self.tail.lock();
+            (tail.position, tail.files.clone())
+        };
+        let outcome = match files {
+            Some(files) => {
+                replicas.apply("fsync", |id, b| b.sync(files.get(id)?, true)).map(|_| ())
+            }
+            None => Ok(()),
+        };
+        let mut synced = self.synced.lock();
+        synced.running = false;
+        if outcome.is_ok() {
+            synced.position = position;
+        }
+        self.synced_more.notify_all();
+        outcome
+    }
+
+    /// Fills `buffer` from a place in a segment.
+    pub fn read(
+        &self,
+        replicas: &ReplicaSet,
+        place: UndoPlace,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        let dir = replicas.private(PrivateDir::Undo)?;
+        let name = segment_name(place.segment);
+        let got = replicas.read("undo", |id, b| {
+            let file = b.open_file(dir.get(id)?, &name, Access::Read)?;
+            b.read_at(&file, buffer, place.offset)
+        })?;
+        if got < buffer.len() {
+            return Err(Error::Damaged {
+                what: format!("undo/{name}"),
+                detail: format!("it ends before byte {}", place.offset + buffer.len() as u64),
+                remedy: "Run `rearview scrub` to heal it from another replica.",
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Adds the rows of records that no commit knows. A torn record is one whose overwrite never began,
+/// so it is passed over; the scan goes on at the next multiple of 64.
+pub fn recover(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
+    let dir = replicas.private(PrivateDir::Undo)?;
+    let mut found = 0;
+    for segment in segments(replicas)? {
+        let name = segment_name(segment);
+        let bytes = replicas.read("undo", |id, b| {
+            let file = b.open_file(dir.get(id)?, &name, Access::Read)?;
+            let mut bytes = vec![0; b.stat(&file)?.size as usize];
+            let got = b.read_at(&file, &mut bytes, 0)?;
+            bytes.truncate(got);
+            Ok(bytes)
+        })?;
+        let mut at = 0;
+        while at < bytes.len() {
+            let Some((mut row, used)) = decode(&bytes[at..]) else {
+                at += RECORD_ALIGN as usize;
+                continue;
+            };
+            let offset = (at + HEADER_BYTES) as u64;
+            row.at = Some(UndoPlace { segment, offset });
+            at = (at + used).next_multiple_of(RECORD_ALIGN as usize);
+            if needs_row(catalog, &row)? {
+                catalog.push(vec![Change::UndoAdd(row)])?;
+                found += 1;
+            }
+        }
+    }
+    if found > 0 {
+        log::info!("history: found {found} before-images not yet recorded");
+    }
+    Ok(())
+}
+
+/// Whether the catalog knows the content but not this before-image of it.
+fn needs_row(catalog: &Catalog, row: &UndoRow) -> Result<bool> {
+    if catalog.content_size(row.content)?.is_none() {
+        return Ok(false);
+    }
+    let sources = catalog.sources(row.node, row.content)?;
+    Ok(!sources.undo.iter().any(|known| {
+        known.content == row.content
+            && known.offset <= row.offset
+            && known.offset + known.length >= row.offset + row.length
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_record_tells_what_its_row_would() {
+        let of = (NodeId(7), ContentId(9));
+        let mut record = encode_header(of, 4096, b"old bytes").to_vec();
+        record.extend_from_slice(b"old bytes");
+        let (row, used) = decode(&record).expect("a valid record");
+        assert_eq!((row.node, row.content, row.offset, row.length), (of.0, of.1, 4096, 9));
+        assert_eq!(used, record.len());
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_record_is_never_taken(at in 0usize..73, flip in 1u8..=255) {
+            let mut record = encode_header((NodeId(7), ContentId(9)), 4096, b"old bytes").to_vec();
+            record.extend_from_slice(b"old bytes");
+            record[at] ^= flip;
+            prop_assert!(decode(&record).is_none());
+        }
+
+        #[test]
+        fn garbage_is_no_record(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(decode(&bytes).is_none());
+        }
+    }
+}

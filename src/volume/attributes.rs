@@ -1,0 +1,382 @@
+//! Attributes of live objects: stat, mode, owner, times, size, extended attributes.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use crate::catalog::Change;
+use crate::error::{Error, Result};
+use crate::replica::Handles;
+use crate::replica::backing::{Access, Backing, Handle, SetTime, Stat};
+use crate::types::{Kind, NodeId, Xattrs};
+
+use super::nodes::{Node, State};
+use super::{Caller, Volume};
+
+/// The extended attribute that holds a file's access ACL.
+const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
+/// Names with this prefix are ours and never shown.
+const OUR_XATTRS: &[u8] = b"trusted.rearview.";
+
+/// The changes of one `setattr`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Changes {
+    /// New permission bits.
+    pub mode: Option<u32>,
+    /// New owner.
+    pub uid: Option<u32>,
+    /// New group.
+    pub gid: Option<u32>,
+    /// New size.
+    pub size: Option<u64>,
+    /// New access time.
+    pub atime: Option<SetTime>,
+    /// New modification time.
+    pub mtime: Option<SetTime>,
+}
+
+/// What a caller without `CAP_FSETID` loses from a mode when content or owner change.
+pub struct Privileges;
+
+impl Privileges {
+    /// The mode without setuid, and without setgid where that means execution
+    /// (`setattr_should_drop_sgid` in the kernel's fs/attr.c).
+    pub fn stripped(mode: u32) -> u32 {
+        let mode = mode & !libc::S_ISUID;
+        if mode & libc::S_IXGRP != 0 { mode & !libc::S_ISGID } else { mode }
+    }
+}
+
+impl Volume {
+    /// The live object that a name means, counted as one lookup of the kernel.
+    pub fn lookup(&self, parent: NodeId, name: &crate::types::EntryName) -> Result<(Arc<Node>, Stat)> {
+        let node = self.named(parent, name)?;
+        let stat = {
+            let state = node.lock();
+            match state.open.as_ref().and_then(|open| open.any().cloned()) {
+                Some(_) => self.stat_locked(&node, &state)?,
+                None => {
+                    let dir = self.dir(parent)?;
+                    let stat =
+                        self.replicas().read("stat", |id, b| b.stat_at(dir.get(id)?, name))?;
+                    self.shown(&node, &state, stat)
+                }
+            }
+        };
+        node.looked_up();
+        Ok((node, stat))
+    }
+
+    /// Attributes of a live node; `ino` is its node id.
+    pub fn stat(&self, node: &Arc<Node>) -> Result<Stat> {
+        let state = node.lock();
+        self.stat_locked(node, &state)
+    }
+
+    pub(super) fn stat_locked(&self, node: &Arc<Node>, state: &State) -> Result<Stat> {
+        if let Some(handles) = state.open.as_ref().and_then(|open| open.any()) {
+            let stat = self.replicas().read("stat", |id, b| b.stat(handles.get(id)?));
+            if stat.is_ok() || state.orphan {
+                return stat.map(|stat| self.shown(node, state, stat));
+            }
+        }
+        if state.orphan {
+            let ghost = state.ghost.as_deref().ok_or(Error::Posix(Errno::STALE))?;
+            return Ok(self.shown(node, state, *ghost));
+        }
+        let stat = if node.id == NodeId::ROOT {
+            let root = self.dir(NodeId::ROOT)?;
+            self.replicas().read("stat", |id, b| b.stat(root.get(id)?))?
+        } else {
+            let (dir, name) = self.location(node, state)?;
+            self.replicas().read("stat", |id, b| b.stat_at(dir.get(id)?, &name))?
+        };
+        if stat.kind != node.kind {
+            return Err(Error::Posix(Errno::STALE));
+        }
+        Ok(self.shown(node, state, stat))
+    }
+
+    /// The backing's attributes as the mount shows them.
+    fn shown(&self, node: &Arc<Node>, state: &State, mut stat: Stat) -> Stat {
+        stat.ino = node.id.0;
+        if state.orphan {
+            // The one link it still has is ours, in `preserved/`.
+            stat.nlink = 0;
+        } else if node.id == NodeId::ROOT {
+            // Our private directory is not shown.
+            stat.nlink = stat.nlink.saturating_sub(1).max(2);
+        }
+        stat
+    }
+
+    /// Does `f` on every replica with a handle of the object, for attribute calls.
+    fn on_object<T>(
+        &self,
+        op: &'static str,
+        node: &Arc<Node>,
+        state: &State,
+        mut f: impl FnMut(&dyn Backing, &Handle) -> std::io::Result<T>,
+    ) -> Result<T> {
+        let replicas = self.replicas();
+        if let Some(handles) = state.open.as_ref().and_then(|open| open.write.clone()) {
+            return Ok(replicas.apply(op, |id, b| f(b, handles.get(id)?))?.primary());
+        }
+        if state.orphan {
+            // No replica's live tree has it any more: only the open handle counts.
+            let handles = state.open.as_ref().and_then(|open| open.read.clone());
+            let handles = handles.ok_or(Error::Posix(Errno::STALE))?;
+            return replicas.read(op, |id, b| f(b, handles.get(id)?));
+        }
+        if node.kind == Kind::Dir {
+            let dir = self.dir(node.id)?;
+            return Ok(replicas.apply(op, |id, b| f(b, dir.get(id)?))?.primary());
+        }
+        let (dir, name): (Arc<Handles>, _) = self.location(node, state)?;
+        let answers = replicas.apply(op, |id, b| {
+            let object = b.open_node(dir.get(id)?, &name)?;
+            f(b, &object)
+        })?;
+        Ok(answers.primary())
+    }
+
+    /// Changes attributes and returns the new ones. All fields empty is the kernel's way to say that
+    /// setuid, setgid and capabilities must go before a write (`FUSE_HANDLE_KILLPRIV_V2`).
+    pub fn set_attributes(
+        &self,
+        node: &Arc<Node>,
+        changes: &Changes,
+        caller: &Caller,
+    ) -> Result<Stat> {
+        let _cut = self.cut.read();
+        let mut state = node.lock();
+        if let Some(size) = changes.size {
+            if node.kind != Kind::File {
+                return Err(Error::Posix(Errno::INVAL));
+            }
+            self.open_state(node, &mut state)?;
+            self.open_handles(node, &mut state, Access::ReadWrite)?;
+            self.truncate_locked(node, &mut state, size)?;
+            self.clear_privileges(node, &mut state, caller)?;
+        }
+        if changes.uid.is_some() || changes.gid.is_some() {
+            self.on_object("chown", node, &state, |b, o| b.chown(o, changes.uid, changes.gid))?;
+        }
+        if let Some(mode) = changes.mode {
+            self.on_object("chmod", node, &state, |b, o| b.chmod(o, mode & 0o7777))?;
+        }
+        if changes.atime.is_some() || changes.mtime.is_some() {
+            self.set_times(node, &state, changes)?;
+        }
+        let kill = changes.mode.is_none()
+            && changes.uid.is_none()
+            && changes.gid.is_none()
+            && changes.size.is_none()
+            && changes.atime.is_none()
+            && changes.mtime.is_none();
+        if kill {
+            self.strip_privileges(node, &mut state)?;
+        }
+        self.record(node, &mut state)?;
+        // A truncate of a file that nobody has open is a version at once.
+        if state.open.as_ref().is_some_and(|open| open.writers == 0) {
+            self.seal(node, &mut state)?;
+        }
+        let stat = self.stat_locked(node, &state)?;
+        if state.open.as_ref().is_some_and(|open| open.opens == 0 && !open.dirty) {
+            state.open = None;
+        }
+        Ok(stat)
+    }
+
+    /// Sets times: "now" is the primary's, and the others get the same.
+    fn set_times(&self, node: &Arc<Node>, state: &State, changes: &Changes) -> Result<()> {
+        let mut atime = changes.atime.unwrap_or(SetTime::Omit);
+        let mut mtime = changes.mtime.unwrap_or(SetTime::Omit);
+        self.on_object("utimens", node, state, |b, object| {
+            b.set_times(object, atime, mtime)?;
+            if atime == SetTime::Now || mtime == SetTime::Now {
+                let stat = b.stat(object)?;
+                if atime == SetTime::Now {
+                    atime = SetTime::To(stat.atime);
+                }
+                if mtime == SetTime::Now {
+                    mtime = SetTime::To(stat.mtime);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes setuid, setgid and capabilities if the caller may not keep them.
+    pub(super) fn clear_privileges(
+        &self,
+        node: &Arc<Node>,
+        state: &mut State,
+        caller: &Caller,
+    ) -> Result<()> {
+        if caller.creds.uid == 0 { Ok(()) } else { self.strip_privileges(node, state) }
+    }
+
+    /// Removes setuid and setgid. Capabilities went with the backing's own write.
+    pub(super) fn strip_privileges(&self, node: &Arc<Node>, state: &mut State) -> Result<()> {
+        let mode = self.stat_locked(node, state)?.mode;
+        let stripped = Privileges::stripped(mode);
+        if stripped != mode {
+            self.on_object("chmod", node, state, |b, object| b.chmod(object, stripped))?;
+        }
+        Ok(())
+    }
+
+    /// Records a node's attributes. A file that is not sealed yet is recorded when it is.
+    pub(super) fn record(&self, node: &Arc<Node>, state: &mut State) -> Result<()> {
+        if state.orphan || state.open.as_ref().is_some_and(|open| open.dirty) {
+            return Ok(());
+        }
+        if node.kind == Kind::Dir {
+            let row = self.settle_dir(node.id)?;
+            self.catalog().push(vec![Change::NodePut(row)])?;
+            return Ok(());
+        }
+        let (stat, xattrs) = self.look(node, state)?;
+        let known = match state.open.as_ref() {
+            Some(open) => open.sealed.clone(),
+            None => self.catalog().node(node.id)?.ok_or(Error::Posix(Errno::STALE))?,
+        };
+        let xattrs = self.catalog().intern_xattrs(&xattrs)?;
+        let mut row = self.row(node.id, &stat, xattrs);
+        row.content = known.content;
+        row.btime = known.btime;
+        if let Some(open) = state.open.as_mut() {
+            open.sealed = row.clone();
+        }
+        self.catalog().push(vec![Change::NodePut(row)])?;
+        Ok(())
+    }
+
+    /// The primary's attributes of an object, with its extended ones.
+    fn look(&self, node: &Arc<Node>, state: &State) -> Result<(Stat, Xattrs)> {
+        let open = state.open.as_ref().and_then(|open| open.any().cloned());
+        if let Some(handles) = open {
+            return self.replicas().read("stat", |id, b| {
+                let file = handles.get(id)?;
+                Ok((b.stat(file)?, b.xattrs(file)?))
+            });
+        }
+        let (dir, name) = self.location(node, state)?;
+        self.replicas().read("stat", |id, b| {
+            let object = b.open_node(dir.get(id)?, &name)?;
+            Ok((b.stat(&object)?, b.xattrs(&object)?))
+        })
+    }
+
+    /// A symlink's target.
+    pub fn readlink(&self, node: &Arc<Node>) -> Result<Vec<u8>> {
+        if let Some(target) = self.catalog().symlink_target(node.id)? {
+            return Ok(target);
+        }
+        let state = node.lock();
+        let (dir, name) = self.location(node, &state)?;
+        self.replicas().read("readlink", |id, b| b.readlink(&b.open_node(dir.get(id)?, &name)?))
+    }
+
+    /// Does `f` on the primary with a handle of the object.
+    fn read_object<T>(
+        &self,
+        op: &'static str,
+        node: &Arc<Node>,
+        mut f: impl FnMut(&dyn Backing, &Handle) -> std::io::Result<T>,
+    ) -> Result<T> {
+        let state = node.lock();
+        if let Some(handles) = state.open.as_ref().and_then(|open| open.any().cloned()) {
+            return self.replicas().read(op, |id, b| f(b, handles.get(id)?));
+        }
+        if state.orphan {
+            return Err(Error::Posix(Errno::NODATA));
+        }
+        if node.kind == Kind::Dir {
+            let dir = self.dir(node.id)?;
+            return self.replicas().read(op, |id, b| f(b, dir.get(id)?));
+        }
+        let (dir, name) = self.location(node, &state)?;
+        self.replicas().read(op, |id, b| f(b, &b.open_node(dir.get(id)?, &name)?))
+    }
+
+    /// One extended attribute.
+    pub fn get_xattr(&self, node: &Arc<Node>, name: &OsStr) -> Result<Vec<u8>> {
+        if name.as_bytes().starts_with(OUR_XATTRS) {
+            return Err(Error::Posix(Errno::NODATA));
+        }
+        self.read_object("getxattr", node, |b, object| b.get_xattr(object, name))
+    }
+
+    /// The names of all extended attributes.
+    pub fn list_xattrs(&self, node: &Arc<Node>) -> Result<Xattrs> {
+        self.read_object("listxattr", node, |b, object| b.xattrs(object))
+    }
+
+    /// Sets an extended attribute.
+    pub fn set_xattr(
+        &self,
+        node: &Arc<Node>,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        caller: &Caller,
+    ) -> Result<()> {
+        if name.as_bytes().starts_with(OUR_XATTRS) {
+            return Err(Error::Posix(Errno::PERM));
+        }
+        let _cut = self.cut.read();
+        let mut state = node.lock();
+        self.on_object("setxattr", node, &state, |b, o| b.set_xattr(o, name, value, flags))?;
+        if name.as_bytes() == ACCESS_ACL {
+            self.drop_foreign_setgid(node, &mut state, caller)?;
+        }
+        self.record(node, &mut state)
+    }
+
+    /// Setting an ACL drops setgid for a caller outside the file's group, as `posix_acl_update_mode`
+    /// does; the kernel's flag that would tell us is not passed on by the FUSE library.
+    fn drop_foreign_setgid(
+        &self,
+        node: &Arc<Node>,
+        state: &mut State,
+        caller: &Caller,
+    ) -> Result<()> {
+        let stat = self.stat_locked(node, state)?;
+        if caller.creds.uid == 0 || stat.mode & libc::S_ISGID == 0 {
+            return Ok(());
+        }
+        if stat.gid == caller.creds.gid || groups_of(caller.pid).contains(&stat.gid) {
+            return Ok(());
+        }
+        let mode = stat.mode & !libc::S_ISGID;
+        self.on_object("chmod", node, state, |b, object| b.chmod(object, mode))
+    }
+
+    /// Removes an extended attribute.
+    pub fn remove_xattr(&self, node: &Arc<Node>, name: &OsStr) -> Result<()> {
+        if name.as_bytes().starts_with(OUR_XATTRS) {
+            return Err(Error::Posix(Errno::NODATA));
+        }
+        let _cut = self.cut.read();
+        let mut state = node.lock();
+        self.on_object("removexattr", node, &state, |b, object| b.remove_xattr(object, name))?;
+        self.record(node, &mut state)
+    }
+}
+
+/// The supplementary groups of a process (`Groups:` of proc_pid_status(5)); none if it is gone.
+fn groups_of(pid: u32) -> Vec<u32> {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else {
+        return Vec::new();
+    };
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("Groups:"))
+        .map(|groups| groups.split_whitespace().filter_map(|group| group.parse().ok()).collect())
+        .unwrap_or_default()
+}

@@ -1,0 +1,450 @@
+//! Content of live files: open, read, write, allocate, copy, make durable.
+
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+use crate::history::ranges::ByteRange;
+use crate::history::{self, preserved_dir, preserved_name};
+use crate::replica::backing::{Access, Backing, Handle, Seek};
+use crate::replica::{Handles, PrivateDir};
+use crate::types::{ContentId, EntryName, ReplicaId};
+
+use super::nodes::{Node, Open, State};
+use super::{Caller, Volume};
+
+/// Allocation modes that change or remove bytes (`fallocate(2)`).
+const FALLOCATE_DESTROYS: u32 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) as u32;
+/// Zeros are written in pieces of this size where a backing cannot punch holes.
+const ZERO_BYTES: usize = 1 << 20;
+/// A copy within a file system is done in steps of this size, so that none holds the locks for long.
+const COPY_BYTES_MAX: u64 = 64 << 20;
+
+impl Volume {
+    /// Opens a file; `truncate` also empties it. Every open is ended by [`Volume::release`].
+    pub fn open_file(
+        &self,
+        node: &Arc<Node>,
+        writable: bool,
+        truncate: bool,
+        caller: &Caller,
+    ) -> Result<()> {
+        let _cut = self.cut.read();
+        let mut state = node.lock();
+        self.open_state(node, &mut state)?;
+        let access = if writable || truncate { Access::ReadWrite } else { Access::Read };
+        self.open_handles(node, &mut state, access)?;
+        if truncate {
+            self.truncate_locked(node, &mut state, 0)?;
+            self.clear_privileges(node, &mut state, caller)?;
+        }
+        let open = state.open.as_mut().expect("opened above");
+        open.opens += 1;
+        open.writers += u32::from(writable);
+        Ok(())
+    }
+
+    /// Makes sure that the open state of a file is there, with what the catalog knows of it.
+    pub(super) fn open_state(&self, node: &Arc<Node>, state: &mut State) -> Result<()> {
+        if state.open.is_none() {
+            let sealed = self.catalog().node(node.id)?.ok_or(Error::Posix(Errno::STALE))?;
+            state.open = Some(Box::new(Open::new(sealed)));
+        }
+        Ok(())
+    }
+
+    /// Makes sure that a file with open state has handles for `access`.
+    pub(super) fn open_handles(
+        &self,
+        node: &Arc<Node>,
+        state: &mut State,
+        access: Access,
+    ) -> Result<()> {
+        let open = state.open.as_mut().expect("the caller made the open state");
+        match access {
+            Access::ReadWrite if open.write.is_none() => {
+                let (dir, name) = self.location(node, state)?;
+                let handles = self.replicas().apply("open", |id, b| {
+                    b.open_file(dir.get(id)?, &name, Access::ReadWrite)
+                })?;
+                let open = state.open.as_mut().expect("as above");
+                open.write = Some(Arc::new(handles.into_handles()));
+                open.read = None;
+            }
+            Access::Read if open.any().is_none() => {
+                let (dir, name) = self.location(node, state)?;
+                let (id, handle) = self.replicas().read("open", |id, b| {
+                    Ok((id, b.open_file(dir.get(id)?, &name, Access::Read)?))
+                })?;
+                let open = state.open.as_mut().expect("as above");
+                open.read = Some(Arc::new(self.single_handle(id, handle)));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Handles of an object that is open on one replica only.
+    fn single_handle(&self, on: ReplicaId, handle: Handle) -> Handles {
+        let mut handle = Some(handle);
+        Handles::new(self.replicas().map_ids(|id| if id == on { handle.take() } else { None }))
+    }
+
+    /// The directory and the name by which a file is reached on every replica: its own, or for an
+    /// orphan the ones under which it is preserved.
+    pub(super) fn location(
+        &self,
+        node: &Arc<Node>,
+        state: &State,
+    ) -> Result<(Arc<Handles>, EntryName)> {
+        if state.orphan {
+            let content = state.open.as_ref().map_or(ContentId::EMPTY, |open| open.sealed.content);
+            let dir = self.replicas().private(preserved_dir(node.id))?;
+            return Ok((dir, preserved_name(node.id, content)));
+        }
+        let (parent, name) = node.place(self.catalog())?.ok_or(Error::Posix(Errno::STALE))?;
+        Ok((self.dir(parent)?, name))
+    }
+
+    /// Ends one open. The last writer's end seals the file.
+    pub fn release(&self, node: &Arc<Node>, writable: bool) -> Result<()> {
+        let _cut = self.cut.read();
+        let mut state = node.lock();
+        let Some(open) = state.open.as_mut() else { return Ok(()) };
+        open.opens -= 1;
+        open.writers -= u32::from(writable);
+        let outcome = if open.writers == 0 { self.seal(node, &mut state) } else { Ok(()) };
+        if let Some(open) = state.open.as_ref()
+            && open.opens == 0
+            && !open.dirty
+        {
+            state.open = None;
+        }
+        outcome
+    }
+
+    /// A descriptor of the file was closed: what it wrote becomes a version.
+    pub fn flush(&self, node: &Arc<Node>) -> Result<()> {
+        let _cut = self.cut.read();
+        self.seal(node, &mut node.lock())
+    }
+
+    /// Reads from an open file; short only at its end.
+    pub fn read(&self, node: &Arc<Node>, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        let handles = {
+            let mut state = node.lock();
+            self.open_state(node, &mut state)?;
+            self.open_handles(node, &mut state, Access::Read)?;
+            state.open.as_ref().and_then(|open| open.any().cloned()).expect("opened above")
+        };
+        let opened = handles.clone();
+        self.replicas().read("read", |id, b| match opened.get(id) {
+            Ok(file) => b.read_at(file, buffer, offset),
+            // The replica that it was open on failed: another one is asked.
+            Err(_) => self.with_other(node, id, b, |file| b.read_at(file, buffer, offset)),
+        })
+    }
+
+    /// Does `f` with a file that is not open on the replica `id`.
+    fn with_other<T>(
+        &self,
+        node: &Arc<Node>,
+        id: ReplicaId,
+        b: &dyn Backing,
+        f: impl FnOnce(&Handle) -> std::io::Result<T>,
+    ) -> std::io::Result<T> {
+        let state = node.lock();
+        let (dir, name) =
+            self.location(node, &state).map_err(|error| std::io::Error::from(error.to_errno()))?;
+        f(&b.open_file(dir.get(id)?, &name, Access::Read)?)
+    }
+
+    /// Writes to a file that is open for writing.
+    ///
+    /// The data is written from one private buffer, the kernel's request, which nobody else can change
+    /// meanwhile: mirrors written from shared memory diverge.
+    pub fn write(&self, node: &Arc<Node>, offset: u64, data: &[u8], strip: bool) -> Result<()> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        let _cut = self.cut.read();
+        self.replicas().ensure_room(data.len() as u64)?;
+        let mut state = node.lock();
+        let range = ByteRange::new(offset, data.len() as u64);
+        let handles = self.before_change(node, &mut state, range)?;
+        self.replicas().apply("write", |id, b| b.write_at(handles.get(id)?, data, offset))?;
+        self.mark_unsealed(node, &mut state, true);
+        if strip {
+            self.strip_privileges(node, &mut state)?;
+        }
+        Ok(())
+    }
+
+    /// Gets a file ready for a change of `range`: open for writing everywhere, and what the sealed
+    /// content has there preserved. Returns the handles to change it by.
+    fn before_change(
+        &self,
+        node: &Arc<Node>,
+        state: &mut State,
+        range: ByteRange,
+    ) -> Result<Arc<Handles>> {
+        self.open_state(node, state)?;
+        self.open_handles(node, state, Access::ReadWrite)?;
+        self.preserve(node, state, range)?;
+        let open = state.open.as_ref().expect("opened above");
+        Ok(open.write.clone().expect("opened above"))
+    }
+
+    /// Preserves what the sealed content has in `range` and is not preserved yet.
+    fn preserve(&self, node: &Arc<Node>, state: &mut State, range: ByteRange) -> Result<()> {
+        let open = state.open.as_mut().expect("the caller opened the file");
+        let range = history::touched(range, open.sealed.size);
+        if range.is_empty() || open.sealed.content == ContentId::EMPTY {
+            return Ok(());
+        }
+        let missing = open.saved.missing(range);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let of = (node.id, open.sealed.content);
+        let whole = ByteRange { start: 0, end: open.sealed.size };
+        let untouched = open.saved.missing(whole) == [whole];
+        let handles = open.write.clone().expect("the caller opened the file");
+        let replicas = self.replicas();
+        state.stamp = self.nodes.next_stamp();
+        if untouched && self.history.clone_whole(replicas, self.catalog(), of, &handles)? {
+            let open = state.open.as_mut().expect("as above");
+            open.saved.insert(whole);
+            return Ok(());
+        }
+        for part in missing {
+            self.history.before_overwrite(replicas, self.catalog(), of, &handles, part)?;
+            state.open.as_mut().expect("as above").saved.insert(part);
+        }
+        Ok(())
+    }
+
+    /// Sets a file's size. The caller holds the node's lock and opened the file for writing.
+    pub(super) fn truncate_locked(
+        &self,
+        node: &Arc<Node>,
+        state: &mut State,
+        size: u64,
+    ) -> Result<()> {
+        if size == 0 && self.move_aside(node, state)? {
+            self.mark_unsealed(node, state, true);
+            return Ok(());
+        }
+        let lost = ByteRange { start: size, end: u64::MAX };
+        let handles = self.before_change(node, state, lost)?;
+        self.replicas().apply("truncate", |id, b| b.truncate(handles.get(id)?, size))?;
+        self.mark_unsealed(node, state, true);
+        Ok(())
+    }
+
+    /// Empties a file without copying it: the old one is moved into `preserved/` and an empty one with
+    /// the same attributes takes its name, which is never missing. `false` where that cannot be done.
+    fn move_aside(&self, node: &Arc<Node>, state: &mut State) -> Result<bool> {
+        let open = state.open.as_ref().expect("the caller opened the file");
+        if state.orphan || open.sealed.content == ContentId::EMPTY || open.sealed.size == 0 {
+            return Ok(false);
+        }
+        let content = open.sealed.content;
+        let old = open.write.clone().expect("the caller opened the file");
+        let replicas = self.replicas();
+        let (stat, xattrs) = replicas.read("stat", |id, b| {
+            let file = old.get(id)?;
+            Ok((b.stat(file)?, b.xattrs(file)?))
+        })?;
+        if stat.nlink != 1 {
+            return Ok(false);
+        }
+        let (dir, name) = self.location(node, state)?;
+        let tmp = replicas.private(PrivateDir::Tmp)?;
+        let kept = replicas.private(preserved_dir(node.id))?;
+        let kept_name = preserved_name(node.id, content);
+        let made = replicas.apply("replace", |id, b| {
+            let tmp = tmp.get(id)?;
+            // A leftover of a mount that died here.
+            let _ = b.unlink(tmp, &kept_name);
+            let file = b.create(tmp, &kept_name, 0o600, history::OWN)?;
+            b.chown(&file, Some(stat.uid), Some(stat.gid))?;
+            for (key, value) in &xattrs.0 {
+                use std::os::unix::ffi::OsStrExt;
+                b.set_xattr(&file, std::ffi::OsStr::from_bytes(key), value, 0)?;
+            }
+            b.chmod(&file, stat.mode)?;
+            // Dead before the link: nothing happened. After it: recovery drops the second link.
+            // After the rename: recovery finds the preserved file and an empty live one.
+            let _ = b.unlink(kept.get(id)?, &kept_name);
+            b.link(dir.get(id)?, &name, kept.get(id)?, &kept_name)?;
+            b.rename(
+                tmp,
+                &kept_name,
+                dir.get(id)?,
+                &name,
+                crate::replica::backing::RenameMode::Replace,
+            )?;
+            Ok(file)
+        })?;
+        state.stamp = self.nodes.next_stamp();
+        let changes = vec![crate::catalog::Change::ContentPreserved { id: content }];
+        self.catalog().push(changes)?;
+        let open = state.open.as_mut().expect("as above");
+        open.write = Some(Arc::new(made.into_handles()));
+        open.saved.insert(ByteRange { start: 0, end: open.sealed.size });
+        if let Some((parent, _)) = node.place(self.catalog())? {
+            self.mark_dir(parent);
+        }
+        Ok(true)
+    }
+
+    /// Allocates, punches or zeroes (`fallocate(2)`; the kernel passes no other modes).
+    pub fn fallocate(&self, node: &Arc<Node>, mode: u32, offset: u64, length: u64) -> Result<()> {
+        let _cut = self.cut.read();
+        let mut state = node.lock();
+        let range = ByteRange::new(offset, length);
+        let destroys = mode & FALLOCATE_DESTROYS != 0;
+        if !destroys {
+            self.replicas().ensure_room(length)?;
+        }
+        let lost = if destroys { range } else { ByteRange { start: 0, end: 0 } };
+        let handles = self.before_change(node, &mut state, lost)?;
+        let mut first = true;
+        self.replicas().apply("fallocate", |id, b| {
+            let file = handles.get(id)?;
+            let answer = b.fallocate(file, mode, offset, length);
+            let unsupported = answer
+                .as_ref()
+                .is_err_and(|error| error.raw_os_error() == Some(libc::EOPNOTSUPP));
+            // The first backing's answer is the program's; the others must do the same, by hand if
+            // their filesystem cannot.
+            if unsupported && !first {
+                return emulate_fallocate(b, file, mode, range);
+            }
+            first = false;
+            answer
+        })?;
+        self.mark_unsealed(node, &mut state, true);
+        Ok(())
+    }
+
+    /// Finds data or a hole in a live file.
+    pub fn seek(&self, node: &Arc<Node>, offset: u64, to: Seek) -> Result<u64> {
+        let mut state = node.lock();
+        self.open_state(node, &mut state)?;
+        self.open_handles(node, &mut state, Access::Read)?;
+        let handles =
+            state.open.as_ref().and_then(|open| open.any().cloned()).expect("opened above");
+        self.replicas().read("seek", |id, b| b.seek(handles.get(id)?, offset, to))
+    }
+
+    /// Copies a range between two live files, or within one, on every replica by itself, so that a
+    /// backing that can share blocks does. Returns how much was copied.
+    pub fn copy_range(
+        &self,
+        from: &Arc<Node>,
+        from_offset: u64,
+        to: &Arc<Node>,
+        to_offset: u64,
+        length: u64,
+    ) -> Result<u64> {
+        let _cut = self.cut.read();
+        let source = {
+            let mut state = from.lock();
+            self.open_state(from, &mut state)?;
+            self.open_handles(from, &mut state, Access::ReadWrite)?;
+            state.open.as_ref().and_then(|open| open.write.clone()).expect("opened above")
+        };
+        let size =
+            self.replicas().read("stat", |id, b| Ok(b.stat(source.get(id)?)?.size))?;
+        let length = length.min(size.saturating_sub(from_offset)).min(COPY_BYTES_MAX);
+        if length == 0 {
+            return Ok(0);
+        }
+        self.replicas().ensure_room(length)?;
+        let mut state = to.lock();
+        let range = ByteRange::new(to_offset, length);
+        let handles = self.before_change(to, &mut state, range)?;
+        self.replicas().apply("copy", |id, b| {
+            copy_all(b, (source.get(id)?, from_offset), (handles.get(id)?, to_offset), length)
+        })?;
+        self.mark_unsealed(to, &mut state, true);
+        Ok(length)
+    }
+
+    /// Makes a file durable on every replica, together with its history.
+    pub fn fsync(&self, node: &Arc<Node>, data_only: bool) -> Result<()> {
+        let handles = {
+            let state = node.lock();
+            state.open.as_ref().and_then(|open| open.write.clone())
+        };
+        // A file that nobody can write has nothing that is not durable but its name and attributes.
+        if let Some(handles) = handles {
+            self.replicas().apply("fsync", |id, b| b.sync(handles.get(id)?, data_only))?;
+        }
+        self.barrier()
+    }
+}
+
+/// Does what `fallocate` would, where the backing's filesystem cannot.
+fn emulate_fallocate(
+    b: &dyn Backing,
+    file: &Handle,
+    mode: u32,
+    range: ByteRange,
+) -> std::io::Result<()> {
+    let size = b.stat(file)?.size;
+    let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE as u32 != 0;
+    if mode & FALLOCATE_DESTROYS != 0 {
+        let zeros = vec![0; ZERO_BYTES];
+        let mut at = range.start;
+        let end = range.end.min(size);
+        while at < end {
+            let step = (end - at).min(zeros.len() as u64);
+            b.write_at(file, &zeros[..step as usize], at)?;
+            at += step;
+        }
+    }
+    if !keep_size && range.end > size {
+        b.truncate(file, range.end)?;
+    }
+    Ok(())
+}
+
+/// Copies all of a range within one backing, by reading and writing where it must.
+fn copy_all(
+    b: &dyn Backing,
+    (from, from_offset): (&Handle, u64),
+    (to, to_offset): (&Handle, u64),
+    length: u64,
+) -> std::io::Result<()> {
+    let mut done = 0;
+    while done < length {
+        match b.copy_range(from, from_offset + done, to, to_offset + done, length - done) {
+            Ok(0) => break,
+            Ok(copied) => done += copied,
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EXDEV | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
+                ) =>
+            {
+                break;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let mut buffer = vec![0; ZERO_BYTES.min((length - done) as usize)];
+    while done < length {
+        let step = buffer.len().min((length - done) as usize);
+        let got = b.read_at(from, &mut buffer[..step], from_offset + done)?;
+        if got == 0 {
+            return Err(std::io::Error::from_raw_os_error(libc::EIO));
+        }
+        b.write_at(to, &buffer[..got], to_offset + done)?;
+        done += got as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,426 @@
+//! Names of the live tree: create, link, rename, remove.
+
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use crate::catalog::{Change, Listed, NodeRow};
+use crate::error::{Error, Result};
+use crate::history::{preserved_dir, preserved_name};
+use crate::replica::Handles;
+use crate::replica::backing::{RenameMode, SetTime, Stat};
+use crate::types::{ContentId, EntryName, Kind, NodeId, Xattrs};
+
+use super::nodes::{Node, Open, State};
+use super::{Caller, ROOM_FOR_A_NAME, Volume};
+
+/// What [`Volume::make`] makes.
+pub enum Newborn<'a> {
+    /// A directory.
+    Dir,
+    /// A symlink with this target.
+    Symlink(&'a [u8]),
+    /// A FIFO, socket, device or empty file.
+    Special(Kind, u64),
+}
+
+/// A file that lost its last name: what is to be recorded of it.
+struct Death {
+    changes: Vec<Change>,
+}
+
+impl Volume {
+    /// Makes a file and opens it for reading and writing.
+    pub fn create(
+        &self,
+        parent: NodeId,
+        name: &EntryName,
+        mode: u32,
+        writable: bool,
+        caller: &Caller,
+    ) -> Result<(Arc<Node>, Stat)> {
+        let _cut = self.cut.read();
+        self.check_name(parent, name)?;
+        self.replicas().ensure_room(ROOM_FOR_A_NAME)?;
+        let _entries = self.lock_dir(parent);
+        let dir = self.dir(parent)?;
+        let handles = self
+            .replicas()
+            .apply("create", |id, b| b.create(dir.get(id)?, name, mode & 0o7777, caller.creds))?
+            .into_handles();
+        let (mut stat, xattrs) = self.replicas().read("stat", |id, b| {
+            let file = handles.get(id)?;
+            Ok((b.stat(file)?, b.xattrs(file)?))
+        })?;
+        let row = self.born(parent, name, &stat, &xattrs, Vec::new())?;
+        stat.ino = row.id.0;
+        let node = self.nodes.insert(row.id, Kind::File, parent, name);
+        node.looked_up();
+        {
+            let mut state = node.lock();
+            let mut open = Open::new(row);
+            open.write = Some(Arc::new(handles));
+            open.opens = 1;
+            open.writers = u32::from(writable);
+            state.open = Some(Box::new(open));
+            // Its times are made equal on all replicas when it is sealed.
+            self.mark_unsealed(&node, &mut state, false);
+        }
+        Ok((node, stat))
+    }
+
+    /// Records a birth and returns the first state.
+    fn born(
+        &self,
+        parent: NodeId,
+        name: &EntryName,
+        stat: &Stat,
+        xattrs: &Xattrs,
+        mut more: Vec<Change>,
+    ) -> Result<NodeRow> {
+        let id = self.catalog().next_node();
+        let xattrs = self.catalog().intern_xattrs(xattrs)?;
+        let row = self.row(id, stat, xattrs);
+        for change in &mut more {
+            if let Change::SymlinkTarget { node, .. } = change {
+                *node = id;
+            }
+        }
+        more.push(Change::NodePut(row.clone()));
+        more.push(Change::EntryAdd { parent, name: name.clone(), node: id });
+        self.catalog().push(more)?;
+        self.mark_dir(parent);
+        Ok(row)
+    }
+
+    /// Makes a directory, symlink or special file.
+    pub fn make(
+        &self,
+        parent: NodeId,
+        name: &EntryName,
+        what: &Newborn<'_>,
+        mode: u32,
+        caller: &Caller,
+    ) -> Result<(Arc<Node>, Stat)> {
+        let _cut = self.cut.read();
+        self.check_name(parent, name)?;
+        self.replicas().ensure_room(ROOM_FOR_A_NAME)?;
+        let _entries = self.lock_dir(parent);
+        let dir = self.dir(parent)?;
+        let mut first: Option<(Stat, Xattrs)> = None;
+        self.replicas().apply("make", |id, b| {
+            let dir = dir.get(id)?;
+            match what {
+                Newborn::Dir => b.mkdir(dir, name, mode & 0o7777, caller.creds)?,
+                Newborn::Symlink(target) => b.symlink(dir, name, target, caller.creds)?,
+                Newborn::Special(kind, rdev) => {
+                    b.mknod(dir, name, *kind, mode & 0o7777, *rdev, caller.creds)?;
+                }
+            }
+            match &first {
+                None => {
+                    let object = b.open_node(dir, name)?;
+                    first = Some((b.stat(&object)?, b.xattrs(&object)?));
+                    Ok(())
+                }
+                // A directory's times are made equal when they are settled.
+                Some(_) if matches!(what, Newborn::Dir) => Ok(()),
+                Some((stat, _)) => {
+                    let object = b.open_node(dir, name)?;
+                    b.set_times(&object, SetTime::Omit, SetTime::To(stat.mtime))
+                }
+            }
+        })?;
+        let (mut stat, xattrs) = first.expect("one replica answered");
+        let more = match what {
+            Newborn::Symlink(target) => {
+                let node = NodeId(0);
+                vec![Change::SymlinkTarget { node, target: target.to_vec() }]
+            }
+            _ => Vec::new(),
+        };
+        let row = self.born(parent, name, &stat, &xattrs, more)?;
+        if stat.kind == Kind::Dir {
+            self.mark_dir(row.id);
+        }
+        stat.ino = row.id.0;
+        let node = self.nodes.insert(row.id, stat.kind, parent, name);
+        node.looked_up();
+        Ok((node, stat))
+    }
+
+    /// Gives a file another name.
+    pub fn link(
+        &self,
+        node: &Arc<Node>,
+        parent: NodeId,
+        name: &EntryName,
+    ) -> Result<(Arc<Node>, Stat)> {
+        let _cut = self.cut.read();
+        self.check_name(parent, name)?;
+        self.replicas().ensure_room(ROOM_FOR_A_NAME)?;
+        let _entries = self.lock_dir(parent);
+        let to = self.dir(parent)?;
+        let state = node.lock();
+        if state.orphan {
+            return Err(Error::Posix(Errno::NOENT));
+        }
+        let (from, from_name) = self.location(node, &state)?;
+        self.replicas().apply("link", |id, b| {
+            b.link(from.get(id)?, &from_name, to.get(id)?, name)
+        })?;
+        let change = Change::EntryAdd { parent, name: name.clone(), node: node.id };
+        self.catalog().push(vec![change])?;
+        self.mark_dir(parent);
+        let stat = self.stat_locked(node, &state)?;
+        drop(state);
+        node.looked_up();
+        Ok((node.clone(), stat))
+    }
+
+    /// Removes a name that is no directory's. The last name's removal keeps the file in history by one
+    /// rename.
+    pub fn unlink(&self, parent: NodeId, name: &EntryName) -> Result<()> {
+        let _cut = self.cut.read();
+        let _entries = self.lock_dir(parent);
+        let node = self.named(parent, name)?;
+        if node.kind == Kind::Dir {
+            return Err(Error::Posix(Errno::ISDIR));
+        }
+        let mut state = node.lock();
+        let dir = self.dir(parent)?;
+        let stat = self.replicas().read("stat", |id, b| b.stat_at(dir.get(id)?, name))?;
+        let mut changes = Vec::with_capacity(3);
+        let last = stat.nlink <= 1;
+        if last {
+            self.seal(&node, &mut state)?;
+        }
+        let content = if last { self.content_of(&node, &state)? } else { ContentId::EMPTY };
+        // If we die after the rename and before the commit, recovery finds the preserved file.
+        self.remove_name(&node, &dir, name, content)?;
+        changes.push(Change::EntryRemove { parent, name: name.clone() });
+        if last {
+            changes.append(&mut self.bury(&node, &mut state, stat, content).changes);
+        }
+        self.catalog().push(changes)?;
+        self.mark_dir(parent);
+        node.lost_name(parent, name, last);
+        drop(state);
+        drop(node);
+        Ok(())
+    }
+
+    /// The sealed content of a file.
+    fn content_of(&self, node: &Arc<Node>, state: &State) -> Result<ContentId> {
+        if node.kind != Kind::File {
+            return Ok(ContentId::EMPTY);
+        }
+        if let Some(open) = &state.open {
+            return Ok(open.sealed.content);
+        }
+        Ok(self.catalog().node(node.id)?.map_or(ContentId::EMPTY, |row| row.content))
+    }
+
+    /// Takes a name away on every replica: into `preserved/` if there is content to keep.
+    fn remove_name(
+        &self,
+        node: &Arc<Node>,
+        dir: &Handles,
+        name: &EntryName,
+        content: ContentId,
+    ) -> Result<()> {
+        let replicas = self.replicas();
+        if content == ContentId::EMPTY {
+            replicas.apply("unlink", |id, b| b.unlink(dir.get(id)?, name))?;
+            return Ok(());
+        }
+        let kept = replicas.private(preserved_dir(node.id))?;
+        let kept_name = preserved_name(node.id, content);
+        replicas.apply("unlink", |id, b| {
+            b.rename(dir.get(id)?, name, kept.get(id)?, &kept_name, RenameMode::Replace)
+        })?;
+        Ok(())
+    }
+
+    /// A node lost its last name.
+    fn bury(
+        &self,
+        node: &Arc<Node>,
+        state: &mut State,
+        mut stat: Stat,
+        content: ContentId,
+    ) -> Death {
+        state.orphan = true;
+        state.stamp = self.nodes.next_stamp();
+        self.unsealed.lock().remove(&node.id);
+        if node.is_known() {
+            stat.nlink = 0;
+            state.ghost = Some(Box::new(stat));
+        }
+        let mut changes = vec![Change::NodeGone(node.id)];
+        if content != ContentId::EMPTY {
+            changes.push(Change::ContentPreserved { id: content });
+        }
+        Death { changes }
+    }
+
+    /// Removes an empty directory.
+    pub fn rmdir(&self, parent: NodeId, name: &EntryName) -> Result<()> {
+        let _cut = self.cut.read();
+        let _entries = self.lock_dir(parent);
+        let node = self.named(parent, name)?;
+        if node.kind != Kind::Dir {
+            return Err(Error::Posix(Errno::NOTDIR));
+        }
+        let mut state = node.lock();
+        let dir = self.dir(parent)?;
+        let stat = self.replicas().read("stat", |id, b| b.stat_at(dir.get(id)?, name))?;
+        self.replicas().apply("rmdir", |id, b| b.rmdir(dir.get(id)?, name))?;
+        let mut changes = vec![Change::EntryRemove { parent, name: name.clone() }];
+        changes.append(&mut self.bury(&node, &mut state, stat, ContentId::EMPTY).changes);
+        self.catalog().push(changes)?;
+        self.mark_dir(parent);
+        self.replicas().forget_dir(node.id);
+        node.lost_name(parent, name, true);
+        Ok(())
+    }
+
+    /// Renames. What is replaced keeps its history.
+    pub fn rename(
+        &self,
+        parent: NodeId,
+        name: &EntryName,
+        new_parent: NodeId,
+        new_name: &EntryName,
+        mode: RenameMode,
+    ) -> Result<()> {
+        let _cut = self.cut.read();
+        self.check_name(parent, name)?;
+        self.check_name(new_parent, new_name)?;
+        self.replicas().ensure_room(ROOM_FOR_A_NAME)?;
+        let _entries = self.lock_dirs(parent, new_parent);
+        let source = self.named(parent, name)?;
+        let target = match self.named(new_parent, new_name) {
+            Ok(target) => Some(target),
+            Err(error) if error.is(Errno::NOENT) => None,
+            Err(error) => return Err(error),
+        };
+        let from = self.dir(parent)?;
+        let to = self.dir(new_parent)?;
+        let entry_remove = |parent: NodeId, name: &EntryName| Change::EntryRemove {
+            parent,
+            name: name.clone(),
+        };
+        let entry_add = |parent: NodeId, name: &EntryName, node: NodeId| Change::EntryAdd {
+            parent,
+            name: name.clone(),
+            node,
+        };
+        match (mode, target) {
+            (RenameMode::NoReplace, Some(_)) => return Err(Error::Posix(Errno::EXIST)),
+            (RenameMode::Exchange, None) => return Err(Error::Posix(Errno::NOENT)),
+            (_, Some(target)) if target.id == source.id => return Ok(()),
+            (RenameMode::Exchange, Some(target)) => {
+                self.replicas().apply("rename", |id, b| {
+                    b.rename(from.get(id)?, name, to.get(id)?, new_name, mode)
+                })?;
+                self.catalog().push(vec![
+                    entry_remove(parent, name),
+                    entry_remove(new_parent, new_name),
+                    entry_add(new_parent, new_name, source.id),
+                    entry_add(parent, name, target.id),
+                ])?;
+                target.moved(parent, name);
+            }
+            (_, None) => {
+                self.replicas().apply("rename", |id, b| {
+                    b.rename(from.get(id)?, name, to.get(id)?, new_name, mode)
+                })?;
+                self.catalog().push(vec![
+                    entry_remove(parent, name),
+                    entry_add(new_parent, new_name, source.id),
+                ])?;
+            }
+            (RenameMode::Replace, Some(target)) => {
+                let mut changes =
+                    self.replace((&from, name), (&to, new_parent, new_name), &target)?;
+                changes.push(entry_remove(parent, name));
+                changes.push(entry_add(new_parent, new_name, source.id));
+                self.catalog().push(changes)?;
+            }
+        }
+        source.moved(new_parent, new_name);
+        self.mark_dir(parent);
+        self.mark_dir(new_parent);
+        if source.kind == Kind::Dir && parent != new_parent {
+            // Its own `..` changed, and with it its change time.
+            self.mark_dir(source.id);
+        }
+        Ok(())
+    }
+
+    /// Renames over an existing object and returns what is to be recorded of its end.
+    fn replace(
+        &self,
+        (from, name): (&Handles, &EntryName),
+        (to, new_parent, new_name): (&Handles, NodeId, &EntryName),
+        target: &Arc<Node>,
+    ) -> Result<Vec<Change>> {
+        let replicas = self.replicas();
+        let mut state = target.lock();
+        let stat = replicas.read("stat", |id, b| b.stat_at(to.get(id)?, new_name))?;
+        let last = target.kind == Kind::Dir || stat.nlink <= 1;
+        if last {
+            self.seal(target, &mut state)?;
+        }
+        let content = if last { self.content_of(target, &state)? } else { ContentId::EMPTY };
+        let rename = || {
+            replicas.apply("rename", |id, b| {
+                b.rename(from.get(id)?, name, to.get(id)?, new_name, RenameMode::Replace)
+            })
+        };
+        if content == ContentId::EMPTY {
+            rename()?;
+        } else {
+            // Linked first, so that the name is never missing. If we die in between, recovery drops
+            // the second link.
+            let kept = replicas.private(preserved_dir(target.id))?;
+            let kept_name = preserved_name(target.id, content);
+            replicas.apply("link", |id, b| {
+                b.link(to.get(id)?, new_name, kept.get(id)?, &kept_name)
+            })?;
+            if let Err(error) = rename() {
+                replicas.apply("unlink", |id, b| b.unlink(kept.get(id)?, &kept_name))?;
+                return Err(error);
+            }
+        }
+        let mut changes =
+            vec![Change::EntryRemove { parent: new_parent, name: new_name.clone() }];
+        if last {
+            changes.append(&mut self.bury(target, &mut state, stat, content).changes);
+            if target.kind == Kind::Dir {
+                replicas.forget_dir(target.id);
+            }
+        }
+        target.lost_name(new_parent, new_name, last);
+        Ok(changes)
+    }
+
+    /// The entries of a live directory, and the directory above it.
+    pub fn list(&self, node: &Arc<Node>) -> Result<(Vec<Listed>, NodeId)> {
+        if node.kind != Kind::Dir {
+            return Err(Error::Posix(Errno::NOTDIR));
+        }
+        let above = node.place(self.catalog())?.map_or(NodeId::ROOT, |(parent, _)| parent);
+        Ok((self.catalog().list(node.id)?, above))
+    }
+
+    /// Makes a directory's entries durable on every replica, together with its history.
+    pub fn fsync_dir(&self, node: &Arc<Node>) -> Result<()> {
+        if !node.lock().orphan {
+            let dir = self.dir(node.id)?;
+            self.replicas().apply("fsync", |id, b| b.sync(dir.get(id)?, false))?;
+        }
+        self.barrier()
+    }
+}

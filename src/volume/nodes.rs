@@ -1,0 +1,277 @@
+//! The table of the live nodes that somebody uses: the kernel, an open file, a running operation.
+//!
+//! A node knows one of its names, by which all replicas reach it; the path above follows from its
+//! parents. A node that nobody uses is dropped and loaded again from the catalog when needed, so memory
+//! is bounded by what the kernel knows.
+//!
+//! Locks: `Node::state` protects everything about one node, its content included, and is held across
+//! an operation on it. The order among all locks is in `volume.rs`.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::catalog::{Catalog, NodeRow};
+use crate::error::{Error, Result};
+use crate::history::ranges::RangeSet;
+use crate::replica::Handles;
+use crate::replica::backing::Stat;
+use crate::types::{EntryName, Kind, NodeId, RelPath};
+use rustix::io::Errno;
+
+/// Shards of the table: more than threads, so that they rarely meet.
+const SHARDS: usize = 64;
+/// No path is deeper; a longer walk means that the catalog's entries form a circle.
+const DEPTH_MAX: usize = 4096;
+
+/// One live node in use.
+pub struct Node {
+    /// Its id.
+    pub id: NodeId,
+    /// What it is.
+    pub kind: Kind,
+    /// How many lookups the kernel has not forgotten yet.
+    lookups: AtomicU64,
+    /// A leaf lock: nothing but the catalog is asked under it.
+    place: Mutex<Place>,
+    state: Mutex<State>,
+}
+
+/// By which name a node is reached.
+enum Place {
+    /// Not looked up yet.
+    Unknown,
+    /// This one, of all that it may have.
+    At(NodeId, EntryName),
+    /// None: it is the root, or its last name is gone.
+    Nowhere,
+}
+
+/// What changes about a node.
+pub struct State {
+    /// Its last name is gone; only its open handles reach it.
+    pub orphan: bool,
+    /// An orphan's attributes, for when no handle is open.
+    pub ghost: Option<Box<Stat>>,
+    /// How a file is open.
+    pub open: Option<Box<Open>>,
+    /// Changes whenever the before-images of the node's contents do. Never repeats for one node.
+    pub stamp: u64,
+}
+
+/// A file that is open, or changed and not sealed yet.
+pub struct Open {
+    /// Handles for reading and writing on every online replica.
+    pub write: Option<Arc<Handles>>,
+    /// A handle for reading on the replica that was primary, while nobody writes.
+    pub read: Option<Arc<Handles>>,
+    /// How many opens there are.
+    pub opens: u32,
+    /// How many of them may write.
+    pub writers: u32,
+    /// What the catalog knows, with the sealed content.
+    pub sealed: NodeRow,
+    /// Bytes of the sealed content that are preserved already.
+    pub saved: RangeSet,
+    /// The content or the attributes changed since the seal.
+    pub dirty: bool,
+    /// The content did.
+    pub written: bool,
+    /// When it was changed last.
+    pub touched: Instant,
+}
+
+impl Open {
+    /// A file as the catalog knows it, with no handles yet.
+    pub fn new(sealed: NodeRow) -> Open {
+        Open {
+            write: None,
+            read: None,
+            opens: 0,
+            writers: 0,
+            sealed,
+            saved: RangeSet::default(),
+            dirty: false,
+            written: false,
+            touched: Instant::now(),
+        }
+    }
+
+    /// Any handles by which the file can be read.
+    pub fn any(&self) -> Option<&Arc<Handles>> {
+        self.write.as_ref().or(self.read.as_ref())
+    }
+}
+
+impl Node {
+    /// Locks the node for an operation.
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// Counts one more lookup by the kernel. The caller holds an `Arc` of the node.
+    pub fn looked_up(&self) {
+        self.lookups.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether the kernel knows the node.
+    pub fn is_known(&self) -> bool {
+        self.lookups.load(Ordering::Relaxed) > 0
+    }
+
+    /// A directory and a name in it by which the node is reached; `None` for the root and for a node
+    /// whose last name is gone.
+    pub fn place(&self, catalog: &Catalog) -> Result<Option<(NodeId, EntryName)>> {
+        let mut place = self.place.lock();
+        if let Place::Unknown = *place {
+            *place = match catalog.names(self.id)?.into_iter().next() {
+                Some((parent, name)) => Place::At(parent, name),
+                None => Place::Nowhere,
+            };
+        }
+        Ok(match &*place {
+            Place::At(parent, name) => Some((*parent, name.clone())),
+            Place::Unknown | Place::Nowhere => None,
+        })
+    }
+
+    /// The node has a new name instead of the one it was reached by.
+    pub fn moved(&self, parent: NodeId, name: &EntryName) {
+        *self.place.lock() = Place::At(parent, name.clone());
+    }
+
+    /// The name is gone; if the node was reached by it, another is looked for when needed.
+    pub fn lost_name(&self, parent: NodeId, name: &EntryName, last: bool) {
+        let mut place = self.place.lock();
+        if last {
+            *place = Place::Nowhere;
+        } else if matches!(&*place, Place::At(at, own) if *at == parent && own == name) {
+            *place = Place::Unknown;
+        }
+    }
+}
+
+/// The nodes in use.
+pub struct Nodes {
+    shards: Vec<Mutex<HashMap<NodeId, Arc<Node>>>>,
+    stamps: AtomicU64,
+    /// Nodes that were in use when the kernel forgot them, to be looked at again.
+    lingering: Mutex<Vec<NodeId>>,
+}
+
+impl Nodes {
+    /// The table with the root in it.
+    pub fn new() -> Nodes {
+        let nodes = Nodes {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            stamps: AtomicU64::new(1),
+            lingering: Mutex::default(),
+        };
+        let root = nodes.make(NodeId::ROOT, Kind::Dir, Place::Nowhere);
+        root.looked_up();
+        nodes.shard(NodeId::ROOT).lock().insert(NodeId::ROOT, root);
+        nodes
+    }
+
+    fn make(&self, id: NodeId, kind: Kind, place: Place) -> Arc<Node> {
+        Arc::new(Node {
+            id,
+            kind,
+            lookups: AtomicU64::new(0),
+            place: Mutex::new(place),
+            state: Mutex::new(State {
+                orphan: false,
+                ghost: None,
+                open: None,
+                stamp: self.next_stamp(),
+            }),
+        })
+    }
+
+    fn shard(&self, id: NodeId) -> &Mutex<HashMap<NodeId, Arc<Node>>> {
+        &self.shards[id.0 as usize % SHARDS]
+    }
+
+    /// A value that no [`State::stamp`] had before.
+    pub fn next_stamp(&self) -> u64 {
+        self.stamps.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A node in use.
+    pub fn get(&self, id: NodeId) -> Option<Arc<Node>> {
+        self.shard(id).lock().get(&id).cloned()
+    }
+
+    /// Enters a newborn node.
+    pub fn insert(&self, id: NodeId, kind: Kind, parent: NodeId, name: &EntryName) -> Arc<Node> {
+        let node = self.make(id, kind, Place::At(parent, name.clone()));
+        self.shard(id).lock().insert(id, node.clone());
+        node
+    }
+
+    /// A live node, entered if it is not in use. Its name is looked up when first needed: a rename
+    /// that comes before that finds the node in the table and tells it, so no old name is ever kept.
+    pub fn load(&self, id: NodeId, kind: Kind) -> Arc<Node> {
+        let mut shard = self.shard(id).lock();
+        shard.entry(id).or_insert_with(|| self.make(id, kind, Place::Unknown)).clone()
+    }
+
+    /// Takes back `count` lookups and drops the node if nobody uses it any more.
+    pub fn forget(&self, id: NodeId, count: u64) {
+        if id == NodeId::ROOT {
+            return;
+        }
+        if let Some(node) = self.get(id) {
+            node.lookups.fetch_sub(count, Ordering::Relaxed);
+        }
+        self.drop_unused(id);
+    }
+
+    /// Drops a node that neither the kernel, nor an open file, nor an operation uses.
+    pub fn drop_unused(&self, id: NodeId) {
+        let mut shard = self.shard(id).lock();
+        let Some(node) = shard.get(&id) else { return };
+        if id == NodeId::ROOT || node.lookups.load(Ordering::Relaxed) > 0 {
+            return;
+        }
+        // New references are made under the shard's lock only, so a count of one is final.
+        let idle = Arc::strong_count(node) == 1
+            && node.state.try_lock().is_some_and(|state| state.open.is_none());
+        if idle {
+            shard.remove(&id);
+        } else {
+            self.lingering.lock().push(id);
+        }
+    }
+
+    /// Drops what lingered: to be called now and then.
+    pub fn sweep(&self) {
+        let lingering = std::mem::take(&mut *self.lingering.lock());
+        for id in lingering {
+            self.drop_unused(id);
+        }
+    }
+
+    /// The path of a directory, from the names in the table and, above those, in the catalog.
+    pub fn path(&self, catalog: &Catalog, id: NodeId) -> Result<RelPath> {
+        let mut names = Vec::new();
+        let mut at = id;
+        while at != NodeId::ROOT {
+            let place = match self.get(at) {
+                Some(node) => node.place(catalog)?,
+                None => catalog.names(at)?.into_iter().next(),
+            };
+            let (parent, name) = place.ok_or(Error::Posix(Errno::NOENT))?;
+            names.push(name);
+            at = parent;
+            if names.len() > DEPTH_MAX {
+                return Err(Error::Posix(Errno::LOOP));
+            }
+        }
+        names.reverse();
+        Ok(RelPath::from(names))
+    }
+}

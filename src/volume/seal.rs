@@ -1,0 +1,125 @@
+//! Sealing: the moment at which a file's present state becomes a version.
+
+use std::sync::Arc;
+
+use crate::catalog::{Change, NodeRow};
+use crate::error::Result;
+use crate::replica::backing::{SetTime, Stat};
+use crate::types::{ContentId, Kind, NodeId};
+
+use super::Volume;
+use super::nodes::{Node, State};
+
+impl Volume {
+    /// Records the present state of a file if it changed since the last seal, and makes its times equal
+    /// on all replicas. From here on its bytes are preserved before they change.
+    ///
+    /// If we die before the push is committed, the live files hold the new state and the catalog the old
+    /// one, whose overwritten bytes are in the undo log: recovery seals again.
+    pub(super) fn seal(&self, node: &Arc<Node>, state: &mut State) -> Result<()> {
+        let Some(open) = state.open.as_mut() else { return Ok(()) };
+        if !open.dirty {
+            return Ok(());
+        }
+        if state.orphan {
+            // No name shows it: there is no version to make.
+            open.dirty = false;
+            open.written = false;
+            self.unsealed.lock().remove(&node.id);
+            return Ok(());
+        }
+        let Some(handles) = open.write.clone() else { return Ok(()) };
+        let replicas = self.replicas();
+        let mut first: Option<Stat> = None;
+        let mut xattrs = None;
+        replicas.apply("seal", |id, b| {
+            let file = handles.get(id)?;
+            match first {
+                None => {
+                    first = Some(b.stat(file)?);
+                    xattrs = Some(b.xattrs(file)?);
+                    Ok(())
+                }
+                Some(stat) => b.set_times(file, SetTime::Omit, SetTime::To(stat.mtime)),
+            }
+        })?;
+        let stat = first.expect("one replica answered");
+        let xattrs = self.catalog().intern_xattrs(&xattrs.unwrap_or_default())?;
+        let mut row = self.row(node.id, &stat, xattrs);
+        let mut changes = Vec::with_capacity(2);
+        row.btime = open.sealed.btime;
+        row.content = if !open.written {
+            open.sealed.content
+        } else if row.size == 0 {
+            ContentId::EMPTY
+        } else {
+            let id = self.catalog().next_content();
+            changes.push(Change::ContentAdd { id, node: node.id, size: row.size });
+            id
+        };
+        changes.push(Change::NodePut(row.clone()));
+        self.catalog().push(changes)?;
+        open.sealed = row;
+        open.saved.clear();
+        open.dirty = false;
+        open.written = false;
+        self.unsealed.lock().remove(&node.id);
+        if open.opens == 0 {
+            state.open = None;
+        }
+        Ok(())
+    }
+
+    /// Notes that a file changed: it will be sealed. The caller holds its lock.
+    pub(super) fn mark_unsealed(&self, node: &Arc<Node>, state: &mut State, written: bool) {
+        let Some(open) = state.open.as_mut() else { return };
+        open.touched = std::time::Instant::now();
+        open.written |= written;
+        if !open.dirty {
+            open.dirty = true;
+            self.unsealed.lock().insert(node.id, node.clone());
+        }
+    }
+
+    /// Records the directories whose times changed, with times equal on all replicas.
+    pub(super) fn settle_dirs(&self) -> Result<()> {
+        let stale = std::mem::take(&mut *self.stale_dirs.lock());
+        for dir in stale {
+            let _entries = self.lock_dir(dir);
+            let node = self.nodes.load(dir, Kind::Dir);
+            // A directory that was removed meanwhile is not recorded again: its remover held this lock.
+            let state = node.lock();
+            let gone = dir != NodeId::ROOT && node.place(self.catalog())?.is_none();
+            if !gone {
+                let row = self.settle_dir(dir)?;
+                self.catalog().push(vec![Change::NodePut(row)])?;
+            }
+            drop(state);
+            drop(node);
+            self.nodes.drop_unused(dir);
+        }
+        Ok(())
+    }
+
+    /// The record of a directory, after its times were made equal on all replicas.
+    pub(super) fn settle_dir(&self, dir: NodeId) -> Result<NodeRow> {
+        let handles = self.dir(dir)?;
+        let mut first: Option<Stat> = None;
+        let mut xattrs = None;
+        self.replicas().apply("settle", |id, b| {
+            let handle = handles.get(id)?;
+            match first {
+                None => {
+                    first = Some(b.stat(handle)?);
+                    xattrs = Some(b.xattrs(handle)?);
+                    Ok(())
+                }
+                Some(stat) => b.set_times(handle, SetTime::Omit, SetTime::To(stat.mtime)),
+            }
+        })?;
+        let stat = first.expect("one replica answered");
+        debug_assert_eq!(stat.kind, Kind::Dir);
+        let xattrs = self.catalog().intern_xattrs(&xattrs.unwrap_or_default())?;
+        Ok(self.row(dir, &stat, xattrs))
+    }
+}
