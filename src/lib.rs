@@ -4,4 +4,5 @@ pub mod catalog;
 pub mod error;
 pub mod progress;
 pub mod replica;
+pub mod sys;
 pub mod types;
