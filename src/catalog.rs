@@ -483,7 +483,12 @@ impl Catalog {
 
     /// The differences between the trees of two generations below `under`, ordered by path. Costs what
     /// changed between them, not the size of the trees.
-    pub fn diff(&self, from: Generation, to: Generation, under: &RelPath) -> Result<Vec<Difference>> {
+    pub fn diff(
+        &self,
+        from: Generation,
+        to: Generation,
+        under: &RelPath,
+    ) -> Result<Vec<Difference>> {
         todo!()
     }
 

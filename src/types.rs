@@ -159,8 +159,19 @@ impl rusqlite::types::FromSql for Kind {
 }
 
 /// A wall-clock time in UTC with nanoseconds, as `struct timespec` has it. May lie before 1970.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-#[derive(serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+)]
 pub struct Timestamp {
     /// Whole seconds since 1970, rounded down.
     pub secs: i64,

@@ -61,6 +61,11 @@ pub struct Creds {
     pub umask: u32,
 }
 
+impl Creds {
+    /// The daemon itself, for its own files: root, and modes are taken as they are.
+    pub const DAEMON: Creds = Creds { uid: 0, gid: 0, umask: 0 };
+}
+
 /// How a file is opened for content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {

@@ -1,0 +1,228 @@
+//! System calls that need more care than rustix gives: the identity of a thread, and transfers
+//! that must be whole.
+//!
+//! The only module with `unsafe`. What rustix offers safely (`mount(2)`, `*at` calls, `FICLONE`) is
+//! called where it is needed.
+//!
+//! **Identity.** Every thread has its own filesystem ids, umask and capabilities. [`assume`] makes
+//! the backing's own kernel filesystem apply setgid directories, default ACLs and quotas as it
+//! would for the caller, and is sticky: requests of one user in a row cost nothing. The thread
+//! keeps its capabilities whatever its ids are (`SECBIT_NO_SETUID_FIXUP`), so only the ownership of
+//! what it creates depends on them. The one exception is `CAP_FSETID`, which is dropped for
+//! ordinary users, so that a write of theirs clears suid and sgid bits.
+
+#![allow(unsafe_code)]
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::OnceLock;
+
+use rustix::fs::Mode;
+use rustix::io::{Errno, retry_on_intr};
+use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags};
+
+use crate::replica::backing::Creds;
+
+/// What one thread is at present; the kernel's state, remembered.
+#[derive(Clone, Copy)]
+struct Identity {
+    creds: Creds,
+    fsetid: bool,
+    /// The thread's capabilities at its first [`assume`]; `None` as an ordinary user.
+    full: Option<CapabilitySets>,
+}
+
+thread_local! {
+    static IDENTITY: Cell<Option<Identity>> = const { Cell::new(None) };
+}
+
+/// Whether the process runs as root and can act for other users.
+pub fn is_root() -> bool {
+    static ROOT: OnceLock<bool> = OnceLock::new();
+    *ROOT.get_or_init(|| rustix::process::geteuid().is_root())
+}
+
+/// Makes this thread create objects as `creds` says, until the next call. Costs nothing when
+/// unchanged. As an ordinary user only the umask is taken. A failure is logged; what creates
+/// objects uses [`try_assume`] and fails rather than giving them to the wrong owner.
+pub fn assume(creds: Creds) {
+    if let Err(error) = try_assume(creds) {
+        log::error!("cannot act as uid {} gid {}: {error}", creds.uid, creds.gid);
+    }
+}
+
+/// Makes this thread the daemon again: uid 0, gid 0, no umask, all its capabilities.
+pub fn assume_daemon() {
+    assume(Creds::DAEMON);
+}
+
+/// [`assume`], telling of a failure.
+pub fn try_assume(creds: Creds) -> io::Result<()> {
+    let mut now = match IDENTITY.get() {
+        Some(identity) => identity,
+        None => prepare_thread()?,
+    };
+    if now.creds.umask != creds.umask {
+        rustix::process::umask(Mode::from_bits_truncate(creds.umask));
+        now.creds.umask = creds.umask;
+        IDENTITY.set(Some(now));
+    }
+    if now.full.is_none() {
+        return Ok(());
+    }
+    if now.creds.gid != creds.gid {
+        set_fs_id(libc::SYS_setfsgid, creds.gid)?;
+        now.creds.gid = creds.gid;
+        IDENTITY.set(Some(now));
+    }
+    if now.creds.uid != creds.uid {
+        set_fs_id(libc::SYS_setfsuid, creds.uid)?;
+        now.creds.uid = creds.uid;
+        IDENTITY.set(Some(now));
+    }
+    set_fsetid(now, creds.uid == 0)
+}
+
+/// Gives this thread `CAP_FSETID` back until the next [`assume`]: for setting a mode with sgid that
+/// has been granted already, with the caller's supplementary groups that we do not have.
+pub fn regain_fsetid() -> io::Result<()> {
+    match IDENTITY.get() {
+        Some(now) => set_fsetid(now, true),
+        None => Ok(()),
+    }
+}
+
+fn set_fsetid(mut now: Identity, wanted: bool) -> io::Result<()> {
+    let Some(full) = now.full else { return Ok(()) };
+    if now.fsetid == wanted {
+        return Ok(());
+    }
+    let mut sets = full;
+    if !wanted {
+        sets.effective.remove(CapabilitySet::FSETID);
+    }
+    rustix::thread::set_capabilities(None, sets)?;
+    now.fsetid = wanted;
+    IDENTITY.set(Some(now));
+    Ok(())
+}
+
+/// Makes the thread's umask its own and its capabilities independent of its filesystem ids.
+fn prepare_thread() -> io::Result<Identity> {
+    // SAFETY: only `UnshareFlags::FILES` endangers file descriptors; `FS` separates the umask and
+    // the working directory, which nothing in this program depends on being shared.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
+    rustix::process::umask(Mode::empty());
+    let full = match is_root() {
+        false => None,
+        true => {
+            let bits = rustix::thread::capabilities_secure_bits()?;
+            let wanted = bits | CapabilitiesSecureBits::NO_SETUID_FIXUP;
+            if bits != wanted {
+                rustix::thread::set_capabilities_secure_bits(wanted)?;
+            }
+            Some(rustix::thread::capabilities(None)?)
+        }
+    };
+    let identity = Identity { creds: Creds::DAEMON, fsetid: true, full };
+    IDENTITY.set(Some(identity));
+    Ok(identity)
+}
+
+/// Sets this thread's (not the process's, as glibc would) filesystem uid or gid.
+fn set_fs_id(call: libc::c_long, id: u32) -> io::Result<()> {
+    // SAFETY: `setfsuid(2)` and `setfsgid(2)` take one number and touch no memory.
+    unsafe { libc::syscall(call, id) };
+    // They report no errors: the present id is what the next call gives back, and -1 sets nothing.
+    // SAFETY: as above.
+    let present = unsafe { libc::syscall(call, u32::MAX) };
+    if present as u32 == id { Ok(()) } else { Err(Errno::PERM.into()) }
+}
+
+/// Raises the limit of open files as far as the system lets us; returns the limit that holds.
+pub fn raise_nofile_limit() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if limit.current != limit.maximum && setrlimit(Resource::Nofile, raised).is_err() {
+        return limit.current.unwrap_or(u64::MAX);
+    }
+    limit.maximum.unwrap_or(u64::MAX)
+}
+
+/// Reads at `offset` until `buffer` is full or the file ends; the count tells which.
+pub fn read_full_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let at = offset + done as u64;
+        match retry_on_intr(|| rustix::io::pread(file.as_fd(), &mut buffer[done..], at))? {
+            0 => break,
+            count => done += count,
+        }
+    }
+    Ok(done)
+}
+
+/// Writes all of `data` at `offset`. A write that takes nothing is an error, not a loop.
+pub fn write_all_at(file: impl AsFd, data: &[u8], offset: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < data.len() {
+        let at = offset + done as u64;
+        match retry_on_intr(|| rustix::io::pwrite(file.as_fd(), &data[done..], at))? {
+            0 => return Err(Errno::IO.into()),
+            count => done += count,
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs on a thread of its own, so that the test runner's threads keep their identity.
+    fn on_own_thread(test: impl FnOnce() + Send + 'static) {
+        std::thread::spawn(test).join().expect("the test passes");
+    }
+
+    fn effective() -> CapabilitySet {
+        rustix::thread::capabilities(None).expect("capget").effective
+    }
+
+    #[test]
+    fn capabilities_survive_a_change_of_user_but_fsetid() {
+        if !is_root() {
+            return;
+        }
+        on_own_thread(|| {
+            let before = effective();
+            try_assume(Creds { uid: 65534, gid: 65534, umask: 0o027 }).expect("assume");
+            assert_eq!(effective(), before - CapabilitySet::FSETID);
+            regain_fsetid().expect("regain");
+            assert_eq!(effective(), before);
+            try_assume(Creds { uid: 65534, gid: 65534, umask: 0o027 }).expect("assume");
+            assert_eq!(effective(), before - CapabilitySet::FSETID);
+            assume_daemon();
+            assert_eq!(effective(), before);
+        });
+    }
+
+    #[test]
+    fn the_umask_of_one_thread_is_not_another_s() {
+        on_own_thread(|| {
+            assume(Creds { uid: 0, gid: 0, umask: 0o077 });
+            std::thread::scope(|scope| {
+                scope.spawn(|| assume(Creds { uid: 0, gid: 0, umask: 0o011 }));
+            });
+            assert_eq!(rustix::process::umask(Mode::empty()).bits(), 0o077);
+        });
+    }
+
+    #[test]
+    fn the_limit_of_open_files_becomes_the_hard_one() {
+        let raised = raise_nofile_limit();
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        assert_eq!(limit.current.unwrap_or(u64::MAX), raised);
+    }
+}
