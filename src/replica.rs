@@ -255,11 +255,15 @@ impl ReplicaSet {
 
     /// Handles of the directory `node` on all online replicas, for use as a parent. `path` tells where
     /// it is and is asked only when the handles are not at hand.
-    pub fn dir(&self, node: NodeId, path: impl FnOnce() -> RelPath) -> Result<Arc<Handles>> {
+    pub fn dir(
+        &self,
+        node: NodeId,
+        path: impl FnOnce() -> Result<RelPath>,
+    ) -> Result<Arc<Handles>> {
         if let Some(handles) = self.dirs.dir(node) {
             return Ok(handles);
         }
-        let path = path();
+        let path = path()?;
         let open = || self.open("open_dir", |_, backing| backing.open_dir(&path));
         let opened = match open() {
             Err(error) if error.is(Errno::MFILE) || error.is(Errno::NFILE) => {
