@@ -4,5 +4,6 @@ pub mod catalog;
 pub mod error;
 pub mod progress;
 pub mod replica;
+pub mod time;
 pub mod types;
 pub mod volume;
