@@ -2,6 +2,7 @@
 
 pub mod catalog;
 pub mod error;
+pub mod past;
 pub mod progress;
 pub mod replica;
 pub mod time;
