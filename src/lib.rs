@@ -2,8 +2,14 @@
 
 pub mod catalog;
 pub mod error;
+pub mod fs;
+pub mod fuse;
+pub mod history;
+pub mod past;
 pub mod progress;
 pub mod replica;
+pub mod store;
 pub mod sys;
+pub mod time;
 pub mod types;
 pub mod volume;

@@ -1,0 +1,133 @@
+//! Views: one directory at one generation, with everything below it.
+//!
+//! A view is a tree of its own in the kernel's eyes: its objects have the inode numbers `slot | node`. The
+//! same directory at the same generation, entered by two ways, is two views, so that no directory ever has
+//! two paths. Views are rows of a bounded table, never trees in memory.
+
+use rustix::io::Errno;
+
+use crate::catalog::{NodeRow, Snapshot};
+use crate::error::Result;
+use crate::past::ino::{STABLE_SLOTS, Target};
+use crate::past::{Entry, Past};
+use crate::types::{EntryName, Generation, Kind, NodeId, SnapshotId};
+
+/// One directory at one generation, and how it was entered.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct View {
+    /// The moment.
+    pub generation: Generation,
+    /// The topmost directory.
+    pub anchor: NodeId,
+    /// The live directory whose `.snapshots` was entered.
+    pub dir: NodeId,
+    /// By which name.
+    pub way: Way,
+}
+
+/// The name below `.snapshots` by which a view was entered.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Way {
+    /// `<snapshot>`.
+    Snapshot(SnapshotId),
+    /// `@GMT-…` of a snapshot.
+    Gmt(SnapshotId),
+    /// `.at/<time>`.
+    At(EntryName),
+    /// `.deleted/<name>`.
+    Deleted(EntryName),
+}
+
+impl Past {
+    /// The view in `slot`. `ESTALE` if it is forgotten or its snapshot is deleted.
+    pub(super) fn view(&self, slot: u64) -> Result<View> {
+        if slot < STABLE_SLOTS {
+            let id = SnapshotId(slot);
+            let snapshot = self.snapshot_by_id(id)?.ok_or(Errno::STALE)?;
+            return Ok(View {
+                generation: snapshot.generation,
+                anchor: NodeId::ROOT,
+                dir: NodeId::ROOT,
+                way: Way::Snapshot(id),
+            });
+        }
+        let view = self.tables.lock().views.get(slot - STABLE_SLOTS).ok_or(Errno::STALE)?;
+        if let Way::Snapshot(id) | Way::Gmt(id) = view.way
+            && self.snapshot_by_id(id)?.is_none()
+        {
+            return Err(Errno::STALE.into());
+        }
+        Ok(view)
+    }
+
+    /// The slot of a view, a new one if it has none.
+    pub(super) fn slot(&self, view: &View) -> u64 {
+        match stable_slot(view) {
+            Some(slot) => slot,
+            None => STABLE_SLOTS + self.tables.lock().views.id(view),
+        }
+    }
+
+    /// The inode number of a view's topmost directory, if it was entered before.
+    pub(super) fn known_view_ino(&self, view: &View) -> Option<u64> {
+        let slot = match stable_slot(view) {
+            Some(slot) => slot,
+            None => STABLE_SLOTS + self.tables.lock().views.known_id(view)?,
+        };
+        Some(Target::Object { slot, node: view.anchor }.encode())
+    }
+
+    /// Enters a view: its topmost directory. `ENOENT` if that did not live then.
+    pub(super) fn enter_view(&self, view: View) -> Result<Entry> {
+        let row = self.catalog().node_at(view.generation, view.anchor)?.ok_or(Errno::NOENT)?;
+        if row.kind != Kind::Dir {
+            return Err(Errno::NOENT.into());
+        }
+        let slot = self.slot(&view);
+        // What the name means can change (a snapshot deleted, `.at/10m` moving on): not lasting.
+        self.object_entry(slot, view.generation, row, false)
+    }
+
+    /// An object of a view as an entry.
+    pub(super) fn object_entry(
+        &self,
+        slot: u64,
+        generation: Generation,
+        row: NodeRow,
+        lasting: bool,
+    ) -> Result<Entry> {
+        let ino = Target::Object { slot, node: row.id }.encode();
+        let nlink = match row.kind {
+            Kind::Dir => 1,
+            _ => self.catalog().links_at(generation, row.id)?.max(1),
+        };
+        Ok(self.known_entry(ino, row, nlink, lasting))
+    }
+
+    /// The snapshot of this id. The name it last had is remembered, so that this is one indexed query and
+    /// not a walk over all snapshots.
+    pub(super) fn snapshot_by_id(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
+        let name = self.tables.lock().snapshot_names.get(&id).cloned();
+        if let Some(name) = name
+            && let Some(snapshot) = self.catalog().snapshot(&name)?
+            && snapshot.id == id
+        {
+            return Ok(Some(snapshot));
+        }
+        let found = self.catalog().snapshots()?.into_iter().find(|snapshot| snapshot.id == id);
+        let mut tables = self.tables.lock();
+        match &found {
+            Some(snapshot) => tables.snapshot_names.put(id, snapshot.name.clone()),
+            None => tables.snapshot_names.pop(&id),
+        };
+        Ok(found)
+    }
+}
+
+/// Snapshots entered from the root have their id as slot, in every mount the same.
+fn stable_slot(view: &View) -> Option<u64> {
+    match view.way {
+        Way::Snapshot(id) if view.dir == NodeId::ROOT && id.0 < STABLE_SLOTS => Some(id.0),
+        _ => None,
+    }
+}
