@@ -1,0 +1,813 @@
+//! Does each operation on the filesystem and on the reference, and compares the two.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rearviewfs::catalog::{Catalog, Durability};
+use rearviewfs::error::Error;
+use rearviewfs::fs::{Fh, Filesystem, FsOptions, SnapDir, Wish};
+use rearviewfs::history::History;
+use rearviewfs::progress::Progress;
+use rearviewfs::replica::backing::{Creds, RenameMode, SetTime};
+use rearviewfs::store::{self, OpenOptions};
+use rearviewfs::types::{EntryName, Generation, Kind, NodeId, Timestamp};
+use rearviewfs::volume::{Caller, Changes, Newborn, Volume, VolumeOptions};
+
+use super::ops::Op;
+use super::reference::{Body, Dump, Reference, Shown};
+
+type Outcome<T = ()> = Result<T, String>;
+
+const READ_WRITE: Wish = Wish { readable: true, writable: true, truncate: false };
+
+/// A remembered moment with what it must show for ever.
+struct Moment {
+    generation: Generation,
+    dump: Dump,
+}
+
+/// The filesystem under test beside its reference.
+pub struct Driver {
+    dir: tempfile::TempDir,
+    fs: Option<Arc<Filesystem>>,
+    reference: Reference,
+    handles: Vec<(Fh, usize)>,
+    snapshots: BTreeMap<String, Dump>,
+    moments: Vec<Moment>,
+    names: usize,
+}
+
+fn caller() -> Caller {
+    let uid = rustix::process::geteuid().as_raw();
+    let gid = rustix::process::getegid().as_raw();
+    Caller { creds: Creds { uid, gid, umask: 0 }, pid: std::process::id() }
+}
+
+fn entry(name: &str) -> EntryName {
+    EntryName::new(name).expect("a plain name")
+}
+
+fn text(number: u8) -> String {
+    // One of the names is not plain.
+    if number == 5 { "\u{e4} name\n".to_string() } else { format!("n{number}") }
+}
+
+fn fail<T>(what: &str) -> impl FnOnce(Error) -> Outcome<T> + '_ {
+    move |error| Err(format!("{what}: {error}"))
+}
+
+fn open(paths: &[PathBuf]) -> Arc<Filesystem> {
+    let recover = |replicas: &_, catalog: &_| History::recover(replicas, catalog);
+    let store = store::open(paths, &OpenOptions::default(), &recover, &Progress::silent())
+        .expect("the store opens");
+    let volume = Volume::open(store, VolumeOptions::default()).expect("the volume opens");
+    let options = FsOptions {
+        snapdir: SnapDir::Hidden,
+        snapdir_name: entry(".snapshots"),
+        mountpoint: PathBuf::from("/nonexistent"),
+    };
+    Arc::new(Filesystem::new(volume, options))
+}
+
+fn resize(content: &mut Vec<u8>, size: usize) {
+    content.resize(size, 0);
+}
+
+fn put(content: &mut Vec<u8>, offset: usize, bytes: &[u8]) {
+    if content.len() < offset + bytes.len() {
+        content.resize(offset + bytes.len(), 0);
+    }
+    content[offset..offset + bytes.len()].copy_from_slice(bytes);
+}
+
+/// Bytes that tell where they belong, so that misplaced ones are noticed.
+fn pattern(fill: u8, length: usize) -> Vec<u8> {
+    (0..length).map(|at| fill.wrapping_add((at / 7) as u8)).collect()
+}
+
+impl Driver {
+    pub fn new() -> Driver {
+        let base = if std::path::Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" };
+        let dir = tempfile::Builder::new().prefix("rv-model").tempdir_in(base).expect("a folder");
+        let mut driver = Driver {
+            dir,
+            fs: None,
+            reference: Reference::new(),
+            handles: Vec::new(),
+            snapshots: BTreeMap::new(),
+            moments: Vec::new(),
+            names: 0,
+        };
+        driver.fs = Some(open(&driver.paths()));
+        driver
+    }
+
+    fn paths(&self) -> Vec<PathBuf> {
+        vec![self.dir.path().join("a"), self.dir.path().join("b")]
+    }
+
+    fn fs(&self) -> &Filesystem {
+        self.fs.as_ref().expect("mounted")
+    }
+
+    fn catalog(&self) -> &Catalog {
+        self.fs().volume().catalog()
+    }
+
+    fn ino(&self, node: usize) -> u64 {
+        self.reference.nodes[node].ino
+    }
+
+    fn pick(&self, from: &[usize], index: usize) -> Option<usize> {
+        if from.is_empty() { None } else { Some(from[index % from.len()]) }
+    }
+
+    fn dir(&self, index: usize) -> usize {
+        let dirs = self.reference.dirs();
+        dirs[index % dirs.len()]
+    }
+
+    fn child(&self, dir: usize, name: &str) -> Option<usize> {
+        self.reference.entries(dir).get(name).copied()
+    }
+
+    fn is_dir(&self, node: usize) -> bool {
+        matches!(self.reference.nodes[node].now.body, Body::Dir(_))
+    }
+
+    /// Opens, does `f`, closes: the file is sealed after.
+    fn with_open<T>(
+        &mut self,
+        node: usize,
+        wish: Wish,
+        f: impl FnOnce(&Filesystem, Fh) -> Result<T, Error>,
+    ) -> Outcome<T> {
+        let ino = self.ino(node);
+        let fh = self.fs().open(ino, wish, &caller()).or_else(fail("open"))?;
+        let answer = f(self.fs(), fh).or_else(fail("operation"))?;
+        self.fs().flush(fh).or_else(fail("flush"))?;
+        self.fs().release(fh).or_else(fail("release"))?;
+        Ok(answer)
+    }
+
+    pub fn step(&mut self, op: &Op) -> Outcome {
+        match op.clone() {
+            Op::Create { dir, name, keep_open } => self.create(dir, &text(name), keep_open),
+            Op::Mkdir { dir, name } => self.make(dir, &text(name), Body::Dir(BTreeMap::new())),
+            Op::Symlink { dir, name } => {
+                self.make(dir, &text(name), Body::Symlink(b"../some/where".to_vec()))
+            }
+            Op::Fifo { dir, name } => self.make(dir, &text(name), Body::Fifo),
+            Op::Write { .. }
+            | Op::Truncate { .. }
+            | Op::OpenTruncate { .. }
+            | Op::Punch { .. }
+            | Op::Copy { .. } => self.content(op),
+            Op::Open { .. }
+            | Op::WriteOpen { .. }
+            | Op::Flush { .. }
+            | Op::Fsync { .. }
+            | Op::Close { .. } => self.handle(op),
+            Op::Unlink { dir, name } => self.unlink(dir, &text(name)),
+            Op::Rmdir { dir, name } => self.rmdir(dir, &text(name)),
+            Op::Rename { dir, name, to_dir, to_name, mode } => {
+                self.rename((dir, &text(name)), (to_dir, &text(to_name)), mode)
+            }
+            Op::Link { file, dir, name } => self.link(file, dir, &text(name)),
+            Op::Chmod { .. } | Op::SetXattr { .. } | Op::RemoveXattr { .. } | Op::SetTimes { .. } => {
+                self.attribute(op)
+            }
+            Op::Snapshot => self.snapshot(),
+            Op::RenameSnapshot { snapshot } => self.rename_snapshot(snapshot),
+            Op::DeleteSnapshot { snapshot } => self.delete_snapshot(snapshot),
+            Op::Freeze => {
+                let generation = self.catalog().freeze();
+                let dump = self.reference.dump(true);
+                self.moments.push(Moment { generation, dump });
+                Ok(())
+            }
+            Op::Commit => {
+                self.catalog().flush(Durability::Written).or_else(fail("commit"))
+            }
+            Op::Remount => self.remount(),
+            Op::Compare => self.compare(),
+        }
+    }
+
+    fn create(&mut self, dir: usize, name: &str, keep_open: bool) -> Outcome {
+        let dir = self.dir(dir);
+        if self.child(dir, name).is_some() {
+            return Ok(());
+        }
+        let (found, fh) = self
+            .fs()
+            .create(self.ino(dir), &entry(name), 0o644, READ_WRITE, &caller())
+            .or_else(fail("create"))?;
+        let node = self.reference.add(dir, name, Body::File(Vec::new()), 0o644, found.stat.ino);
+        self.reference.nodes[node].dirty = true;
+        if keep_open {
+            self.reference.nodes[node].opens += 1;
+            self.handles.push((fh, node));
+            return Ok(());
+        }
+        self.fs().flush(fh).or_else(fail("flush"))?;
+        self.reference.seal(node);
+        self.fs().release(fh).or_else(fail("release"))
+    }
+
+    fn make(&mut self, dir: usize, name: &str, body: Body) -> Outcome {
+        let dir = self.dir(dir);
+        let (what, mode) = match &body {
+            Body::Dir(_) => (Newborn::Dir, 0o755),
+            Body::Symlink(target) => (Newborn::Symlink(target), 0o777),
+            _ => (Newborn::Special(Kind::Fifo, 0), 0o600),
+        };
+        let made = self.fs().make(self.ino(dir), &entry(name), &what, mode, &caller());
+        if self.child(dir, name).is_some() {
+            return match made {
+                Err(error) if error.is(rustix::io::Errno::EXIST) => Ok(()),
+                other => Err(format!("making an existing name answered {other:?}")),
+            };
+        }
+        let ino = made.or_else(fail("make"))?.stat.ino;
+        self.reference.add(dir, name, body, mode, ino);
+        Ok(())
+    }
+
+    fn content(&mut self, op: &Op) -> Outcome {
+        let files = self.reference.files();
+        let (Op::Write { file, .. }
+        | Op::Truncate { file, .. }
+        | Op::OpenTruncate { file }
+        | Op::Punch { file, .. }
+        | Op::Copy { to: file, .. }) = *op
+        else {
+            return Ok(());
+        };
+        let Some(node) = self.pick(&files, file) else { return Ok(()) };
+        match *op {
+            Op::Write { offset, length, fill, .. } => {
+                let bytes = pattern(fill, length as usize);
+                self.with_open(node, READ_WRITE, |fs, fh| {
+                    fs.write(fh, u64::from(offset), &bytes, false)
+                })?;
+                self.reference.content(node, |content| put(content, offset as usize, &bytes));
+            }
+            Op::Truncate { size, .. } => {
+                let changes = Changes { size: Some(u64::from(size)), ..Changes::default() };
+                self.fs()
+                    .set_attributes(self.ino(node), &changes, &caller())
+                    .or_else(fail("truncate"))?;
+                self.reference.content(node, |content| resize(content, size as usize));
+                if self.reference.nodes[node].opens > 0 {
+                    return Ok(());
+                }
+            }
+            Op::OpenTruncate { .. } => {
+                self.with_open(node, Wish { truncate: true, ..READ_WRITE }, |_, _| Ok(()))?;
+                self.reference.content(node, Vec::clear);
+            }
+            Op::Punch { offset, length, zero, .. } => {
+                let mode = if zero { libc::FALLOC_FL_ZERO_RANGE } else { libc::FALLOC_FL_PUNCH_HOLE }
+                    | libc::FALLOC_FL_KEEP_SIZE;
+                let done = self.with_open(node, READ_WRITE, |fs, fh| {
+                    match fs.fallocate(fh, mode as u32, u64::from(offset), u64::from(length)) {
+                        Err(error) if error.is(rustix::io::Errno::OPNOTSUPP) => Ok(false),
+                        other => other.map(|()| true),
+                    }
+                })?;
+                if !done {
+                    self.reference.seal(node);
+                    return Ok(());
+                }
+                self.reference.content(node, |content| {
+                    let start = content.len().min(offset as usize);
+                    let end = content.len().min((offset + length) as usize);
+                    content[start..end].fill(0);
+                });
+            }
+            Op::Copy { from, from_offset, to_offset, length, .. } => {
+                let source = self.pick(&files, from).expect("there are files");
+                if source == node {
+                    return Ok(());
+                }
+                let from_fh = self
+                    .fs()
+                    .open(self.ino(source), READ_WRITE, &caller())
+                    .or_else(fail("open the source"))?;
+                let copied = self.with_open(node, READ_WRITE, |fs, fh| {
+                    let (from, to) = (u64::from(from_offset), u64::from(to_offset));
+                    fs.copy_range((from_fh, from), (fh, to), u64::from(length))
+                })?;
+                self.fs().release(from_fh).or_else(fail("release the source"))?;
+                if self.reference.nodes[source].opens == 0 {
+                    self.reference.seal(source);
+                }
+                let Body::File(bytes) = &self.reference.nodes[source].now.body else {
+                    return Err("the source is no file".into());
+                };
+                let start = bytes.len().min(from_offset as usize);
+                let end = bytes.len().min(start + length as usize);
+                let bytes = bytes[start..end].to_vec();
+                if copied != bytes.len() as u64 {
+                    return Err(format!("copied {copied} of {} bytes", bytes.len()));
+                }
+                if !bytes.is_empty() {
+                    self.reference.content(node, |content| put(content, to_offset as usize, &bytes));
+                }
+            }
+            _ => {}
+        }
+        self.reference.seal(node);
+        Ok(())
+    }
+
+    fn handle(&mut self, op: &Op) -> Outcome {
+        if let Op::Open { file } = *op {
+            let Some(node) = self.pick(&self.reference.files(), file) else { return Ok(()) };
+            let fh =
+                self.fs().open(self.ino(node), READ_WRITE, &caller()).or_else(fail("open"))?;
+            self.reference.nodes[node].opens += 1;
+            self.handles.push((fh, node));
+            return Ok(());
+        }
+        let (Op::WriteOpen { handle, .. }
+        | Op::Flush { handle }
+        | Op::Fsync { handle }
+        | Op::Close { handle }) = *op
+        else {
+            return Ok(());
+        };
+        if self.handles.is_empty() {
+            return Ok(());
+        }
+        let at = handle % self.handles.len();
+        let (fh, node) = self.handles[at];
+        match *op {
+            Op::WriteOpen { offset, length, fill, .. } => {
+                let bytes = pattern(fill, length as usize);
+                self.fs().write(fh, u64::from(offset), &bytes, false).or_else(fail("write"))?;
+                self.reference.content(node, |content| put(content, offset as usize, &bytes));
+            }
+            Op::Flush { .. } => {
+                self.fs().flush(fh).or_else(fail("flush"))?;
+                self.reference.seal(node);
+            }
+            Op::Fsync { .. } => self.fs().fsync(fh, false).or_else(fail("fsync"))?,
+            Op::Close { .. } => {
+                self.handles.swap_remove(at);
+                self.close(fh, node)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn close(&mut self, fh: Fh, node: usize) -> Outcome {
+        let Body::File(expected) = self.reference.nodes[node].now.body.clone() else {
+            return Err("a handle of no file".into());
+        };
+        let mut bytes = vec![0; expected.len() + 10];
+        let got = self.fs().read(self.ino(node), fh, 0, &mut bytes).or_else(fail("read"))?;
+        if bytes[..got] != expected[..] {
+            return Err(format!("an open handle of node {node} reads something else"));
+        }
+        self.fs().flush(fh).or_else(fail("flush"))?;
+        self.fs().release(fh).or_else(fail("release"))?;
+        self.reference.nodes[node].opens -= 1;
+        self.reference.seal(node);
+        Ok(())
+    }
+
+    fn unlink(&mut self, dir: usize, name: &str) -> Outcome {
+        let dir = self.dir(dir);
+        let answer = self.fs().unlink(self.ino(dir), &entry(name));
+        match self.child(dir, name) {
+            None if answer.as_ref().is_err_and(|e| e.is(rustix::io::Errno::NOENT)) => Ok(()),
+            Some(node) if self.is_dir(node) => match answer {
+                Err(error) if error.is(rustix::io::Errno::ISDIR) => Ok(()),
+                other => Err(format!("unlink of a directory answered {other:?}")),
+            },
+            Some(node) => {
+                answer.or_else(fail("unlink"))?;
+                self.lost_name(dir, name, node);
+                Ok(())
+            }
+            None => Err(format!("unlink of nothing answered {answer:?}")),
+        }
+    }
+
+    fn lost_name(&mut self, dir: usize, name: &str, node: usize) {
+        self.reference.leave(dir, name);
+        self.reference.nodes[node].links -= 1;
+    }
+
+    fn rmdir(&mut self, dir: usize, name: &str) -> Outcome {
+        let dir = self.dir(dir);
+        let answer = self.fs().rmdir(self.ino(dir), &entry(name));
+        match self.child(dir, name) {
+            Some(node) if self.is_dir(node) && self.reference.entries(node).is_empty() => {
+                answer.or_else(fail("rmdir"))?;
+                self.reference.leave(dir, name);
+                Ok(())
+            }
+            _ if answer.is_err() => Ok(()),
+            _ => Err("rmdir removed what it must not".into()),
+        }
+    }
+
+    fn rename(&mut self, from: (usize, &str), to: (usize, &str), mode: u8) -> Outcome {
+        let (dir, to_dir) = (self.dir(from.0), self.dir(to.0));
+        let mode = match mode {
+            0 => RenameMode::NoReplace,
+            1 => RenameMode::Exchange,
+            _ => RenameMode::Replace,
+        };
+        let source = self.child(dir, from.1);
+        let target = self.child(to_dir, to.1);
+        let loops = |node: Option<usize>, into: usize| {
+            node.is_some_and(|node| self.is_dir(node) && self.reference.contains(node, into))
+        };
+        // The kernel refuses these before it asks the filesystem.
+        if loops(source, to_dir) || loops(target, dir) {
+            return Ok(());
+        }
+        let kinds = (source.map(|n| self.is_dir(n)), target.map(|n| self.is_dir(n)));
+        if mode == RenameMode::Replace && matches!(kinds, (Some(a), Some(b)) if a != b) {
+            return Ok(());
+        }
+        let answer = self.fs().rename(
+            self.ino(dir),
+            &entry(from.1),
+            self.ino(to_dir),
+            &entry(to.1),
+            mode,
+        );
+        match (source, target, mode) {
+            (None, ..) | (_, Some(_), RenameMode::NoReplace) | (_, None, RenameMode::Exchange) => {
+                if answer.is_ok() { Err("a rename that must fail succeeded".into()) } else { Ok(()) }
+            }
+            (Some(source), Some(target), RenameMode::Replace)
+                if target != source
+                    && self.is_dir(target)
+                    && !self.reference.entries(target).is_empty() =>
+            {
+                if answer.is_ok() { Err("a full directory was replaced".into()) } else { Ok(()) }
+            }
+            (Some(source), target, mode) => {
+                answer.or_else(fail("rename"))?;
+                self.renamed((dir, from.1, source), (to_dir, to.1, target), mode);
+                Ok(())
+            }
+        }
+    }
+
+    fn renamed(
+        &mut self,
+        (dir, name, source): (usize, &str, usize),
+        (to_dir, to_name, target): (usize, &str, Option<usize>),
+        mode: RenameMode,
+    ) {
+        if target == Some(source) {
+            return;
+        }
+        self.reference.leave(dir, name);
+        if let Some(target) = target {
+            self.reference.leave(to_dir, to_name);
+            if mode == RenameMode::Exchange {
+                self.reference.enter(dir, name, target);
+            } else {
+                self.reference.nodes[target].links -= 1;
+            }
+        }
+        self.reference.enter(to_dir, to_name, source);
+    }
+
+    fn link(&mut self, file: usize, dir: usize, name: &str) -> Outcome {
+        let Some(node) = self.pick(&self.reference.files(), file) else { return Ok(()) };
+        let dir = self.dir(dir);
+        let answer = self.fs().link(self.ino(node), self.ino(dir), &entry(name));
+        if self.child(dir, name).is_some() {
+            return if answer.is_ok() { Err("a link over a name".into()) } else { Ok(()) };
+        }
+        answer.or_else(fail("link"))?;
+        self.reference.enter(dir, name, node);
+        self.reference.nodes[node].links += 1;
+        Ok(())
+    }
+
+    fn attribute(&mut self, op: &Op) -> Outcome {
+        let (Op::Chmod { node, .. }
+        | Op::SetXattr { node, .. }
+        | Op::RemoveXattr { node, .. }
+        | Op::SetTimes { node, .. }) = *op
+        else {
+            return Ok(());
+        };
+        let usable: Vec<usize> = self
+            .reference
+            .reachable()
+            .into_iter()
+            .filter(|&n| !matches!(self.reference.nodes[n].now.body, Body::Symlink(_) | Body::Fifo))
+            .collect();
+        let Some(node) = self.pick(&usable, node) else { return Ok(()) };
+        let ino = self.ino(node);
+        match *op {
+            Op::Chmod { mode, .. } => {
+                let changes = Changes { mode: Some(u32::from(mode)), ..Changes::default() };
+                self.fs().set_attributes(ino, &changes, &caller()).or_else(fail("chmod"))?;
+                self.reference.attribute(node, |object| object.mode = u32::from(mode));
+            }
+            Op::SetTimes { secs, .. } => {
+                let time = Timestamp { secs: i64::from(secs), nanos: 123_456_789 };
+                let changes = Changes { mtime: Some(SetTime::To(time)), ..Changes::default() };
+                self.fs().set_attributes(ino, &changes, &caller()).or_else(fail("utimens"))?;
+                self.reference.attribute(node, |object| object.mtime = Some(i64::from(secs)));
+            }
+            Op::SetXattr { name, value, .. } => {
+                let name = format!("user.x{name}");
+                let value = vec![value; 5];
+                match self.fs().set_xattr(ino, OsStr::new(&name), &value, 0, &caller()) {
+                    Err(error) if error.is(rustix::io::Errno::OPNOTSUPP) => return Ok(()),
+                    other => other.or_else(fail("setxattr"))?,
+                }
+                self.reference.attribute(node, |object| {
+                    object.xattrs.insert(name, value);
+                });
+            }
+            Op::RemoveXattr { name, .. } => {
+                let name = format!("user.x{name}");
+                let answer = self.fs().remove_xattr(ino, OsStr::new(&name));
+                let had = self.reference.nodes[node].now.xattrs.contains_key(&name);
+                if answer.is_ok() != had {
+                    return Err(format!("removexattr answered {answer:?}, had: {had}"));
+                }
+                if had {
+                    self.reference.attribute(node, |object| {
+                        object.xattrs.remove(&name);
+                    });
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn snapshot(&mut self) -> Outcome {
+        self.names += 1;
+        let name = format!("s{}", self.names);
+        self.fs().create_snapshot(&name, false).or_else(fail("snapshot"))?;
+        self.reference.seal_all();
+        self.snapshots.insert(name, self.reference.dump(true));
+        Ok(())
+    }
+
+    fn a_snapshot(&self, index: usize) -> Option<String> {
+        let count = self.snapshots.len();
+        self.snapshots.keys().nth(index.checked_rem(count)?).cloned()
+    }
+
+    fn rename_snapshot(&mut self, index: usize) -> Outcome {
+        let Some(name) = self.a_snapshot(index) else { return Ok(()) };
+        self.names += 1;
+        let to = format!("r{}", self.names);
+        self.catalog().rename_snapshot(&name, &to).or_else(fail("rename of a snapshot"))?;
+        let dump = self.snapshots.remove(&name).expect("it is there");
+        self.snapshots.insert(to, dump);
+        Ok(())
+    }
+
+    fn delete_snapshot(&mut self, index: usize) -> Outcome {
+        let Some(name) = self.a_snapshot(index) else { return Ok(()) };
+        self.catalog().delete_snapshot(&name).or_else(fail("delete of a snapshot"))?;
+        self.snapshots.remove(&name);
+        Ok(())
+    }
+
+    fn remount(&mut self) -> Outcome {
+        while let Some((fh, node)) = self.handles.pop() {
+            self.close(fh, node)?;
+        }
+        self.unmount()?;
+        self.fs = Some(open(&self.paths()));
+        Ok(())
+    }
+
+    fn unmount(&mut self) -> Outcome {
+        let fs = self.fs.take().expect("mounted");
+        fs.volume().close().or_else(fail("close"))?;
+        self.reference.seal_all();
+        drop(fs);
+        let paths = self.paths();
+        let differences = store::compare::compare(&paths[0], &paths[1]).or_else(fail("compare"))?;
+        match differences.first() {
+            None => Ok(()),
+            Some(first) => Err(format!("the replicas differ: {first:?}")),
+        }
+    }
+
+    /// Compares everything, then once more after a remount, and with each replica alone.
+    pub fn finish(&mut self) -> Outcome {
+        self.compare()?;
+        self.remount()?;
+        self.compare()?;
+        self.unmount()?;
+        let paths = self.paths();
+        self.fs = Some(open(&paths[1..]));
+        self.compare().map_err(|error| format!("with the second replica alone: {error}"))?;
+        self.fs.take().expect("mounted").volume().close().or_else(fail("close"))
+    }
+
+    fn compare(&mut self) -> Outcome {
+        let live = self.dump(1)?;
+        differ("the live tree", &self.reference.dump(false), &live)?;
+        let door = self.fs().lookup(1, &entry(".snapshots")).or_else(fail("the snapshots"))?;
+        for (name, expected) in &self.snapshots {
+            let root = self
+                .fs()
+                .lookup(door.stat.ino, &entry(name))
+                .or_else(fail(&format!("snapshot {name}")))?;
+            let shown = self.dump(root.stat.ino)?;
+            differ(&format!("snapshot {name}"), expected, &shown)?;
+        }
+        for moment in &self.moments {
+            let shown = self.dump_moment(moment.generation)?;
+            differ(&format!("instant {:?}", moment.generation), &moment.dump, &shown)?;
+        }
+        Ok(())
+    }
+
+    /// The tree below an inode, as the filesystem shows it.
+    fn dump(&self, root: u64) -> Outcome<Dump> {
+        let mut dump = Dump::new();
+        let mut first = BTreeMap::new();
+        self.dump_dir(root, "", &mut dump, &mut first)?;
+        Ok(dump)
+    }
+
+    fn dump_dir(
+        &self,
+        dir: u64,
+        path: &str,
+        dump: &mut Dump,
+        first: &mut BTreeMap<u64, String>,
+    ) -> Outcome {
+        let fs = self.fs();
+        let fh = fs.open_dir(dir).or_else(fail("opendir"))?;
+        let lines = fs.list(dir, fh, true).or_else(fail("readdir"))?;
+        fs.release_dir(fh);
+        let mut lines: Vec<_> = lines.iter().skip(2).collect();
+        lines.sort_by(|a, b| a.name.cmp(&b.name));
+        for line in lines {
+            let name = String::from_utf8(line.name.clone()).expect("our names are UTF-8");
+            let path = format!("{path}/{name}");
+            let found = fs.lookup(dir, &entry(&name)).or_else(fail(&format!("lookup of {path:?}")))?;
+            let stat = found.stat;
+            if stat.ino != line.ino || stat.kind != line.kind {
+                return Err(format!("{path:?}: listing and lookup disagree"));
+            }
+            fs.forget(stat.ino, 1);
+            let (kind, content) = match stat.kind {
+                Kind::File => ('f', self.read_file(stat.ino, stat.size)?),
+                Kind::Dir => ('d', Vec::new()),
+                Kind::Symlink => ('l', fs.readlink(stat.ino).or_else(fail("readlink"))?),
+                _ => ('p', Vec::new()),
+            };
+            let xattrs = fs.xattrs(stat.ino).or_else(fail("xattrs"))?;
+            let first_link = first.entry(stat.ino).or_insert_with(|| path.clone()).clone();
+            dump.insert(
+                path.clone(),
+                Shown {
+                    kind,
+                    content,
+                    mode: stat.mode,
+                    xattrs: user_xattrs(&xattrs),
+                    links: if kind == 'd' { 0 } else { stat.nlink },
+                    mtime: Some(stat.mtime.secs),
+                    first_link,
+                },
+            );
+            if kind == 'd' {
+                self.dump_dir(stat.ino, &path, dump, first)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_file(&self, ino: u64, size: u64) -> Outcome<Vec<u8>> {
+        let fs = self.fs();
+        let wish = Wish { readable: true, writable: false, truncate: false };
+        let fh = fs.open(ino, wish, &caller()).or_else(fail("open for reading"))?;
+        let mut bytes = vec![0; size as usize + 10];
+        let got = fs.read(ino, fh, 0, &mut bytes).or_else(fail("read"))?;
+        fs.release(fh).or_else(fail("release"))?;
+        bytes.truncate(got);
+        Ok(bytes)
+    }
+
+    /// The tree at a generation, from the catalog and the contents.
+    fn dump_moment(&self, at: Generation) -> Outcome<Dump> {
+        let mut dump = Dump::new();
+        let mut first = BTreeMap::new();
+        self.dump_moment_dir(at, NodeId::ROOT, "", &mut dump, &mut first)?;
+        Ok(dump)
+    }
+
+    fn dump_moment_dir(
+        &self,
+        at: Generation,
+        dir: NodeId,
+        path: &str,
+        dump: &mut Dump,
+        first: &mut BTreeMap<NodeId, String>,
+    ) -> Outcome {
+        for line in self.catalog().list_at(at, dir).or_else(fail("list_at"))? {
+            let name = String::from_utf8(line.name.as_bytes().to_vec()).expect("UTF-8");
+            let path = format!("{path}/{name}");
+            let row = self
+                .catalog()
+                .lookup_at(at, dir, &line.name)
+                .or_else(fail("lookup_at"))?
+                .ok_or_else(|| format!("{path:?} is listed but not found"))?;
+            let (kind, content) = match row.kind {
+                Kind::File => {
+                    let mut bytes = vec![0; row.size as usize];
+                    let volume = self.fs().volume();
+                    let got = volume
+                        .read_content(row.id, row.content, 0, &mut bytes)
+                        .or_else(fail(&format!("content of {path:?}")))?;
+                    bytes.truncate(got);
+                    ('f', bytes)
+                }
+                Kind::Dir => ('d', Vec::new()),
+                Kind::Symlink => {
+                    let target =
+                        self.catalog().symlink_target(row.id).or_else(fail("target"))?;
+                    ('l', target.unwrap_or_default())
+                }
+                _ => ('p', Vec::new()),
+            };
+            let xattrs = self.catalog().xattrs(row.xattrs).or_else(fail("xattrs"))?;
+            let links = self.catalog().links_at(at, row.id).or_else(fail("links_at"))?;
+            let first_link = first.entry(row.id).or_insert_with(|| path.clone()).clone();
+            dump.insert(
+                path.clone(),
+                Shown {
+                    kind,
+                    content,
+                    mode: row.mode,
+                    xattrs: user_xattrs(&xattrs),
+                    links: if kind == 'd' { 0 } else { links },
+                    mtime: Some(row.mtime.secs),
+                    first_link,
+                },
+            );
+            if kind == 'd' {
+                self.dump_moment_dir(at, row.id, &path, dump, first)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn user_xattrs(all: &rearviewfs::types::Xattrs) -> BTreeMap<String, Vec<u8>> {
+    all.0
+        .iter()
+        .filter(|(name, _)| name.starts_with(b"user."))
+        .map(|(name, value)| {
+            (OsStr::from_bytes(name).to_string_lossy().into_owned(), value.clone())
+        })
+        .collect()
+}
+
+/// Compares two trees; the reference's unknown times are not compared.
+fn differ(what: &str, expected: &Dump, shown: &Dump) -> Outcome {
+    for (path, want) in expected {
+        let Some(have) = shown.get(path) else {
+            return Err(format!("{what}: {path:?} is missing"));
+        };
+        let mut have = have.clone();
+        if want.mtime.is_none() {
+            have.mtime = None;
+        }
+        if &have != want {
+            let at = want.content.iter().zip(&have.content).position(|(a, b)| a != b);
+            let brief = |shown: &Shown| Shown { content: Vec::new(), ..shown.clone() };
+            return Err(format!(
+                "{what}: {path:?} differs (first differing byte {at:?}, sizes {} and {})\n\
+                 expected {:?}\nshown    {:?}",
+                want.content.len(),
+                have.content.len(),
+                brief(want),
+                brief(&have)
+            ));
+        }
+    }
+    match shown.keys().find(|path| !expected.contains_key(*path)) {
+        Some(path) => Err(format!("{what}: {path:?} is too much")),
+        None => Ok(()),
+    }
+}
