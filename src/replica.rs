@@ -9,6 +9,10 @@
 //! device fails, the next one takes its place. Once one has succeeded, the change has happened, and
 //! every other must succeed as well or is ejected, whatever its error. If none succeeds, the error is
 //! the answer and nobody is ejected.
+//!
+//! A write is the one operation that can fail in part: the answer `ENOSPC` may leave the primary with
+//! some of its bytes. [`ReplicaSet::ensure_room`] before it makes that an exception; whoever writes
+//! still has to level the replicas after a failed write.
 
 use std::io;
 use std::path::PathBuf;
@@ -218,6 +222,12 @@ impl ReplicaSet {
             self.eject(id, Fault::new(op, errno));
         }
         self.settle();
+        // Another thread may have lost the very replica that succeeded here, and left us with one
+        // that did not: nobody online has the change then.
+        if !answers.iter().any(|(id, answer)| answer.is_some() && self.is_online(id)) {
+            log::error!("{op}: the only replica it succeeded on is out of use");
+            return Err(Errno::IO.into());
+        }
         Ok(Answers(answers))
     }
 

@@ -15,17 +15,18 @@ use crate::types::EntryName;
 /// What each replica does in a test of the rule: `None` succeeds.
 type Outcomes<'a> = &'a [Option<Errno>];
 
+/// What to inject into which method from now on.
+type Next = Arc<Mutex<Option<(&'static str, Injected)>>>;
+
 struct Rig {
     set: ReplicaSet,
     dirs: Vec<TempDir>,
-    /// The errors to inject next, by replica and method.
-    plans: Vec<Arc<Mutex<Option<(&'static str, Injected)>>>>,
+    plans: Vec<Next>,
 }
 
 fn rig(count: usize) -> Rig {
     let dirs: Vec<_> = (0..count).map(|_| TempDir::new().expect("a directory")).collect();
-    let plans: Vec<Arc<Mutex<Option<(&str, Injected)>>>> =
-        (0..count).map(|_| Arc::default()).collect();
+    let plans: Vec<Next> = (0..count).map(|_| Arc::default()).collect();
     let replicas = dirs.iter().zip(&plans).enumerate().map(|(index, (dir, plan))| {
         let inner = Box::new(DirBacking::open(dir.path()).expect("open"));
         let plan = plan.clone();
@@ -88,7 +89,8 @@ fn the_rule_of_answers() {
     const NOSPC: Option<Errno> = Some(Errno::NOSPC);
     const UNKNOWN: Option<Errno> = Some(Errno::XFULL);
     const MFILE: Option<Errno> = Some(Errno::MFILE);
-    let cases: &[(Outcomes<'_>, Result<usize, Errno>, usize, &[usize])] = &[
+    type Case<'a> = (Outcomes<'a>, Result<usize, Errno>, usize, &'a [usize]);
+    let cases: &[Case<'_>] = &[
         (&[None, None], Ok(0), 2, &[0, 1]),
         (&[NOENT, None], Err(Errno::NOENT), 1, &[0, 1]),
         (&[NOSPC, None], Err(Errno::NOSPC), 1, &[0, 1]),
@@ -178,6 +180,21 @@ fn the_last_replica_is_never_ejected() {
     rig.set.admit(rig.set.ids().next().expect("two replicas"));
     assert_eq!(rig.online(), [0, 1]);
     assert_eq!(rig.set.health(rig.set.primary().expect("online")).state, State::Online);
+}
+
+#[test]
+fn a_change_that_no_online_replica_holds_is_not_acknowledged() {
+    let rig = rig(2);
+    let answer = rig.set.apply("change", |id, _| match id.index() {
+        0 => Err(Errno::IO.into()),
+        // It succeeds here, while another thread's operation costs us this very replica.
+        _ => {
+            rig.set.eject(id, Fault::new("other", Errno::IO));
+            Ok(())
+        }
+    });
+    assert!(answer.is_err_and(|error| error.is(Errno::IO)));
+    assert_eq!(rig.online(), [0]);
 }
 
 #[test]
