@@ -2,17 +2,18 @@
 //!
 //! Owns which replicas are online, the handles kept open on them, and their error counts. Promises
 //! that a replica which missed a change is ejected before that change is acknowledged to anybody,
-//! and that the last online replica is never ejected. Does not repair: that is resync's and scrub's.
+//! and that the last online replica is never ejected. Does not repair: that is resync's and
+//! scrub's.
 //!
 //! **The rule** ([`ReplicaSet::apply`]). The first online replica, the primary, goes first. If it
 //! gives a proper answer (`ENOENT`, `ENOSPC`), that is the answer, and no other is asked. If its
 //! device fails, the next one takes its place. Once one has succeeded, the change has happened, and
-//! every other must succeed as well or is ejected, whatever its error. If none succeeds, the error is
-//! the answer and nobody is ejected.
+//! every other must succeed as well or is ejected, whatever its error. If none succeeds, the error
+//! is the answer and nobody is ejected.
 //!
-//! A write is the one operation that can fail in part: the answer `ENOSPC` may leave the primary with
-//! some of its bytes. [`ReplicaSet::ensure_room`] before it makes that an exception; whoever writes
-//! still has to level the replicas after a failed write.
+//! A write is the one operation that can fail in part: the answer `ENOSPC` may leave the primary
+//! with some of its bytes. [`ReplicaSet::ensure_room`] before it makes that an exception; whoever
+//! writes still has to level the replicas after a failed write.
 
 use std::io;
 use std::path::PathBuf;
@@ -101,7 +102,8 @@ pub struct ReplicaSet {
     records: ReplicaMap<Record>,
     /// Bit `n` is set while replica `n` is online.
     online: AtomicU8,
-    /// Held while a replica is being ejected, hooks included. Innermost but for what the hooks take.
+    /// Held while a replica is being ejected, hooks included. Innermost but for what the hooks
+    /// take.
     ejecting: ReentrantMutex<()>,
     /// How many ejections are under way: see [`ReplicaSet::settle`].
     ejections: AtomicUsize,
@@ -163,8 +165,8 @@ impl ReplicaSet {
     }
 
     /// Calls `hook` once for every replica that is ejected, before any change that it missed is
-    /// acknowledged: the place to record durably who is left. It runs under whatever locks the failing
-    /// operation holds, so it must not wait for another thread's operation on this set.
+    /// acknowledged: the place to record durably who is left. It runs under whatever locks the
+    /// failing operation holds, so it must not wait for another thread's operation on this set.
     pub fn on_fault(&self, hook: FaultHook) {
         self.hooks.write().push(hook);
     }
@@ -263,8 +265,8 @@ impl ReplicaSet {
         Err(Errno::IO.into())
     }
 
-    /// Handles of the directory `node` on all online replicas, for use as a parent. `path` tells where
-    /// it is and is asked only when the handles are not at hand.
+    /// Handles of the directory `node` on all online replicas, for use as a parent. `path` tells
+    /// where it is and is asked only when the handles are not at hand.
     pub fn dir(&self, node: NodeId, path: impl FnOnce() -> RelPath) -> Result<Arc<Handles>> {
         if let Some(handles) = self.dirs.dir(node) {
             return Ok(handles);
@@ -299,8 +301,8 @@ impl ReplicaSet {
         Ok(handles)
     }
 
-    /// Takes a replica out of use, unless it is out already or is the last one. Returns when the hooks
-    /// have run.
+    /// Takes a replica out of use, unless it is out already or is the last one. Returns when the
+    /// hooks have run.
     pub fn eject(&self, id: ReplicaId, fault: Fault) {
         // Counted before the bit is cleared, so that whoever misses the bit sees the count.
         self.ejections.fetch_add(1, Ordering::SeqCst);
