@@ -26,7 +26,7 @@ use rustix::io::Errno;
 use crate::error::Result;
 use crate::types::{NodeId, RelPath, ReplicaId, ReplicaMap};
 
-use backing::{Backing, Space};
+use backing::{Backing, Handle, Space};
 use handles::DirCache;
 use health::{Meaning, Record, errno_of, meaning};
 use room::Room;
@@ -91,6 +91,13 @@ impl<T> Answers<T> {
     /// The answers by replica; `None` for those that did not take part.
     pub fn into_map(self) -> ReplicaMap<Option<T>> {
         self.0
+    }
+}
+
+impl Answers<Handle> {
+    /// The handles that were opened, for later operations on the same object.
+    pub fn into_handles(self) -> Handles {
+        Handles::new(self.0)
     }
 }
 
@@ -201,7 +208,13 @@ impl ReplicaSet {
         let mut succeeded = false;
         let mut failed: Vec<(ReplicaId, Errno)> = Vec::new();
         for id in self.online() {
-            let errno = match f(id, self.get(id).backing()) {
+            let mut result = f(id, self.get(id).backing());
+            if result.as_ref().is_err_and(|error| out_of_files(errno_of(error))) {
+                // Rather than lose a replica to our own thrift, we give back what is only kept.
+                self.dirs.shrink();
+                result = f(id, self.get(id).backing());
+            }
+            let errno = match result {
                 Ok(answer) => {
                     answers[id] = Some(answer);
                     succeeded = true;
@@ -241,7 +254,8 @@ impl ReplicaSet {
         }
     }
 
-    /// Runs a reading operation on the primary; on an error of its device on the next one.
+    /// Runs a reading operation on the primary; on an error of its device on the next one. Replicas
+    /// on which the object is not open ([`Handles::get`]) are passed over; `EIO` if none is left.
     pub fn read<T>(
         &self,
         op: &'static str,
@@ -250,6 +264,8 @@ impl ReplicaSet {
         for id in self.online() {
             let errno = match f(id, self.get(id).backing()) {
                 Ok(answer) => return Ok(answer),
+                // Not open there, which is no fault of the replica's.
+                Err(error) if error.raw_os_error().is_none() => continue,
                 Err(error) => errno_of(&error),
             };
             if meaning(errno) != Meaning::Device {
@@ -265,22 +281,24 @@ impl ReplicaSet {
         Err(Errno::IO.into())
     }
 
+    /// A map of all replicas, online or not, made from each id.
+    pub fn map_ids<T>(&self, mut f: impl FnMut(ReplicaId) -> T) -> ReplicaMap<T> {
+        self.replicas.map(|id, _| f(id))
+    }
+
     /// Handles of the directory `node` on all online replicas, for use as a parent. `path` tells
     /// where it is and is asked only when the handles are not at hand.
-    pub fn dir(&self, node: NodeId, path: impl FnOnce() -> RelPath) -> Result<Arc<Handles>> {
+    pub fn dir(
+        &self,
+        node: NodeId,
+        path: impl FnOnce() -> Result<RelPath>,
+    ) -> Result<Arc<Handles>> {
         if let Some(handles) = self.dirs.dir(node) {
             return Ok(handles);
         }
-        let path = path();
-        let open = || self.open("open_dir", |_, backing| backing.open_dir(&path));
-        let opened = match open() {
-            Err(error) if error.is(Errno::MFILE) || error.is(Errno::NFILE) => {
-                self.dirs.shrink();
-                open()?
-            }
-            other => other?,
-        };
-        let handles = Arc::new(Handles::from(opened));
+        let path = path()?;
+        let opened = self.open("open_dir", |_, backing| backing.open_dir(&path))?;
+        let handles = Arc::new(opened.into_handles());
         self.dirs.keep_dir(node, &handles);
         Ok(handles)
     }
@@ -296,7 +314,7 @@ impl ReplicaSet {
             return Ok(handles);
         }
         let opened = self.open("open_private", |_, backing| handles::open_private(backing, dir))?;
-        let handles = Arc::new(Handles::from(opened));
+        let handles = Arc::new(opened.into_handles());
         self.dirs.keep_private(dir, &handles);
         Ok(handles)
     }
@@ -319,8 +337,9 @@ impl ReplicaSet {
             self.online.store(mask & !bit(id), Ordering::SeqCst);
             self.room.forget();
             log::error!(
-                "{}: {fault}. The replica '{}' is out of use from now on; check its disk, then bring \
-                 it back with `rearview replica online` or replace it with `rearview replica replace`",
+                "{}: {fault}. The replica '{}' is out of use from now on; check its \
+                 disk, then bring it back with `rearview replica online` or exchange it with \
+                 `rearview replica replace`",
                 replica.path.display(),
                 replica.label
             );
@@ -375,6 +394,10 @@ impl ReplicaSet {
             self.online().filter_map(|id| self.get(id).backing().space().ok()).collect();
         if spaces.is_empty() { Err(Errno::IO.into()) } else { Ok(spaces) }
     }
+}
+
+fn out_of_files(errno: Errno) -> bool {
+    matches!(errno, Errno::MFILE | Errno::NFILE)
 }
 
 /// A replica's bit in the mask of those online.
