@@ -30,7 +30,7 @@ use ranges::ByteRange;
 use undo::UndoLog;
 
 /// Owner of what the daemon makes for itself: root's, or the mounter's own, with no umask.
-pub const OWN: Creds = Creds { uid: 0, gid: 0, umask: 0 };
+pub const OWN: Creds = Creds::DAEMON;
 /// Resolved extent maps kept in memory. One of a database with many changed pages is some MiB.
 const EXTENT_MAPS_MAX: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");
 /// Before-images are taken in blocks of this size: what filesystems and databases write at least.

@@ -226,3 +226,15 @@ mod tests {
         assert_eq!(limit.current.unwrap_or(u64::MAX), raised);
     }
 }
+
+/// Writes back a file's dirty pages and waits for them (`sync_file_range(2)` with all three flags). The
+/// file need not be open for writing.
+pub fn flush_pages(file: impl AsFd) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the call takes no pointers, and the descriptor is borrowed for its duration.
+    let answer = unsafe { libc::sync_file_range(file.as_fd().as_raw_fd(), 0, 0, flags) };
+    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

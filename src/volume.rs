@@ -33,10 +33,11 @@ use crate::replica::backing::{Creds, Space, Stat};
 use crate::replica::{Handles, Health, ReplicaSet};
 use crate::store::Store;
 use crate::types::{
-    EntryName, Generation, Kind, NodeId, PRIVATE_DIR, ReplicaId, SnapshotId, Timestamp, XattrSetId,
+    EntryName, Generation, Kind, NodeId, PRIVATE_DIR, RelPath, ReplicaId, SnapshotId, Timestamp, XattrSetId,
 };
 
 pub use attributes::{Changes, Privileges};
+pub use namespace::Newborn;
 use nodes::{Node, Nodes};
 
 /// Stripes of directory locks: more than threads.
@@ -121,13 +122,6 @@ pub struct VolumeStatus {
     pub generation: Generation,
     /// The oldest moment that can be looked at.
     pub oldest: Timestamp,
-}
-
-/// A live object as an answer to the kernel.
-#[derive(Clone, Copy, Debug)]
-pub struct Looked {
-    /// Its attributes; `ino` is the node id.
-    pub stat: Stat,
 }
 
 impl Volume {
@@ -234,6 +228,11 @@ impl Volume {
         self.replicas().space()
     }
 
+    /// A live node's path from the root.
+    pub fn path_of(&self, node: NodeId) -> Result<RelPath> {
+        self.nodes.path(self.catalog(), node)
+    }
+
     /// The kernel forgot `count` lookups of a node.
     pub fn forget(&self, node: NodeId, count: u64) {
         self.nodes.forget(node, count);
@@ -243,8 +242,7 @@ impl Volume {
 
     /// Handles of a directory on every online replica.
     fn dir(&self, dir: NodeId) -> Result<Arc<Handles>> {
-        let path = self.nodes.path(self.catalog(), dir);
-        self.replicas().dir(dir, move || path)
+        self.replicas().dir(dir, || self.nodes.path(self.catalog(), dir))
     }
 
     /// Locks the entries of a directory.

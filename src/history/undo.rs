@@ -168,7 +168,7 @@ impl UndoLog {
             b.sync(dir.get(id)?, false)?;
             Ok(file)
         })?;
-        tail.files = Some(Arc::new(files.into_handles()));
+        tail.files = Some(Arc::new(Handles::from(files)));
         tail.end = 0;
         Ok(())
     }

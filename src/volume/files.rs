@@ -9,7 +9,7 @@ use crate::history::ranges::ByteRange;
 use crate::history::{self, preserved_dir, preserved_name};
 use crate::replica::backing::{Access, Backing, Handle, Seek};
 use crate::replica::{Handles, PrivateDir};
-use crate::types::{ContentId, EntryName, ReplicaId};
+use crate::types::{ContentId, EntryName, ReplicaId, ReplicaMap};
 
 use super::nodes::{Node, Open, State};
 use super::{Caller, Volume};
@@ -65,11 +65,11 @@ impl Volume {
         match access {
             Access::ReadWrite if open.write.is_none() => {
                 let (dir, name) = self.location(node, state)?;
-                let handles = self.replicas().apply("open", |id, b| {
+                let handles = self.replicas().open("open", |id, b| {
                     b.open_file(dir.get(id)?, &name, Access::ReadWrite)
                 })?;
                 let open = state.open.as_mut().expect("as above");
-                open.write = Some(Arc::new(handles.into_handles()));
+                open.write = Some(Arc::new(Handles::from(handles)));
                 open.read = None;
             }
             Access::Read if open.any().is_none() => {
@@ -88,7 +88,9 @@ impl Volume {
     /// Handles of an object that is open on one replica only.
     fn single_handle(&self, on: ReplicaId, handle: Handle) -> Handles {
         let mut handle = Some(handle);
-        Handles::new(self.replicas().map_ids(|id| if id == on { handle.take() } else { None }))
+        let ids: Vec<ReplicaId> = self.replicas().ids().collect();
+        let of = |id| if id == on { handle.take() } else { None };
+        Handles::new(ReplicaMap::new(ids.into_iter().map(of).collect()))
     }
 
     /// The directory and the name by which a file is reached on every replica: its own, or for an
@@ -292,7 +294,7 @@ impl Volume {
         let changes = vec![crate::catalog::Change::ContentPreserved { id: content }];
         self.catalog().push(changes)?;
         let open = state.open.as_mut().expect("as above");
-        open.write = Some(Arc::new(made.into_handles()));
+        open.write = Some(Arc::new(Handles::from(made)));
         open.saved.insert(ByteRange { start: 0, end: open.sealed.size });
         if let Some((parent, _)) = node.place(self.catalog())? {
             self.mark_dir(parent);

@@ -46,8 +46,8 @@ impl Volume {
         let dir = self.dir(parent)?;
         let handles = self
             .replicas()
-            .apply("create", |id, b| b.create(dir.get(id)?, name, mode & 0o7777, caller.creds))?
-            .into_handles();
+            .apply("create", |id, b| b.create(dir.get(id)?, name, mode & 0o7777, caller.creds))?;
+        let handles = Handles::from(handles);
         let (mut stat, xattrs) = self.replicas().read("stat", |id, b| {
             let file = handles.get(id)?;
             Ok((b.stat(file)?, b.xattrs(file)?))
@@ -387,6 +387,8 @@ impl Volume {
             let kept = replicas.private(preserved_dir(target.id))?;
             let kept_name = preserved_name(target.id, content);
             replicas.apply("link", |id, b| {
+                // A clone of the same content may lie there already.
+                let _ = b.unlink(kept.get(id)?, &kept_name);
                 b.link(to.get(id)?, new_name, kept.get(id)?, &kept_name)
             })?;
             if let Err(error) = rename() {

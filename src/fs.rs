@@ -1,0 +1,532 @@
+//! The filesystem as operations: live tree and past behind one set of inode numbers, without FUSE.
+//!
+//! Owns the open handles and the decision whether an inode is live or past; everything else is the
+//! volume's or the past's. The past is read-only: whatever would change it answers `EROFS`, except the
+//! three operations on `.snapshots` that make, forget and rename a snapshot.
+
+mod barrier;
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use rustix::io::Errno;
+
+use crate::catalog::Snapshot;
+use crate::error::{Error, Result};
+use crate::past::{Past, PastOptions};
+use crate::replica::backing::{RenameMode, Seek, Space, Stat};
+use crate::types::{EntryName, Kind, NodeId, Xattrs};
+use crate::volume::nodes::Node;
+use crate::volume::{Caller, Changes, Newborn, Volume};
+
+/// Where the directory of snapshots is listed; it can be entered by name all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapDir {
+    /// Nowhere.
+    Hidden,
+    /// In the root of the mount.
+    Root,
+    /// In every directory.
+    Visible,
+    /// It does not exist.
+    Disabled,
+}
+
+/// How a filesystem is shown.
+#[derive(Clone, Debug)]
+pub struct FsOptions {
+    /// Where the directory of snapshots is listed.
+    pub snapdir: SnapDir,
+    /// Its name.
+    pub snapdir_name: EntryName,
+    /// Where the filesystem is mounted: written-to memory maps are flushed by way of it.
+    pub mountpoint: PathBuf,
+}
+
+/// How long the kernel may keep what it is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// It cannot change.
+    Always,
+    /// It changes through this mount only, which tells the kernel by itself.
+    WhileMounted,
+    /// It may change at any time.
+    Never,
+}
+
+/// An object as the kernel is told of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// Its attributes; `ino` is its inode number in the mount.
+    pub stat: Stat,
+    /// How long that holds.
+    pub keep: Keep,
+}
+
+/// One line of a directory listing.
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// Its name; `.` and `..` come first.
+    pub name: Vec<u8>,
+    /// Its inode number.
+    pub ino: u64,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// Identifies an open file or directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fh(pub u64);
+
+/// Something open.
+enum Opened {
+    File {
+        node: Arc<Node>,
+        writable: bool,
+        readable: bool,
+    },
+    /// The listing as it was when reading began: entries removed meanwhile do not shift the rest.
+    Dir(Mutex<Option<Arc<Vec<Line>>>>),
+    Past,
+}
+
+/// The filesystem of one mount.
+pub struct Filesystem {
+    volume: Arc<Volume>,
+    past: Past,
+    options: FsOptions,
+    opened: Mutex<HashMap<u64, Arc<Opened>>>,
+    next_handle: AtomicU64,
+}
+
+fn read_only<T>() -> Result<T> {
+    Err(Error::Posix(Errno::ROFS))
+}
+
+impl Filesystem {
+    /// The filesystem of a volume.
+    pub fn new(volume: Arc<Volume>, options: FsOptions) -> Filesystem {
+        let past_options = PastOptions {
+            snapdir_name: options.snapdir_name.clone(),
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+        };
+        Filesystem {
+            past: Past::new(volume.clone(), past_options),
+            volume,
+            options,
+            opened: Mutex::default(),
+            next_handle: AtomicU64::new(1),
+        }
+    }
+
+    /// The volume.
+    pub fn volume(&self) -> &Arc<Volume> {
+        &self.volume
+    }
+
+    /// Takes a snapshot that has everything which any program wrote before the call, also through
+    /// memory maps. Not to be called by a thread that answers the kernel's requests.
+    pub fn create_snapshot(&self, name: &str, automatic: bool) -> Result<Snapshot> {
+        self.flush_maps();
+        self.volume.create_snapshot(name, automatic)
+    }
+
+    fn keep_open(&self, opened: Opened) -> Fh {
+        let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.opened.lock().insert(handle, Arc::new(opened));
+        Fh(handle)
+    }
+
+    fn opened(&self, fh: Fh) -> Result<Arc<Opened>> {
+        self.opened.lock().get(&fh.0).cloned().ok_or(Error::Posix(Errno::BADF))
+    }
+
+    fn file(&self, fh: Fh) -> Result<Arc<Node>> {
+        match &*self.opened(fh)? {
+            Opened::File { node, .. } => Ok(node.clone()),
+            Opened::Past => read_only(),
+            Opened::Dir(_) => Err(Error::Posix(Errno::ISDIR)),
+        }
+    }
+
+    /// The live node of an inode number; `EROFS` for one of the past.
+    fn live(&self, ino: u64) -> Result<Arc<Node>> {
+        if Past::owns(ino) { read_only() } else { self.volume.node(NodeId(ino)) }
+    }
+
+    fn live_dir(&self, ino: u64) -> Result<NodeId> {
+        if Past::owns(ino) { read_only() } else { Ok(NodeId(ino)) }
+    }
+
+    /// Whether the name is the door to the past.
+    fn is_snapdir(&self, name: &EntryName) -> bool {
+        self.options.snapdir != SnapDir::Disabled && *name == self.options.snapdir_name
+    }
+
+    /// Refuses to make or remove the door to the past, in a live directory.
+    fn check_name(&self, name: &EntryName) -> Result<()> {
+        if self.is_snapdir(name) { Err(Error::Posix(Errno::PERM)) } else { Ok(()) }
+    }
+
+    // --- looking
+
+    /// What a name in a directory means.
+    pub fn lookup(&self, parent: u64, name: &EntryName) -> Result<Found> {
+        if Past::owns(parent) {
+            return self.past.lookup(parent, name).map(found_past);
+        }
+        if self.is_snapdir(name) {
+            return self.past.enter(NodeId(parent)).map(found_past);
+        }
+        let (_, stat) = self.volume.lookup(NodeId(parent), name)?;
+        Ok(found_live(stat))
+    }
+
+    /// The kernel forgot `count` lookups.
+    pub fn forget(&self, ino: u64, count: u64) {
+        if !Past::owns(ino) {
+            self.volume.forget(NodeId(ino), count);
+        }
+    }
+
+    /// Attributes.
+    pub fn stat(&self, ino: u64) -> Result<Found> {
+        if Past::owns(ino) {
+            return self.past.stat(ino).map(found_past);
+        }
+        let node = self.volume.node(NodeId(ino))?;
+        Ok(found_live(self.volume.stat(&node)?))
+    }
+
+    /// A symlink's target.
+    pub fn readlink(&self, ino: u64) -> Result<Vec<u8>> {
+        if Past::owns(ino) {
+            return self.past.readlink(ino);
+        }
+        self.volume.readlink(&self.live(ino)?)
+    }
+
+    /// All extended attributes.
+    pub fn xattrs(&self, ino: u64) -> Result<Arc<Xattrs>> {
+        if Past::owns(ino) {
+            return self.past.xattrs(ino);
+        }
+        self.volume.list_xattrs(&self.live(ino)?).map(Arc::new)
+    }
+
+    /// One extended attribute.
+    pub fn xattr(&self, ino: u64, name: &OsStr) -> Result<Vec<u8>> {
+        if Past::owns(ino) {
+            use std::os::unix::ffi::OsStrExt;
+            let all = self.past.xattrs(ino)?;
+            return all.0.get(name.as_bytes()).cloned().ok_or(Error::Posix(Errno::NODATA));
+        }
+        self.volume.get_xattr(&self.live(ino)?, name)
+    }
+
+    /// Space of the tightest replica.
+    pub fn space(&self) -> Result<Space> {
+        self.volume.space()
+    }
+
+    // --- names
+
+    /// Makes a file and opens it.
+    pub fn create(
+        &self,
+        parent: u64,
+        name: &EntryName,
+        mode: u32,
+        access: Wish,
+        caller: &Caller,
+    ) -> Result<(Found, Fh)> {
+        let dir = self.live_dir(parent)?;
+        self.check_name(name)?;
+        let (node, stat) = self.volume.create(dir, name, mode, access.writable, caller)?;
+        let Wish { writable, readable, .. } = access;
+        Ok((found_live(stat), self.keep_open(Opened::File { node, writable, readable })))
+    }
+
+    /// Makes a directory, symlink or special file. In `.snapshots`, `mkdir` takes a snapshot.
+    pub fn make(
+        &self,
+        parent: u64,
+        name: &EntryName,
+        what: &Newborn<'_>,
+        mode: u32,
+        caller: &Caller,
+    ) -> Result<Found> {
+        if Past::owns(parent) {
+            if !matches!(what, Newborn::Dir) {
+                return read_only();
+            }
+            let name = self.past.snapshot_to_create(parent, name)?;
+            let snapshot = self.create_snapshot(&name, false)?;
+            return self.past.created(parent, &snapshot).map(found_past);
+        }
+        self.check_name(name)?;
+        let (_, stat) = self.volume.make(NodeId(parent), name, what, mode, caller)?;
+        Ok(found_live(stat))
+    }
+
+    /// Gives a file another name.
+    pub fn link(&self, ino: u64, parent: u64, name: &EntryName) -> Result<Found> {
+        let node = self.live(ino)?;
+        let dir = self.live_dir(parent)?;
+        self.check_name(name)?;
+        let (_, stat) = self.volume.link(&node, dir, name)?;
+        Ok(found_live(stat))
+    }
+
+    /// Removes a name that is no directory's.
+    pub fn unlink(&self, parent: u64, name: &EntryName) -> Result<()> {
+        let dir = self.live_dir(parent)?;
+        self.check_name(name)?;
+        self.volume.unlink(dir, name)
+    }
+
+    /// Removes an empty directory. In `.snapshots` it forgets a snapshot.
+    pub fn rmdir(&self, parent: u64, name: &EntryName) -> Result<()> {
+        if Past::owns(parent) {
+            return self.past.remove_snapshot(parent, name);
+        }
+        self.check_name(name)?;
+        self.volume.rmdir(NodeId(parent), name)
+    }
+
+    /// Renames. Within `.snapshots` it renames a snapshot.
+    pub fn rename(
+        &self,
+        parent: u64,
+        name: &EntryName,
+        new_parent: u64,
+        new_name: &EntryName,
+        mode: RenameMode,
+    ) -> Result<()> {
+        match (Past::owns(parent), Past::owns(new_parent)) {
+            (true, true) => self.past.rename_snapshot(parent, name, new_parent, new_name),
+            (false, false) => {
+                self.check_name(name)?;
+                self.check_name(new_name)?;
+                let (from, to) = (NodeId(parent), NodeId(new_parent));
+                self.volume.rename(from, name, to, new_name, mode)
+            }
+            // Out of the past things are copied, not moved; `mv` does that on EXDEV.
+            (true, false) | (false, true) => Err(Error::Posix(Errno::XDEV)),
+        }
+    }
+
+    // --- attributes
+
+    /// Changes attributes.
+    pub fn set_attributes(&self, ino: u64, changes: &Changes, caller: &Caller) -> Result<Found> {
+        let node = self.live(ino)?;
+        Ok(found_live(self.volume.set_attributes(&node, changes, caller)?))
+    }
+
+    /// Sets an extended attribute.
+    pub fn set_xattr(
+        &self,
+        ino: u64,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        caller: &Caller,
+    ) -> Result<()> {
+        self.volume.set_xattr(&self.live(ino)?, name, value, flags, caller)
+    }
+
+    /// Removes an extended attribute.
+    pub fn remove_xattr(&self, ino: u64, name: &OsStr) -> Result<()> {
+        self.volume.remove_xattr(&self.live(ino)?, name)
+    }
+
+    // --- content
+
+    /// Opens a file.
+    pub fn open(&self, ino: u64, wish: Wish, caller: &Caller) -> Result<Fh> {
+        if Past::owns(ino) {
+            if wish.writable || wish.truncate {
+                return read_only();
+            }
+            return Ok(self.keep_open(Opened::Past));
+        }
+        let node = self.live(ino)?;
+        let Wish { writable, readable, truncate } = wish;
+        self.volume.open_file(&node, writable, truncate, caller)?;
+        Ok(self.keep_open(Opened::File { node, writable, readable }))
+    }
+
+    /// Ends an open.
+    pub fn release(&self, fh: Fh) -> Result<()> {
+        let opened = self.opened.lock().remove(&fh.0);
+        match opened.as_deref() {
+            Some(Opened::File { node, writable, .. }) => self.volume.release(node, *writable),
+            _ => Ok(()),
+        }
+    }
+
+    /// A descriptor was closed.
+    pub fn flush(&self, fh: Fh) -> Result<()> {
+        match &*self.opened(fh)? {
+            Opened::File { node, writable: true, .. } => self.volume.flush(node),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads; short only at the file's end.
+    pub fn read(&self, ino: u64, fh: Fh, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        if Past::owns(ino) {
+            return self.past.read(ino, offset, buffer);
+        }
+        self.volume.read(&self.file(fh)?, offset, buffer)
+    }
+
+    /// Writes all of `data`. `strip` tells that setuid and setgid must go.
+    pub fn write(&self, fh: Fh, offset: u64, data: &[u8], strip: bool) -> Result<()> {
+        self.volume.write(&self.file(fh)?, offset, data, strip)
+    }
+
+    /// Allocates, punches or zeroes.
+    pub fn fallocate(&self, fh: Fh, mode: u32, offset: u64, length: u64) -> Result<()> {
+        self.volume.fallocate(&self.file(fh)?, mode, offset, length)
+    }
+
+    /// Finds data or a hole.
+    pub fn seek(&self, ino: u64, fh: Fh, offset: u64, to: Seek) -> Result<u64> {
+        if Past::owns(ino) {
+            return self.past.seek(ino, offset, to);
+        }
+        self.volume.seek(&self.file(fh)?, offset, to)
+    }
+
+    /// Copies between files; the count may be short. Out of the past by reading and writing: `EXDEV`
+    /// tells the kernel to do so.
+    pub fn copy_range(
+        &self,
+        (from, from_offset): (Fh, u64),
+        (to, to_offset): (Fh, u64),
+        length: u64,
+    ) -> Result<u64> {
+        if matches!(&*self.opened(from)?, Opened::Past) {
+            return Err(Error::Posix(Errno::XDEV));
+        }
+        let (from, to) = (self.file(from)?, self.file(to)?);
+        self.volume.copy_range(&from, from_offset, &to, to_offset, length)
+    }
+
+    /// Makes a file durable.
+    pub fn fsync(&self, fh: Fh, data_only: bool) -> Result<()> {
+        match &*self.opened(fh)? {
+            Opened::File { node, .. } => self.volume.fsync(node, data_only),
+            _ => Ok(()),
+        }
+    }
+
+    // --- directories
+
+    /// Opens a directory for listing.
+    pub fn open_dir(&self, _ino: u64) -> Result<Fh> {
+        Ok(self.keep_open(Opened::Dir(Mutex::new(None))))
+    }
+
+    /// The listing of an open directory; `fresh` reads it anew, as `rewinddir(3)` wants.
+    pub fn list(&self, ino: u64, fh: Fh, fresh: bool) -> Result<Arc<Vec<Line>>> {
+        let opened = self.opened(fh)?;
+        let Opened::Dir(listing) = &*opened else { return Err(Error::Posix(Errno::NOTDIR)) };
+        let mut listing = listing.lock();
+        match listing.as_ref() {
+            Some(lines) if !fresh => Ok(lines.clone()),
+            _ => {
+                let lines = Arc::new(self.lines(ino)?);
+                *listing = Some(lines.clone());
+                Ok(lines)
+            }
+        }
+    }
+
+    fn lines(&self, ino: u64) -> Result<Vec<Line>> {
+        let dots = |above: u64| {
+            [(&b"."[..], ino), (b"..", above)]
+                .map(|(name, ino)| Line { name: name.to_vec(), ino, kind: Kind::Dir })
+        };
+        if Past::owns(ino) {
+            let mut lines = Vec::from(dots(self.past.parent(ino)));
+            lines.extend(self.past.list(ino)?.into_iter().map(|entry| Line {
+                name: entry.name.as_bytes().to_vec(),
+                ino: entry.ino,
+                kind: entry.kind,
+            }));
+            return Ok(lines);
+        }
+        let node = self.live(ino)?;
+        let (entries, above) = self.volume.list(&node)?;
+        let mut lines = Vec::from(dots(above.0));
+        let door = match self.options.snapdir {
+            SnapDir::Visible => true,
+            SnapDir::Root => node.id == NodeId::ROOT,
+            SnapDir::Hidden | SnapDir::Disabled => false,
+        };
+        if door {
+            let ino = self.past.enter(node.id)?.stat.ino;
+            let name = self.options.snapdir_name.as_bytes().to_vec();
+            lines.push(Line { name, ino, kind: Kind::Dir });
+        }
+        lines.extend(entries.into_iter().map(|entry| Line {
+            name: entry.name.as_bytes().to_vec(),
+            ino: entry.node.0,
+            kind: entry.kind,
+        }));
+        Ok(lines)
+    }
+
+    /// Ends the listing of a directory.
+    pub fn release_dir(&self, fh: Fh) {
+        self.opened.lock().remove(&fh.0);
+    }
+
+    /// Makes a directory's entries durable.
+    pub fn fsync_dir(&self, ino: u64) -> Result<()> {
+        if Past::owns(ino) {
+            return Ok(());
+        }
+        self.volume.fsync_dir(&self.live(ino)?)
+    }
+}
+
+/// What an open is for.
+#[derive(Clone, Copy, Debug)]
+pub struct Wish {
+    /// `O_RDONLY` or `O_RDWR`.
+    pub readable: bool,
+    /// `O_WRONLY` or `O_RDWR`.
+    pub writable: bool,
+    /// `O_TRUNC`.
+    pub truncate: bool,
+}
+
+impl Wish {
+    /// What the flags of `open(2)` ask for.
+    pub fn from_flags(flags: i32) -> Wish {
+        let mode = flags & libc::O_ACCMODE;
+        Wish {
+            readable: mode != libc::O_WRONLY,
+            writable: mode != libc::O_RDONLY,
+            truncate: flags & libc::O_TRUNC != 0,
+        }
+    }
+}
+
+fn found_live(stat: Stat) -> Found {
+    Found { stat, keep: Keep::WhileMounted }
+}
+
+fn found_past(entry: crate::past::Entry) -> Found {
+    let keep = if entry.lasting { Keep::Always } else { Keep::Never };
+    Found { stat: entry.stat, keep }
+}

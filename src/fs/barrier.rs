@@ -1,0 +1,42 @@
+//! The barrier before a snapshot: what programs stored in memory maps reaches the volume.
+//!
+//! `write(2)` is through when it returns, for the live tree is mounted write-through. A store to a
+//! shared map stays in the kernel's page cache, and `syncfs(2)` neither sends nor awaits it on FUSE
+//! (kernel commit 76f9377cd2ab); `sync_file_range(2)` on the file does both. Only a file that is open
+//! for reading and writing can have such a map, and the map keeps it open.
+
+use std::collections::HashSet;
+use std::os::unix::ffi::OsStrExt;
+
+use rustix::fs::{Mode, OFlags};
+
+use super::{Filesystem, Opened};
+use crate::types::NodeId;
+
+impl Filesystem {
+    /// Flushes the maps of all files that may have any, by way of the mount. Files that cannot be
+    /// reached by a path are in no snapshot.
+    pub(super) fn flush_maps(&self) {
+        let nodes: HashSet<NodeId> = self
+            .opened
+            .lock()
+            .values()
+            .filter_map(|opened| match &**opened {
+                Opened::File { node, writable: true, readable: true } => Some(node.id),
+                _ => None,
+            })
+            .collect();
+        for node in nodes {
+            let Ok(path) = self.volume.path_of(node) else { continue };
+            let bytes = path.to_bytes();
+            let path = self.options.mountpoint.join(std::ffi::OsStr::from_bytes(&bytes));
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+            let flushed = rustix::fs::open(&path, flags, Mode::empty())
+                .map_err(std::io::Error::from)
+                .and_then(|file| crate::sys::flush_pages(&file));
+            if let Err(error) = flushed {
+                log::debug!("cannot flush the maps of {}: {error}", path.display());
+            }
+        }
+    }
+}
