@@ -94,10 +94,9 @@ impl<T> Answers<T> {
     }
 }
 
-impl Answers<Handle> {
-    /// The handles that were opened, for later operations on the same object.
-    pub fn into_handles(self) -> Handles {
-        Handles::new(self.0)
+impl From<Answers<Handle>> for Handles {
+    fn from(opened: Answers<Handle>) -> Handles {
+        Handles::new(opened.0)
     }
 }
 
@@ -298,7 +297,7 @@ impl ReplicaSet {
         }
         let path = path()?;
         let opened = self.open("open_dir", |_, backing| backing.open_dir(&path))?;
-        let handles = Arc::new(opened.into_handles());
+        let handles = Arc::new(Handles::from(opened));
         self.dirs.keep_dir(node, &handles);
         Ok(handles)
     }
@@ -314,7 +313,7 @@ impl ReplicaSet {
             return Ok(handles);
         }
         let opened = self.open("open_private", |_, backing| handles::open_private(backing, dir))?;
-        let handles = Arc::new(opened.into_handles());
+        let handles = Arc::new(Handles::from(opened));
         self.dirs.keep_private(dir, &handles);
         Ok(handles)
     }

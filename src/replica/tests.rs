@@ -154,7 +154,7 @@ fn a_short_write_ejects_its_replica_and_tells_the_hook_once() {
     let told: Arc<Mutex<Vec<(usize, Fault)>>> = Arc::default();
     let ears = told.clone();
     rig.set.on_fault(Box::new(move |id, fault| ears.lock().push((id.index(), fault.clone()))));
-    let files = rig.create("f").expect("create").into_handles();
+    let files = Handles::from(rig.create("f").expect("create"));
     rig.inject(1, "write_at", Injected::ShortWrite(2, Errno::IO));
     for _ in 0..2 {
         let write = |id, backing: &dyn Backing| backing.write_at(files.get(id)?, b"hello", 0);
@@ -226,7 +226,7 @@ fn a_change_that_no_online_replica_holds_is_not_acknowledged() {
 #[test]
 fn a_read_goes_on_to_the_next_replica_and_is_counted() {
     let rig = rig(2);
-    let files = rig.create("f").expect("create").into_handles();
+    let files = Handles::from(rig.create("f").expect("create"));
     rig.inject(0, "read_at", Injected::Error(Errno::IO));
     let read = |id, backing: &dyn Backing| backing.read_at(files.get(id)?, &mut [0; 4], 0);
     assert_eq!(rig.set.read("read", read).expect("from the second"), 0);
@@ -278,7 +278,7 @@ fn an_offline_replica_has_no_handles_of_what_was_opened_since() {
     let rig = rig(2);
     let second = rig.set.ids().nth(1).expect("two replicas");
     rig.set.eject(second, Fault::new("test", Errno::IO));
-    let files = rig.create("f").expect("create").into_handles();
+    let files = Handles::from(rig.create("f").expect("create"));
     assert!(!files.has(second));
     assert!(files.get(second).is_err());
     let root = rig.root();
@@ -340,7 +340,7 @@ fn room_is_refused_before_the_tightest_replica_is_full() {
     let file = set.apply("create", |id, backing| {
         backing.create(root.get(id)?, &name("f"), 0o644, Creds::DAEMON)
     });
-    let file = file.expect("create").into_handles();
+    let file = Handles::from(file.expect("create"));
     let block = vec![1; 256 * 1024];
     let mut written = 0;
     while set.ensure_room(block.len() as u64).is_ok() {
