@@ -2,13 +2,18 @@
 //!
 //! Owns which replicas are online, the handles kept open on them, and their error counts. Promises
 //! that a replica which missed a change is ejected before that change is acknowledged to anybody,
-//! and that the last online replica is never ejected. Does not repair: that is resync's and scrub's.
+//! and that the last online replica is never ejected. Does not repair: that is resync's and
+//! scrub's.
 //!
 //! **The rule** ([`ReplicaSet::apply`]). The first online replica, the primary, goes first. If it
 //! gives a proper answer (`ENOENT`, `ENOSPC`), that is the answer, and no other is asked. If its
 //! device fails, the next one takes its place. Once one has succeeded, the change has happened, and
-//! every other must succeed as well or is ejected, whatever its error. If none succeeds, the error is
-//! the answer and nobody is ejected.
+//! every other must succeed as well or is ejected, whatever its error. If none succeeds, the error
+//! is the answer and nobody is ejected.
+//!
+//! A write is the one operation that can fail in part: the answer `ENOSPC` may leave the primary
+//! with some of its bytes. [`ReplicaSet::ensure_room`] before it makes that an exception; whoever
+//! writes still has to level the replicas after a failed write.
 
 use std::io;
 use std::path::PathBuf;
@@ -21,7 +26,7 @@ use rustix::io::Errno;
 use crate::error::Result;
 use crate::types::{NodeId, RelPath, ReplicaId, ReplicaMap};
 
-use backing::{Backing, Space};
+use backing::{Backing, Handle, Space};
 use handles::DirCache;
 use health::{Meaning, Record, errno_of, meaning};
 use room::Room;
@@ -89,6 +94,12 @@ impl<T> Answers<T> {
     }
 }
 
+impl From<Answers<Handle>> for Handles {
+    fn from(opened: Answers<Handle>) -> Handles {
+        Handles::new(opened.0)
+    }
+}
+
 type FaultHook = Box<dyn Fn(ReplicaId, &Fault) + Send + Sync>;
 
 /// All replicas of a store, in order of preference.
@@ -97,7 +108,8 @@ pub struct ReplicaSet {
     records: ReplicaMap<Record>,
     /// Bit `n` is set while replica `n` is online.
     online: AtomicU8,
-    /// Held while a replica is being ejected, hooks included. Innermost but for what the hooks take.
+    /// Held while a replica is being ejected, hooks included. Innermost but for what the hooks
+    /// take.
     ejecting: ReentrantMutex<()>,
     /// How many ejections are under way: see [`ReplicaSet::settle`].
     ejections: AtomicUsize,
@@ -159,8 +171,8 @@ impl ReplicaSet {
     }
 
     /// Calls `hook` once for every replica that is ejected, before any change that it missed is
-    /// acknowledged: the place to record durably who is left. It runs under whatever locks the failing
-    /// operation holds, so it must not wait for another thread's operation on this set.
+    /// acknowledged: the place to record durably who is left. It runs under whatever locks the
+    /// failing operation holds, so it must not wait for another thread's operation on this set.
     pub fn on_fault(&self, hook: FaultHook) {
         self.hooks.write().push(hook);
     }
@@ -195,7 +207,13 @@ impl ReplicaSet {
         let mut succeeded = false;
         let mut failed: Vec<(ReplicaId, Errno)> = Vec::new();
         for id in self.online() {
-            let errno = match f(id, self.get(id).backing()) {
+            let mut result = f(id, self.get(id).backing());
+            if result.as_ref().is_err_and(|error| out_of_files(errno_of(error))) {
+                // Rather than lose a replica to our own thrift, we give back what is only kept.
+                self.dirs.shrink();
+                result = f(id, self.get(id).backing());
+            }
+            let errno = match result {
                 Ok(answer) => {
                     answers[id] = Some(answer);
                     succeeded = true;
@@ -218,6 +236,12 @@ impl ReplicaSet {
             self.eject(id, Fault::new(op, errno));
         }
         self.settle();
+        // Another thread may have lost the very replica that succeeded here, and left us with one
+        // that did not: nobody online has the change then.
+        if !answers.iter().any(|(id, answer)| answer.is_some() && self.is_online(id)) {
+            log::error!("{op}: the only replica it succeeded on is out of use");
+            return Err(Errno::IO.into());
+        }
         Ok(Answers(answers))
     }
 
@@ -229,7 +253,8 @@ impl ReplicaSet {
         }
     }
 
-    /// Runs a reading operation on the primary; on an error of its device on the next one.
+    /// Runs a reading operation on the primary; on an error of its device on the next one. Replicas
+    /// on which the object is not open ([`Handles::get`]) are passed over; `EIO` if none is left.
     pub fn read<T>(
         &self,
         op: &'static str,
@@ -238,6 +263,8 @@ impl ReplicaSet {
         for id in self.online() {
             let errno = match f(id, self.get(id).backing()) {
                 Ok(answer) => return Ok(answer),
+                // Not open there, which is no fault of the replica's.
+                Err(error) if error.raw_os_error().is_none() => continue,
                 Err(error) => errno_of(&error),
             };
             if meaning(errno) != Meaning::Device {
@@ -253,8 +280,13 @@ impl ReplicaSet {
         Err(Errno::IO.into())
     }
 
-    /// Handles of the directory `node` on all online replicas, for use as a parent. `path` tells where
-    /// it is and is asked only when the handles are not at hand.
+    /// A map of all replicas, online or not, made from each id.
+    pub fn map_ids<T>(&self, mut f: impl FnMut(ReplicaId) -> T) -> ReplicaMap<T> {
+        self.replicas.map(|id, _| f(id))
+    }
+
+    /// Handles of the directory `node` on all online replicas, for use as a parent. `path` tells
+    /// where it is and is asked only when the handles are not at hand.
     pub fn dir(
         &self,
         node: NodeId,
@@ -264,14 +296,7 @@ impl ReplicaSet {
             return Ok(handles);
         }
         let path = path()?;
-        let open = || self.open("open_dir", |_, backing| backing.open_dir(&path));
-        let opened = match open() {
-            Err(error) if error.is(Errno::MFILE) || error.is(Errno::NFILE) => {
-                self.dirs.shrink();
-                open()?
-            }
-            other => other?,
-        };
+        let opened = self.open("open_dir", |_, backing| backing.open_dir(&path))?;
         let handles = Arc::new(Handles::from(opened));
         self.dirs.keep_dir(node, &handles);
         Ok(handles)
@@ -293,8 +318,8 @@ impl ReplicaSet {
         Ok(handles)
     }
 
-    /// Takes a replica out of use, unless it is out already or is the last one. Returns when the hooks
-    /// have run.
+    /// Takes a replica out of use, unless it is out already or is the last one. Returns when the
+    /// hooks have run.
     pub fn eject(&self, id: ReplicaId, fault: Fault) {
         // Counted before the bit is cleared, so that whoever misses the bit sees the count.
         self.ejections.fetch_add(1, Ordering::SeqCst);
@@ -311,8 +336,9 @@ impl ReplicaSet {
             self.online.store(mask & !bit(id), Ordering::SeqCst);
             self.room.forget();
             log::error!(
-                "{}: {fault}. The replica '{}' is out of use from now on; check its disk, then bring \
-                 it back with `rearview replica online` or replace it with `rearview replica replace`",
+                "{}: {fault}. The replica '{}' is out of use from now on; check its \
+                 disk, then bring it back with `rearview replica online` or exchange it with \
+                 `rearview replica replace`",
                 replica.path.display(),
                 replica.label
             );
@@ -367,6 +393,10 @@ impl ReplicaSet {
             self.online().filter_map(|id| self.get(id).backing().space().ok()).collect();
         if spaces.is_empty() { Err(Errno::IO.into()) } else { Ok(spaces) }
     }
+}
+
+fn out_of_files(errno: Errno) -> bool {
+    matches!(errno, Errno::MFILE | Errno::NFILE)
 }
 
 /// A replica's bit in the mask of those online.

@@ -15,7 +15,7 @@
 
 use std::cell::Cell;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::OnceLock;
 
 use rustix::fs::Mode;
@@ -177,6 +177,17 @@ pub fn write_all_at(file: impl AsFd, data: &[u8], offset: u64) -> io::Result<()>
     Ok(())
 }
 
+/// Writes back a file's dirty pages and waits for them (`sync_file_range(2)` with all three flags).
+/// The file need not be open for writing.
+pub fn flush_pages(file: impl AsFd) -> io::Result<()> {
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the call takes no pointers, and the descriptor is borrowed for its duration.
+    let answer = unsafe { libc::sync_file_range(file.as_fd().as_raw_fd(), 0, 0, flags) };
+    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -225,16 +236,4 @@ mod tests {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
         assert_eq!(limit.current.unwrap_or(u64::MAX), raised);
     }
-}
-
-/// Writes back a file's dirty pages and waits for them (`sync_file_range(2)` with all three flags). The
-/// file need not be open for writing.
-pub fn flush_pages(file: impl AsFd) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
-        | libc::SYNC_FILE_RANGE_WRITE
-        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
-    // SAFETY: the call takes no pointers, and the descriptor is borrowed for its duration.
-    let answer = unsafe { libc::sync_file_range(file.as_fd().as_raw_fd(), 0, 0, flags) };
-    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

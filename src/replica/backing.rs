@@ -1,12 +1,13 @@
 //! The seam to one backing directory: every system call on a replica goes through [`Backing`].
 //!
-//! Objects are reached by directory handles and single names (`*at` calls), never by absolute paths,
-//! and symlinks are never followed, so nothing outside the backing can be touched even when somebody
-//! swaps a directory for a symlink meanwhile. Errors are the kernel's own, unchanged: the replica set
-//! decides what they mean.
+//! Objects are reached by directory handles and single names (`*at` calls), never by absolute
+//! paths, and symlinks are never followed, so nothing outside the backing can be touched even when
+//! somebody swaps a directory for a symlink meanwhile. Errors are the kernel's own, unchanged: the
+//! replica set decides what they mean.
 //!
 //! [`Backing::open_dir`], [`Backing::open_node`] give handles for looking and changing attributes
-//! (`O_PATH`), [`Backing::open_file`] and [`Backing::create`] handles for content. Attribute calls take both.
+//! (`O_PATH`), [`Backing::open_file`] and [`Backing::create`] handles for content. Attribute calls
+//! take both.
 
 use std::ffi::OsStr;
 use std::io;
@@ -50,7 +51,8 @@ pub struct Stat {
 }
 
 /// Who a new object belongs to: the caller's filesystem ids and umask, applied by the backing's own
-/// filesystem together with setgid directories and default ACLs. As an ordinary user the ids are ignored.
+/// filesystem together with setgid directories and default ACLs. As an ordinary user the ids are
+/// ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Creds {
     /// Caller's fsuid.
@@ -136,13 +138,13 @@ pub enum Seek {
 
 /// One backing directory.
 pub trait Backing: Send + Sync {
-    /// Opens the directory at `path` below the root for use as a parent. Neither the path nor its end
-    /// may be a symlink, nor lead out of the backing or onto another mount within it.
+    /// Opens the directory at `path` below the root for use as a parent. Neither the path nor its
+    /// end may be a symlink, nor lead out of the backing or onto another mount within it.
     fn open_dir(&self, path: &RelPath) -> io::Result<Handle>;
     /// Opens any object for attribute calls, without following a symlink.
     fn open_node(&self, dir: &Handle, name: &EntryName) -> io::Result<Handle>;
-    /// Opens a regular file for content; `ELOOP` for a symlink. As an ordinary user, a file of one's own
-    /// whose mode forbids it is opened all the same.
+    /// Opens a regular file for content; `ELOOP` for a symlink. As an ordinary user, a file of
+    /// one's own whose mode forbids it is opened all the same.
     fn open_file(&self, dir: &Handle, name: &EntryName, access: Access) -> io::Result<Handle>;
     /// Makes a regular file (`O_CREAT|O_EXCL|O_RDWR`).
     fn create(&self, dir: &Handle, name: &EntryName, mode: u32, by: Creds) -> io::Result<Handle>;
@@ -215,7 +217,8 @@ pub trait Backing: Send + Sync {
     fn fallocate(&self, file: &Handle, mode: u32, offset: u64, length: u64) -> io::Result<()>;
     /// `SEEK_DATA` or `SEEK_HOLE`; `ENXIO` at or past the end.
     fn seek(&self, file: &Handle, offset: u64, to: Seek) -> io::Result<u64>;
-    /// Copies a range between two files of this backing, sharing blocks where it can; the count may be short.
+    /// Copies a range between two files of this backing, sharing blocks where it can; the count may
+    /// be short.
     fn copy_range(
         &self,
         from: &Handle,
@@ -226,8 +229,8 @@ pub trait Backing: Send + Sync {
     ) -> io::Result<u64>;
     /// Makes `to` share all of `from`'s blocks (`FICLONE`); `EOPNOTSUPP` where the backing cannot.
     fn clone_file(&self, from: &Handle, to: &Handle) -> io::Result<()>;
-    /// Makes a file's content (and with `!data_only` its attributes) or a directory durable. A handle
-    /// from `open_dir` or `open_node` is reopened for it.
+    /// Makes a file's content (and with `!data_only` its attributes) or a directory durable. A
+    /// handle from `open_dir` or `open_node` is reopened for it.
     fn sync(&self, object: &Handle, data_only: bool) -> io::Result<()>;
     /// Makes all of the backing's filesystem durable.
     fn sync_all(&self) -> io::Result<()>;

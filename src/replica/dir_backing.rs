@@ -3,10 +3,10 @@
 //! Paths are resolved by `openat2(2)` beneath the root, without symlinks and without crossing
 //! mounts, so that a name swapped under our hands can fail a call but never lead it astray.
 //!
-//! `create`, `mkdir`, `mknod` and `symlink` make the calling thread assume the creator's ids, and it
-//! stays so until the next of them ([`crate::sys`]). All other calls do the same whatever the thread's
-//! ids are, with one exception that is meant: `write_at`, `truncate`, `fallocate` and `copy_range`
-//! clear suid and sgid bits when the thread last assumed an ordinary user.
+//! `create`, `mkdir`, `mknod` and `symlink` make the calling thread assume the creator's ids, and
+//! it stays so until the next of them ([`crate::sys`]). All other calls do the same whatever the
+//! thread's ids are, with one exception that is meant: `write_at`, `truncate`, `fallocate` and
+//! `copy_range` clear suid and sgid bits when the thread last assumed an ordinary user.
 
 use std::ffi::OsStr;
 use std::io;
@@ -142,8 +142,8 @@ fn open_beneath(
     rustix::fs::openat2(dir, path, flags, mode, resolve)
 }
 
-/// The magic link of a file descriptor, by which the calls that refuse `O_PATH` reach its object. It
-/// leads to the object itself, even where that is a symlink, and no further.
+/// The magic link of a file descriptor, by which the calls that refuse `O_PATH` reach its object.
+/// It leads to the object itself, even where that is a symlink, and no further.
 struct ProcPath {
     text: [u8; 32],
     len: usize,

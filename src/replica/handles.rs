@@ -10,9 +10,7 @@ use std::sync::Arc;
 
 use lru::LruCache;
 use parking_lot::Mutex;
-use rustix::io::Errno;
 
-use super::Answers;
 use super::backing::{Backing, Creds, Handle};
 use crate::types::{EntryName, NodeId, PRIVATE_DIR, RelPath, ReplicaId, ReplicaMap};
 
@@ -31,20 +29,15 @@ impl Handles {
         Handles(handles)
     }
 
-    /// The handle on one replica; `EIO` where there is none.
+    /// The handle on one replica. Where there is none, an error without an errno: a changing
+    /// operation takes it for a fault of that replica (`EIO`), a reading one passes it over.
     pub fn get(&self, id: ReplicaId) -> io::Result<&Handle> {
-        self.0[id].as_ref().ok_or_else(|| Errno::IO.into())
+        self.0[id].as_ref().ok_or_else(|| io::Error::other("not open on this replica"))
     }
 
     /// Whether there is a handle on that replica.
     pub fn has(&self, id: ReplicaId) -> bool {
         self.0[id].is_some()
-    }
-}
-
-impl From<Answers<Handle>> for Handles {
-    fn from(answers: Answers<Handle>) -> Handles {
-        Handles(answers.into_map())
     }
 }
 
