@@ -50,6 +50,8 @@ const MOMENTS_MAX: usize = 65_536;
 const VERSION_DIRS_MAX: usize = 16_384;
 /// States whose attributes are kept at hand, so that a read does not ask the catalog.
 const KNOWN_MAX: usize = 4_096;
+/// Directories whose birth is kept at hand, and deleted ones whose last full moment is.
+const DIRS_MAX: usize = 4_096;
 /// Snapshots whose names are kept at hand.
 const SNAPSHOT_NAMES_MAX: usize = 4_096;
 /// What a directory's size is said to be: the past has no blocks of its own.
@@ -155,6 +157,10 @@ struct Tables {
     version_dirs: Table<VersionDir>,
     known: LruCache<u64, Known>,
     snapshot_names: LruCache<SnapshotId, String>,
+    /// First generations of directories.
+    births: LruCache<NodeId, Generation>,
+    /// For a deleted directory at its last generation, the one before it was emptied.
+    swept: LruCache<Moment, Generation>,
 }
 
 /// One state of one node.
@@ -191,6 +197,8 @@ impl Past {
             version_dirs: Table::new(VERSION_DIRS_MAX, 1 << 58),
             known: LruCache::new(capacity(KNOWN_MAX)),
             snapshot_names: LruCache::new(capacity(SNAPSHOT_NAMES_MAX)),
+            births: LruCache::new(capacity(DIRS_MAX)),
+            swept: LruCache::new(capacity(DIRS_MAX)),
         };
         Past { history, options, tables: Mutex::new(tables) }
     }
@@ -535,3 +543,6 @@ impl Past {
 fn target(ino: u64) -> Result<Target> {
     Ok(Target::decode(ino).ok_or(Errno::STALE)?)
 }
+
+#[cfg(test)]
+mod tests;

@@ -82,8 +82,13 @@ impl Past {
         if dir == NodeId::ROOT {
             return Ok(Generation(0));
         }
+        if let Some(&born) = self.tables.lock().births.get(&dir) {
+            return Ok(born);
+        }
         let names = self.catalog().name_history(dir)?;
-        Ok(names.iter().map(|name| name.born).min().ok_or(Errno::STALE)?)
+        let born = names.iter().map(|name| name.born).min().ok_or(Errno::STALE)?;
+        self.tables.lock().births.put(dir, born);
+        Ok(born)
     }
 
     /// Checks that a `mkdir` of `name` in `parent` means "take a snapshot" and that the name is allowed;
