@@ -1,8 +1,9 @@
 //! `.deleted`: what a directory once had and has no more, in its last state.
 //!
-//! A file is shown as it was when it was removed. A directory is shown as a view of one moment: before the
-//! removal of its contents began, for a directory is emptied entry by entry before it can be removed itself,
-//! and what a person misses is what `rm -r` found. What was renamed is not deleted and not shown.
+//! A file is shown as it was when it was removed. A directory is shown as a view of one moment:
+//! before the removal of its contents began, for a directory is emptied entry by entry before it
+//! can be removed itself, and what a person misses is what `rm -r` found. What was renamed is not
+//! deleted and not shown.
 
 use rustix::io::Errno;
 
@@ -15,7 +16,8 @@ use crate::types::{EntryName, Generation, Kind, NodeId};
 
 /// Removals in a directory that follow each other within this time belong to one sweep.
 const SWEEP_GAP_NANOS: i64 = 10_000_000_000;
-/// How many directories deep the beginning of a sweep is looked for; deeper ones begin at their removal.
+/// How many directories deep the beginning of a sweep is looked for; deeper ones begin at their
+/// removal.
 const SWEEP_DEPTH_MAX: usize = 256;
 
 /// An entry that a directory has no more.
@@ -88,8 +90,8 @@ impl Past {
             .collect())
     }
 
-    /// The first generation of the sweep that emptied and removed `dir`, which was gone at `died`. What was
-    /// made during the sweep ends it: a moment before it would not show that.
+    /// The first generation of the sweep that emptied and removed `dir`, which was gone at `died`.
+    /// What was made during the sweep ends it: a moment before it would not show that.
     fn sweep_begin(&self, dir: NodeId, died: Generation, depth: usize) -> Result<Generation> {
         let mut removed = self.catalog().deleted(dir)?;
         removed.retain(|entry| entry.died.is_some_and(|gone| gone <= died));
