@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::*;
 use crate::catalog::{Change, Snapshot};
-use crate::types::{ReplicaMap, XattrSetId};
+use crate::types::{ReplicaMap, Timestamp, XattrSetId};
 
 /// A store without a live tree: a catalog to push to, and contents.
 struct Store {
