@@ -15,7 +15,7 @@
 //! again; the limits are the `*_MAX` below.
 //!
 //! All is read-only here. The three exceptions (mkdir, rmdir and rename directly in a `.snapshots`)
-//! are in [`snapshots`]. Whoever calls answers `EROFS` to everything else.
+//! are in `past/snapshots.rs`. Whoever calls answers `EROFS` to everything else.
 
 pub mod ino;
 
