@@ -1,8 +1,9 @@
 //! Times as people write them, and the names that times give to snapshots and versions.
 //!
-//! [`parse_instant`] is the one grammar for the command line and for the folders `.snapshots/.at/…`.
-//! Names are in UTC and without colons, so that they sort by time and are good on every filesystem.
-//! Nothing here does I/O except that [`Zone::Local`] reads the system's time zone.
+//! [`parse_instant`] is the one grammar for the command line and for the folders
+//! `.snapshots/.at/…`. Names are in UTC and without colons, so that they sort by time and are good
+//! on every filesystem. Nothing here does I/O except that [`Zone::Local`] reads the system's time
+//! zone.
 
 use jiff::civil::{Date, DateTime, Time};
 use jiff::tz::TimeZone;
@@ -36,9 +37,10 @@ impl Zone {
 
 /// The instant that `text` means when it is read at `now`.
 ///
-/// A date without a time means its first moment; an amount (`2h30m`, with or without a leading `-` or a
-/// trailing `ago`) counts back from `now`, days being 24 hours and months calendar months. A date and time
-/// joined by `_` is always UTC, like the names of snapshots. Fails with the list of accepted forms.
+/// A date without a time means its first moment; an amount (`2h30m`, with or without a leading `-`
+/// or a trailing `ago`) counts back from `now`, days being 24 hours and months calendar months. A
+/// date and time joined by `_` is always UTC, like the names of snapshots. Fails with the list of
+/// accepted forms.
 pub fn parse_instant(text: &str, now: Timestamp, zone: Zone) -> Result<Timestamp> {
     let trimmed = text.trim();
     let parsed = match trimmed.strip_prefix('@') {
@@ -255,9 +257,7 @@ pub fn version_name(time: Timestamp, nanos: bool) -> String {
 /// The time for a person, in the system's zone: `2026-11-22 20:30:07`.
 pub fn local(time: Timestamp) -> String {
     match to_jiff(time) {
-        Some(time) => {
-            time.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string()
-        }
+        Some(time) => time.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string(),
         None => format!("@{}", time.secs),
     }
 }
@@ -320,10 +320,31 @@ mod tests {
     #[test]
     fn what_is_no_time_is_refused_with_the_accepted_forms() {
         for text in [
-            "", " ", "ago", "-", "@", "@x", "@1.", "@GMT-2026", "2x", "h", "2h3", "10", "tomorrow",
-            "yesterdayx", "2026-13-01", "2026-02-30", "2026-11-22 25:00", "2026-11-22 19",
-            "2026-11-22x19:30", "2026-11-22 19:30:07:08", "99999999999999999999s", "99999999999y",
-            "@99999999999999", "2026-11-2\u{e9}", "\u{1b}[31m",
+            "",
+            " ",
+            "ago",
+            "-",
+            "@",
+            "@x",
+            "@1.",
+            "@GMT-2026",
+            "2x",
+            "h",
+            "2h3",
+            "10",
+            "tomorrow",
+            "yesterdayx",
+            "2026-13-01",
+            "2026-02-30",
+            "2026-11-22 25:00",
+            "2026-11-22 19",
+            "2026-11-22x19:30",
+            "2026-11-22 19:30:07:08",
+            "99999999999999999999s",
+            "99999999999y",
+            "@99999999999999",
+            "2026-11-2\u{e9}",
+            "\u{1b}[31m",
         ] {
             let error = parse_instant(text, NOW, Zone::Utc).expect_err(text).to_string();
             assert!(error.contains("accepted:"), "{text}: {error}");
