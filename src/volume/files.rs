@@ -284,6 +284,11 @@ impl Volume {
         if state.orphan || open.sealed.content == ContentId::EMPTY || open.sealed.size == 0 {
             return Ok(false);
         }
+        let whole = ByteRange { start: 0, end: open.sealed.size };
+        if open.saved.missing(whole).is_empty() {
+            // All of it is preserved already; what the file has now belongs to no sealed content.
+            return Ok(false);
+        }
         let content = open.sealed.content;
         let old = open.write.clone().expect("the caller opened the file");
         let replicas = self.replicas();
@@ -327,7 +332,7 @@ impl Volume {
         self.catalog().push(changes)?;
         let open = state.open.as_mut().expect("as above");
         open.write = Some(Arc::new(Handles::from(made)));
-        open.saved.insert(ByteRange { start: 0, end: open.sealed.size });
+        open.saved.insert(whole);
         if let Some((parent, _)) = node.place(self.catalog())? {
             self.mark_dir(parent);
         }
