@@ -79,24 +79,31 @@ pub enum Change {
     /// A node's last name is gone.
     NodeGone(NodeId),
     /// A directory has a new entry. The name is free.
+    #[allow(missing_docs)]
     EntryAdd { parent: NodeId, name: EntryName, node: NodeId },
     /// A directory lost an entry.
+    #[allow(missing_docs)]
     EntryRemove { parent: NodeId, name: EntryName },
     /// A symlink's target, pushed with its birth.
+    #[allow(missing_docs)]
     SymlinkTarget { node: NodeId, target: Vec<u8> },
     /// A content was sealed. Pushed with the `NodePut` that first shows it.
+    #[allow(missing_docs)]
     ContentAdd { id: ContentId, node: NodeId, size: u64 },
     /// The bytes of a content lie whole in `preserved/` under its id.
+    #[allow(missing_docs)]
     ContentPreserved { id: ContentId },
     /// A before-image: bytes of `content` that the live file no longer has.
     UndoAdd(UndoRow),
     /// A set of extended attributes got its id.
+    #[allow(missing_docs)]
     XattrSetAdd { id: XattrSetId, set: Arc<Xattrs> },
     /// A snapshot was made, or renamed, held, released (same id).
     SnapshotPut(Snapshot),
     /// A snapshot was forgotten.
     SnapshotRemove(SnapshotId),
     /// A setting of the store, by name.
+    #[allow(missing_docs)]
     MetaPut { key: &'static str, value: String },
 }
 

@@ -255,9 +255,7 @@ pub fn version_name(time: Timestamp, nanos: bool) -> String {
 /// The time for a person, in the system's zone: `2026-11-22 20:30:07`.
 pub fn local(time: Timestamp) -> String {
     match to_jiff(time) {
-        Some(time) => {
-            time.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string()
-        }
+        Some(time) => time.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string(),
         None => format!("@{}", time.secs),
     }
 }
@@ -320,10 +318,31 @@ mod tests {
     #[test]
     fn what_is_no_time_is_refused_with_the_accepted_forms() {
         for text in [
-            "", " ", "ago", "-", "@", "@x", "@1.", "@GMT-2026", "2x", "h", "2h3", "10", "tomorrow",
-            "yesterdayx", "2026-13-01", "2026-02-30", "2026-11-22 25:00", "2026-11-22 19",
-            "2026-11-22x19:30", "2026-11-22 19:30:07:08", "99999999999999999999s", "99999999999y",
-            "@99999999999999", "2026-11-2\u{e9}", "\u{1b}[31m",
+            "",
+            " ",
+            "ago",
+            "-",
+            "@",
+            "@x",
+            "@1.",
+            "@GMT-2026",
+            "2x",
+            "h",
+            "2h3",
+            "10",
+            "tomorrow",
+            "yesterdayx",
+            "2026-13-01",
+            "2026-02-30",
+            "2026-11-22 25:00",
+            "2026-11-22 19",
+            "2026-11-22x19:30",
+            "2026-11-22 19:30:07:08",
+            "99999999999999999999s",
+            "99999999999y",
+            "@99999999999999",
+            "2026-11-2\u{e9}",
+            "\u{1b}[31m",
         ] {
             let error = parse_instant(text, NOW, Zone::Utc).expect_err(text).to_string();
             assert!(error.contains("accepted:"), "{text}: {error}");

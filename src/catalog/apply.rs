@@ -52,20 +52,22 @@ fn advance(head: &mut HeadRow, plan: &Plan<'_>) {
 
 /// The statements that write nodes.
 struct Nodes<'c> {
+    base: CachedStatement<'c>,
     retire: CachedStatement<'c>,
     past: CachedStatement<'c>,
     put: CachedStatement<'c>,
+    update: CachedStatement<'c>,
     delete: CachedStatement<'c>,
 }
 
 impl<'c> Nodes<'c> {
     fn prepare(db: &'c Connection) -> rusqlite::Result<Nodes<'c>> {
         Ok(Nodes {
+            base: db.prepare_cached("SELECT kind, size FROM node WHERE id = ?1")?,
             retire: db.prepare_cached(
                 "INSERT INTO node_h(id, died, kind, mode, uid, gid, rdev, size, blocks, mtime, ctime, \
                  btime, xattrs, content, born) SELECT id, ?2, kind, mode, uid, gid, rdev, size, \
-                 blocks, mtime, ctime, btime, xattrs, content, born FROM node WHERE id = ?1 \
-                 RETURNING kind, size",
+                 blocks, mtime, ctime, btime, xattrs, content, born FROM node WHERE id = ?1",
             )?,
             past: db.prepare_cached(
                 "INSERT INTO node_h(id, kind, mode, uid, gid, rdev, size, blocks, mtime, ctime, \
@@ -76,6 +78,11 @@ impl<'c> Nodes<'c> {
                 "INSERT OR REPLACE INTO node(id, kind, mode, uid, gid, rdev, size, blocks, mtime, \
                  ctime, btime, xattrs, content, born) \
                  VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+            )?,
+            update: db.prepare_cached(
+                "UPDATE node SET kind = ?2, mode = ?3, uid = ?4, gid = ?5, rdev = ?6, size = ?7, \
+                 blocks = ?8, mtime = ?9, ctime = ?10, btime = ?11, xattrs = ?12, content = ?13, \
+                 born = ?14 WHERE id = ?1",
             )?,
             delete: db.prepare_cached("DELETE FROM node WHERE id = ?1")?,
         })
@@ -92,12 +99,13 @@ impl<'c> Nodes<'c> {
             let mut was_live = false;
             if !delta.newborn {
                 let base = self
-                    .retire
-                    .query_row(params![id, delta.base_died], |row| {
+                    .base
+                    .query_row(params![id], |row| {
                         Ok((row.get::<_, Kind>(0)?, row.get::<_, i64>(1)?))
                     })
                     .optional()?;
                 if let Some((kind, size)) = base {
+                    self.retire.execute(params![id, delta.base_died])?;
                     was_live = true;
                     head.past_versions += 1;
                     head.live_nodes -= 1;
@@ -112,8 +120,9 @@ impl<'c> Nodes<'c> {
             }
             match &delta.current {
                 Some((born, row)) => {
-                    bind_node(&mut self.put, row, *born)?;
-                    self.put.raw_execute()?;
+                    let write = if was_live { &mut self.update } else { &mut self.put };
+                    bind_node(write, row, *born)?;
+                    write.raw_execute()?;
                     head.live_nodes += 1;
                     head.live_bytes += live_bytes(row.kind, row.size as i64);
                 }

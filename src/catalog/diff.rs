@@ -106,7 +106,8 @@ impl Found<'_> {
         let kept: HashSet<_> = lost.iter().filter(|name| won.contains(name)).cloned().collect();
         lost.retain(|name| !kept.contains(name));
         won.retain(|name| !kept.contains(name));
-        (lost.sort(), won.sort());
+        lost.sort();
+        won.sort();
         for (parent, _) in lost.iter().chain(&won) {
             self.modified.insert(*parent);
         }

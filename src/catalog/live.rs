@@ -127,22 +127,18 @@ impl Shared {
         pending: impl Fn(&[&Batch]) -> P,
         query: impl Fn(&Connection, &P) -> rusqlite::Result<T>,
     ) -> Result<T> {
-        self.read(|db| {
-            let transaction = db.unchecked_transaction()?;
+        self.read_at_once(|db| {
             let known = {
                 let queue = self.waiting.queue.lock();
                 // A transaction's state is that of its first read.
-                transaction
-                    .prepare_cached("SELECT sequence FROM head WHERE one = 1")?
+                db.prepare_cached("SELECT sequence FROM head WHERE one = 1")?
                     .query_row([], |row| row.get::<_, i64>(0))?;
                 match queue.committing.as_deref() {
                     Some(committing) => pending(&[committing, &queue.open]),
                     None => pending(&[&queue.open]),
                 }
             };
-            let answer = query(&transaction, &known)?;
-            transaction.finish()?;
-            Ok(answer)
+            query(db, &known)
         })
     }
 }

@@ -45,7 +45,7 @@ impl Catalog {
     /// The state of a node, if it lived then.
     pub fn node_at(&self, at: Generation, node: NodeId) -> Result<Option<NodeRow>> {
         let at = self.settled(at)?;
-        self.shared.read_at_once(|db| node_at(db, at, node))
+        self.shared.read(|db| node_at(db, at, node))
     }
 
     /// The state of what `name` in `parent` meant.
@@ -67,11 +67,11 @@ impl Catalog {
         let at = self.settled(at)?;
         self.shared.read(|db| {
             let mut statement = db.prepare_cached(
-                "SELECT name, node, coalesce((SELECT kind FROM node WHERE id = e.node), \
-                 (SELECT kind FROM node_h WHERE id = e.node LIMIT 1)) FROM \
+                "SELECT name, node, coalesce((SELECT kind FROM node WHERE id = shown.node), \
+                 (SELECT kind FROM node_h WHERE id = shown.node LIMIT 1)) FROM \
                  (SELECT name, node FROM entry WHERE parent = ?1 AND born <= ?2 \
                  UNION ALL SELECT name, node FROM entry_h \
-                 WHERE parent = ?1 AND died > ?2 AND born <= ?2) e",
+                 WHERE parent = ?1 AND died > ?2 AND born <= ?2) shown",
             )?;
             let rows = statement.query_map(params![parent, at], |row| {
                 Ok(Listed { name: row.get(0)?, node: row.get(1)?, kind: row.get(2)? })

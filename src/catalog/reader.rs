@@ -89,10 +89,10 @@ impl Shared {
         mut query: impl FnMut(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T> {
         self.read(|db| {
-            let transaction = db.unchecked_transaction()?;
-            let answer = query(&transaction)?;
-            // Nothing was written: ending the transaction either way is the same.
-            transaction.finish()?;
+            // After an error the connection is dropped, and the transaction with it.
+            db.prepare_cached("BEGIN")?.execute([])?;
+            let answer = query(db)?;
+            db.prepare_cached("COMMIT")?.execute([])?;
             Ok(answer)
         })
     }
