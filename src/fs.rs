@@ -452,8 +452,11 @@ impl Filesystem {
 
     fn lines(&self, ino: u64) -> Result<Vec<Line>> {
         let dots = |above: u64| {
-            [(&b"."[..], ino), (b"..", above)]
-                .map(|(name, ino)| Line { name: name.to_vec(), ino, kind: Kind::Dir })
+            [(&b"."[..], ino), (b"..", above)].map(|(name, ino)| Line {
+                name: name.to_vec(),
+                ino,
+                kind: Kind::Dir,
+            })
         };
         if Past::owns(ino) {
             let mut lines = Vec::from(dots(self.past.parent(ino)));

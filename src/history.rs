@@ -94,7 +94,8 @@ impl History {
             let end = end.min(at + COPY_BYTES);
             let place = if data {
                 let mut bytes = vec![0; (end - at) as usize];
-                let got = replicas.read("read", |id, b| b.read_at(file.get(id)?, &mut bytes, at))?;
+                let got =
+                    replicas.read("read", |id, b| b.read_at(file.get(id)?, &mut bytes, at))?;
                 // A file that is shorter than its sealed size was damaged behind our back; what is
                 // missing reads as zeros, as it would from the live file.
                 bytes[got..].fill(0);

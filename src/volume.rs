@@ -33,7 +33,8 @@ use crate::replica::backing::{Creds, Space, Stat};
 use crate::replica::{Handles, Health, ReplicaSet};
 use crate::store::Store;
 use crate::types::{
-    EntryName, Generation, Kind, NodeId, PRIVATE_DIR, RelPath, ReplicaId, SnapshotId, Timestamp, XattrSetId,
+    EntryName, Generation, Kind, NodeId, PRIVATE_DIR, RelPath, ReplicaId, SnapshotId, Timestamp,
+    XattrSetId,
 };
 
 pub use attributes::{Changes, Privileges};
@@ -56,10 +57,7 @@ pub struct VolumeOptions {
 
 impl Default for VolumeOptions {
     fn default() -> VolumeOptions {
-        VolumeOptions {
-            idle_seal: Duration::from_secs(30),
-            housekeeping: Duration::from_secs(1),
-        }
+        VolumeOptions { idle_seal: Duration::from_secs(30), housekeeping: Duration::from_secs(1) }
     }
 }
 

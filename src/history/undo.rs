@@ -209,12 +209,7 @@ impl UndoLog {
     }
 
     /// Fills `buffer` from a place in a segment.
-    pub fn read(
-        &self,
-        replicas: &ReplicaSet,
-        place: UndoPlace,
-        buffer: &mut [u8],
-    ) -> Result<()> {
+    pub fn read(&self, replicas: &ReplicaSet, place: UndoPlace, buffer: &mut [u8]) -> Result<()> {
         let dir = replicas.private(PrivateDir::Undo)?;
         let name = segment_name(place.segment);
         let got = replicas.read("undo", |id, b| {

@@ -51,7 +51,11 @@ impl Privileges {
 
 impl Volume {
     /// The live object that a name means, counted as one lookup of the kernel.
-    pub fn lookup(&self, parent: NodeId, name: &crate::types::EntryName) -> Result<(Arc<Node>, Stat)> {
+    pub fn lookup(
+        &self,
+        parent: NodeId,
+        name: &crate::types::EntryName,
+    ) -> Result<(Arc<Node>, Stat)> {
         let node = self.named(parent, name)?;
         let stat = {
             let state = node.lock();

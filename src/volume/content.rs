@@ -40,8 +40,8 @@ impl Volume {
                     Place::Hole => part.fill(0),
                     Place::Undo(place) => self.history.read_undo(self.replicas(), place, part)?,
                     Place::Base => {
-                        let got =
-                            self.on_base(base()?, |b, file| b.read_at(file, part, run.range.start))?;
+                        let got = self
+                            .on_base(base()?, |b, file| b.read_at(file, part, run.range.start))?;
                         // A base shorter than the content has nothing but zeros there.
                         part[got..].fill(0);
                     }
@@ -70,9 +70,8 @@ impl Volume {
                 let (data, end) = match run.place {
                     Place::Hole => (false, run.range.end),
                     Place::Undo(_) => (true, run.range.end),
-                    Place::Base => self.on_base(base()?, |b, file| {
-                        history::run_at(b, file, at, run.range.end)
-                    })?,
+                    Place::Base => self
+                        .on_base(base()?, |b, file| history::run_at(b, file, at, run.range.end))?,
                 };
                 if data == (to == Seek::Data) {
                     return Ok(at);
@@ -145,9 +144,8 @@ impl Volume {
                 let (parent, name) =
                     node.place(self.catalog())?.ok_or(Error::Posix(Errno::STALE))?;
                 let dir = self.dir(parent)?;
-                self.replicas().read("read", |id, b| {
-                    f(b, &b.open_file(dir.get(id)?, &name, Access::Read)?)
-                })
+                self.replicas()
+                    .read("read", |id, b| f(b, &b.open_file(dir.get(id)?, &name, Access::Read)?))
             }
         }
     }

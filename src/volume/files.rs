@@ -65,9 +65,9 @@ impl Volume {
         match access {
             Access::ReadWrite if open.write.is_none() => {
                 let (dir, name) = self.location(node, state)?;
-                let handles = self.replicas().open("open", |id, b| {
-                    b.open_file(dir.get(id)?, &name, Access::ReadWrite)
-                })?;
+                let handles = self
+                    .replicas()
+                    .open("open", |id, b| b.open_file(dir.get(id)?, &name, Access::ReadWrite))?;
                 let open = state.open.as_mut().expect("as above");
                 open.write = Some(Arc::new(Handles::from(handles)));
                 open.read = None;
@@ -354,9 +354,8 @@ impl Volume {
         self.replicas().apply("fallocate", |id, b| {
             let file = handles.get(id)?;
             let answer = b.fallocate(file, mode, offset, length);
-            let unsupported = answer
-                .as_ref()
-                .is_err_and(|error| error.raw_os_error() == Some(libc::EOPNOTSUPP));
+            let unsupported =
+                answer.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EOPNOTSUPP));
             // The first backing's answer is the program's; the others must do the same, by hand if
             // their filesystem cannot.
             if unsupported && !first {
@@ -396,8 +395,7 @@ impl Volume {
             self.open_handles(from, &mut state, Access::ReadWrite)?;
             state.open.as_ref().and_then(|open| open.write.clone()).expect("opened above")
         };
-        let size =
-            self.replicas().read("stat", |id, b| Ok(b.stat(source.get(id)?)?.size))?;
+        let size = self.replicas().read("stat", |id, b| Ok(b.stat(source.get(id)?)?.size))?;
         let length = length.min(size.saturating_sub(from_offset)).min(COPY_BYTES_MAX);
         if length == 0 {
             return Ok(0);

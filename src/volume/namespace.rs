@@ -166,9 +166,8 @@ impl Volume {
             return Err(Error::Posix(Errno::NOENT));
         }
         let (from, from_name) = self.location(node, &state)?;
-        self.replicas().apply("link", |id, b| {
-            b.link(from.get(id)?, &from_name, to.get(id)?, name)
-        })?;
+        self.replicas()
+            .apply("link", |id, b| b.link(from.get(id)?, &from_name, to.get(id)?, name))?;
         let change = Change::EntryAdd { parent, name: name.clone(), node: node.id };
         self.catalog().push(vec![change])?;
         self.mark_dir(parent);
@@ -307,10 +306,8 @@ impl Volume {
         };
         let from = self.dir(parent)?;
         let to = self.dir(new_parent)?;
-        let entry_remove = |parent: NodeId, name: &EntryName| Change::EntryRemove {
-            parent,
-            name: name.clone(),
-        };
+        let entry_remove =
+            |parent: NodeId, name: &EntryName| Change::EntryRemove { parent, name: name.clone() };
         let entry_add = |parent: NodeId, name: &EntryName, node: NodeId| Change::EntryAdd {
             parent,
             name: name.clone(),
@@ -396,8 +393,7 @@ impl Volume {
                 return Err(error);
             }
         }
-        let mut changes =
-            vec![Change::EntryRemove { parent: new_parent, name: new_name.clone() }];
+        let mut changes = vec![Change::EntryRemove { parent: new_parent, name: new_name.clone() }];
         if last {
             changes.append(&mut self.bury(target, &mut state, stat, content).changes);
             if target.kind == Kind::Dir {
