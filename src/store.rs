@@ -1,24 +1,540 @@
-//! stub
-use crate::catalog::Catalog;
-use crate::error::Result;
-use crate::replica::ReplicaSet;
-use crate::types::*;
-/// stub
-pub struct Store {
-    /// x
-    pub uuid: uuid::Uuid,
-    /// x
-    pub replicas: ReplicaSet,
-    /// x
-    pub catalog: Catalog,
+//! Opening, creating, adopting and filling a store.
+//!
+//! Owns the markers and locks of a mounted store's backings and the order in which a mount comes up:
+//! look at all paths ([`identify`]), lock, judge which replica wins ([`lineage`]), finish what the last
+//! mount left ([`import`]), make the others equal to the winner ([`fill`]), note durably who takes part,
+//! and open the catalog. A clean store scans nothing. Whatever step a mount dies in, the next one finishes it:
+//!
+//! - `phase = adopting` until the tree of the first replica is in its catalog and both are durable;
+//! - `phase = filling` until a copy is whole and durable: it is never the source of anything;
+//! - no `clean` mark while mounted, so that an unclean end is seen as such;
+//! - absent replicas are noted as stale before the first write without them.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use crate::catalog::{Catalog, Durability, Head};
+use crate::error::{Error, IoContext, Result};
+use crate::progress::Progress;
+use crate::replica::dir_backing::DirBacking;
+use crate::replica::{Replica, ReplicaSet};
+use crate::types::{ReplicaId, ReplicaMap, Timestamp};
+
+use identify::{Candidate, Found, Plan};
+use lineage::{Standing, Verdict};
+use lock::StoreLock;
+use marker::{CleanMark, Marker, Peer, PeerState, Phase};
+use site::Site;
+
+pub mod compare;
+mod copy;
+mod fill;
+mod identify;
+mod idset;
+mod import;
+mod lineage;
+mod lock;
+pub mod marker;
+mod quarantine;
+mod site;
+#[cfg(test)]
+mod tests;
+
+pub use fill::FillReport;
+pub use import::ImportReport;
+pub use lock::Owner;
+
+/// The catalog's file name in the private directory.
+pub const CATALOG_FILE: &str = "catalog.db";
+
+/// How a store is opened.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// A new store is meant: refuse an existing one.
+    pub init: bool,
+    /// Name of the replicas that are made, instead of their directories' names.
+    pub label: Option<String>,
+    /// Where it will be mounted: for those who find it in use.
+    pub mountpoint: Option<PathBuf>,
 }
+
+/// Recovers the history files of the replica that goes on, after an unclean end and before the live
+/// tree is compared with the catalog. Given from outside, for history stands beside us, not below.
+pub type Recover<'a> = &'a dyn Fn(&ReplicaSet, &Catalog) -> Result<()>;
+
+/// A store that is open: its locks are held, and its markers say so.
+pub struct Store {
+    /// Its identity.
+    pub uuid: Uuid,
+    /// Its replicas, all current, in the order given.
+    pub replicas: ReplicaSet,
+    /// Its catalog.
+    pub catalog: Catalog,
+    members: Mutex<Vec<Member>>,
+    opened_at: Head,
+}
+
+/// One replica of an open store.
+struct Member {
+    site: Site,
+    marker: Marker,
+    _lock: StoreLock,
+    /// Absent peers that were current before this mount: they still are if it changes nothing.
+    left_behind: Vec<Uuid>,
+    /// Thrown out of the running store: its marker is left as it is.
+    stale: bool,
+}
+
+impl Site {
+    /// Opens the backing at `path`, an absolute path without symlinks.
+    pub fn open(path: &Path) -> Result<Site> {
+        let backing = Arc::new(DirBacking::open(path)?);
+        Ok(Site { path: path.to_path_buf(), backing })
+    }
+}
+
+impl Member {
+    fn catalog_file(&self) -> PathBuf {
+        self.site.private_path(CATALOG_FILE)
+    }
+
+    fn write_marker(&self) -> Result<()> {
+        self.marker.write(&self.site)
+    }
+
+    /// The head of this replica's catalog; `None` if it has no readable one of its store.
+    fn head(&self) -> Option<Head> {
+        match Catalog::inspect(&self.catalog_file()) {
+            Ok(head) if head.store == self.marker.store => Some(head),
+            Ok(head) => {
+                log::error!(
+                    "{}: the catalog belongs to another store ({})",
+                    self.site.path.display(),
+                    head.store
+                );
+                None
+            }
+            Err(error) => {
+                if self.marker.phase == Phase::Ok {
+                    log::error!("{}: {error}", self.catalog_file().display());
+                }
+                None
+            }
+        }
+    }
+
+    fn as_peer(&self, state: PeerState) -> Peer {
+        Peer {
+            replica: self.marker.replica,
+            label: self.marker.label.clone(),
+            path: identify::record_path(&self.site.path),
+            state,
+            reason: String::new(),
+        }
+    }
+}
+
+/// Opens the store in `paths`, or makes one there. See the module for what it goes through, and
+/// [`identify`] for what is refused.
+pub fn open(
+    paths: &[PathBuf],
+    options: &OpenOptions,
+    recover: Recover<'_>,
+    progress: &Progress,
+) -> Result<Store> {
+    let candidates = identify::look(paths)?;
+    let mut members = match identify::decide(&candidates, options.init)? {
+        Plan::Create { source } => create(&candidates, source, options)?,
+        Plan::Open => join(&candidates, options)?,
+    };
+    let winner = settle(&mut members, recover, progress)?;
+    finish_open(members, winner)
+}
+
+/// Locks a candidate, which may still have to be made, and reads its marker anew under the lock.
+fn enlist(
+    candidate: &Candidate,
+    options: &OpenOptions,
+) -> Result<(Site, StoreLock, Option<Marker>)> {
+    let site = identify::make(candidate)?;
+    let is_new = !matches!(candidate.found, Found::Replica(_));
+    site.make_private()?;
+    let owner = Owner::this(options.mountpoint.as_deref());
+    let lock = lock::acquire(&site, &owner)?;
+    let marker = Marker::read(&site)?;
+    if is_new != marker.is_none() {
+        return Err(Error::InUse(format!(
+            "{} is being set up by another mount just now: try again",
+            site.path.display()
+        )));
+    }
+    if is_new {
+        site.probe()?;
+    }
+    Ok((site, lock, marker))
+}
+
+fn label_of(site: &Site, options: &OpenOptions) -> String {
+    options.label.clone().unwrap_or_else(|| {
+        use std::os::unix::ffi::OsStrExt;
+        let name = site.path.file_name().unwrap_or_default();
+        crate::types::escape(name.as_bytes())
+    })
+}
+
+/// Makes the markers of a new store.
+fn create(candidates: &[Candidate], source: usize, options: &OpenOptions) -> Result<Vec<Member>> {
+    let store = Uuid::new_v4();
+    let created = jiff::Timestamp::now().to_string();
+    let mut members = Vec::new();
+    for (index, candidate) in candidates.iter().enumerate() {
+        let (site, lock, _) = enlist(candidate, options)?;
+        let phase = if index == source { Phase::Adopting } else { Phase::Filling };
+        let marker = Marker::new(store, label_of(&site, options), created.clone(), phase);
+        members.push(Member { site, marker, _lock: lock, left_behind: Vec::new(), stale: false });
+    }
+    // First the source's marker, without peers: were one of them named before it has its own marker,
+    // a mount that dies between would look like a disk that is not there.
+    members[source].write_marker()?;
+    for index in (0..members.len()).filter(|&index| index != source) {
+        members[index].marker.peers = vec![members[source].as_peer(PeerState::Ok)];
+        members[index].write_marker()?;
+    }
+    Ok(members)
+}
+
+/// Takes the replicas of an existing store, and new ones that join it.
+fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> {
+    let mut members = Vec::new();
+    let any = candidates.iter().find_map(|candidate| match &candidate.found {
+        Found::Replica(marker) => Some(marker),
+        _ => None,
+    });
+    let store = any.expect("a store is opened where a replica was found");
+    let (store, created) = (store.store, store.created.clone());
+    // The replicas are locked before anything new is made.
+    let mut order: Vec<usize> = (0..candidates.len()).collect();
+    order.sort_by_key(|&index| !matches!(candidates[index].found, Found::Replica(_)));
+    for index in order {
+        let (site, lock, marker) = enlist(&candidates[index], options)?;
+        let marker = match marker {
+            Some(marker) if marker.store != store => {
+                return Err(Error::InUse(format!(
+                    "{} is being set up by another mount just now: try again",
+                    site.path.display()
+                )));
+            }
+            Some(marker) => marker,
+            None => {
+                let label = label_of(&site, options);
+                let marker = Marker::new(store, label, created.clone(), Phase::Filling);
+                marker.write(&site)?;
+                marker
+            }
+        };
+        let member = Member { site, marker, _lock: lock, left_behind: Vec::new(), stale: false };
+        members.push((index, member));
+    }
+    members.sort_by_key(|(index, _)| *index);
+    Ok(members.into_iter().map(|(_, member)| member).collect())
+}
+
+fn judge(members: &[Member]) -> Verdict {
+    let standings: Vec<Standing> = members
+        .iter()
+        .map(|member| Standing {
+            phase: member.marker.phase,
+            clean: member.marker.clean.clone(),
+            head: member.head(),
+            says_stale: (0..members.len())
+                .filter(|&other| {
+                    let peer = member.marker.peer(members[other].marker.replica);
+                    peer.is_some_and(|peer| peer.state == PeerState::Stale)
+                })
+                .collect(),
+        })
+        .collect();
+    lineage::judge(&standings)
+}
+
+/// Finds the winner, finishes what the last mount left of it, and makes the others equal to it.
+fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> Result<usize> {
+    let shown = |index: usize| members[index].site.path.display();
+    let (winner, current) = match judge(members) {
+        Verdict::Winner { winner, current, clean: true } => (winner, current),
+        Verdict::Winner { winner, current, clean: false } => {
+            log::warn!("{}: the last mount did not end cleanly; recovering", shown(winner));
+            take_in(&members[winner], Some(recover), progress)?;
+            // Recovery went on in the winner alone.
+            (winner, (0..current.len()).map(|index| index == winner).collect())
+        }
+        Verdict::Adopting(source) => {
+            adopt(&mut members[source], progress)?;
+            (source, (0..members.len()).map(|index| index == source).collect())
+        }
+        Verdict::Fork(a, b) => {
+            return Err(Error::Refused(format!(
+                "{} and {} were used separately and both changed: neither can replace the other \
+                 unasked. Nothing was touched. Mount the one to keep alone; for the other, move its \
+                 files elsewhere and give the empty directory, which is then filled",
+                shown(a),
+                shown(b)
+            )));
+        }
+        Verdict::OnlyPartial => {
+            return Err(Error::Refused(format!(
+                "{} is not a whole copy: filling it was interrupted. Mount it together with a whole \
+                 backing of the store",
+                shown(0)
+            )));
+        }
+        Verdict::NoCatalog => {
+            return Err(Error::Damaged {
+                what: format!("the catalog {}", members[0].catalog_file().display()),
+                detail:
+                    "it is missing or unreadable here, and no other given backing has a good one"
+                        .into(),
+                remedy: "Mount with another backing of the store if there is one. The files in the \
+                         backing are whole and can be read without rearview: to begin a new history \
+                         with them, move .rearview elsewhere",
+            });
+        }
+    };
+    fill_others(members, winner, &current, progress)?;
+    Ok(winner)
+}
+
+/// Makes the catalog of a replica agree with its live tree. Durable when it returns.
+fn take_in(member: &Member, recover: Option<Recover<'_>>, progress: &Progress) -> Result<()> {
+    let files = ReplicaMap::new(vec![Some(member.catalog_file())]);
+    let catalog = Catalog::open(files, false)?;
+    let result = (|| {
+        if let Some(recover) = recover {
+            recover(&replica_set(std::slice::from_ref(member))?, &catalog)?;
+        }
+        let report = import::import(&member.site, &catalog, progress)?;
+        log::info!("{}: {report:?}", member.site.path.display());
+        catalog.flush(Durability::Durable)
+    })();
+    // Closed in any case, so that what was read before an interruption is kept.
+    let closed = catalog.close();
+    result.and(closed)
+}
+
+fn adopt(member: &mut Member, progress: &Progress) -> Result<()> {
+    let file = member.catalog_file();
+    if !Catalog::inspect(&file).is_ok_and(|head| head.store == member.marker.store) {
+        // An unfinished catalog has no history yet: nothing is lost with it.
+        for name in [CATALOG_FILE, "catalog.db-wal", "catalog.db-shm"] {
+            let path = member.site.private_path(name);
+            site::ignore_missing(std::fs::remove_file(&path)).context("remove", &path)?;
+        }
+        Catalog::create(&file, member.marker.store)?;
+    }
+    take_in(member, None, progress)?;
+    member.site.backing.sync_all().context("make durable", &member.site.path)?;
+    let head = Catalog::inspect(&file)?;
+    member.marker.phase = Phase::Ok;
+    member.marker.clean = Some(CleanMark::of(&head));
+    member.write_marker()
+}
+
+/// Fills all replicas but the current ones from the winner.
+fn fill_others(
+    members: &mut [Member],
+    winner: usize,
+    current: &[bool],
+    progress: &Progress,
+) -> Result<()> {
+    let source = members[winner].site.clone();
+    let since = |member: &Member| member.marker.opened.map(Timestamp::from_nanos);
+    let winner_since = since(&members[winner]);
+    for index in (0..members.len()).filter(|&index| !current[index]) {
+        let member = &mut members[index];
+        // From here on until the end it is no whole copy, whatever its catalog says.
+        member.marker.phase = Phase::Filling;
+        member.marker.clean = None;
+        member.write_marker()?;
+        let since = [winner_since, since(member)].into_iter().flatten().min();
+        let report = fill::fill(&source, &member.site, since, progress)?;
+        log::info!("{}: {report:?}", member.site.path.display());
+        Catalog::copy(&source.private_path(CATALOG_FILE), &member.catalog_file())?;
+        member.site.backing.sync_all().context("make durable", &member.site.path)?;
+        member.marker.phase = Phase::Ok;
+    }
+    Ok(())
+}
+
+/// Notes durably who takes part, and opens the catalog.
+fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
+    let head = Catalog::inspect(&members[winner].catalog_file())?;
+    let uuid = members[winner].marker.store;
+    let now = Timestamp::now().as_nanos();
+    let absent = absent_peers(&members, winner);
+    let present: Vec<Peer> = members.iter().map(|member| member.as_peer(PeerState::Ok)).collect();
+    let left_behind: Vec<Uuid> =
+        absent.iter().filter(|peer| peer.state == PeerState::Ok).map(|peer| peer.replica).collect();
+    for peer in &absent {
+        log::warn!(
+            "replica '{}' (last at {}) is absent: the store runs without it",
+            crate::types::escape(peer.label.as_bytes()),
+            peer.path
+        );
+    }
+    let absent: Vec<Peer> = absent
+        .into_iter()
+        .map(|mut peer| {
+            if peer.state == PeerState::Ok {
+                peer.state = PeerState::Stale;
+                peer.reason = format!("absent since {}", jiff::Timestamp::now());
+            }
+            peer
+        })
+        .collect();
+    for member in &mut members {
+        let own = member.marker.replica;
+        let others = present.iter().filter(|peer| peer.replica != own);
+        member.marker.peers = others.chain(&absent).cloned().collect();
+        member.marker.clean = None;
+        member.marker.opened = Some(now);
+        member.left_behind.clone_from(&left_behind);
+        member.write_marker()?;
+        empty_tmp(&member.site)?;
+    }
+    let replicas = replica_set(&members)?;
+    let files = members.iter().map(|member| Some(member.catalog_file())).collect();
+    // Recovery is done: as far as ids go, this is a clean start.
+    let catalog = Catalog::open(ReplicaMap::new(files), true)?;
+    Ok(Store { uuid, replicas, catalog, members: Mutex::new(members), opened_at: head })
+}
+
+/// The peers that any present replica knows and that are not present. The winner's word counts first.
+fn absent_peers(members: &[Member], winner: usize) -> Vec<Peer> {
+    let mut absent: BTreeMap<Uuid, Peer> = BTreeMap::new();
+    let others = (0..members.len()).filter(|&index| index != winner);
+    for index in std::iter::once(winner).chain(others) {
+        for peer in &members[index].marker.peers {
+            if members.iter().all(|member| member.marker.replica != peer.replica) {
+                absent.entry(peer.replica).or_insert_with(|| peer.clone());
+            }
+        }
+    }
+    absent.into_values().collect()
+}
+
+/// Removes what was not finished when the last mount ended.
+fn empty_tmp(site: &Site) -> Result<()> {
+    let dir = site.dir(&site::private("tmp"))?;
+    let path = site.private_path("tmp");
+    for entry in site.backing.list(&dir).context("list", &path)? {
+        let removed = match entry.kind {
+            crate::types::Kind::Dir => site.backing.rmdir(&dir, &entry.name),
+            _ => site.backing.unlink(&dir, &entry.name),
+        };
+        match removed {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            other => site::ignore_missing(other).context("empty", &path)?,
+        }
+    }
+    Ok(())
+}
+
+fn replica_set(members: &[Member]) -> Result<ReplicaSet> {
+    let replicas = members
+        .iter()
+        .map(|member| {
+            let backing = Box::new(DirBacking::open(&member.site.path)?);
+            let (marker, path) = (&member.marker, &member.site.path);
+            Ok(Replica::new(marker.replica, marker.label.clone(), path, backing))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(ReplicaSet::new(replicas))
+}
+
 impl Store {
-    /// x
+    /// Ends the mount cleanly: everything durable, then the markers say so. After it only dropping
+    /// the store, which releases the locks, is left. Idempotent.
     pub fn close(&self) -> Result<()> {
-        todo!()
+        self.catalog.close()?;
+        let mut members = self.members.lock();
+        // First all data of all replicas, then the first mark: a mark never outruns its data.
+        for member in members.iter().filter(|member| !member.stale) {
+            let path = &member.site.path;
+            member.site.backing.sync_all().context("make durable", path)?;
+        }
+        for member in members.iter_mut().filter(|member| !member.stale) {
+            let head = Catalog::inspect(&member.catalog_file())?;
+            let unchanged = head == self.opened_at;
+            for peer in &mut member.marker.peers {
+                // Nothing happened without them: they are as good as those that were here.
+                if unchanged && member.left_behind.contains(&peer.replica) {
+                    peer.state = PeerState::Ok;
+                    peer.reason.clear();
+                }
+            }
+            member.marker.clean = Some(CleanMark::of(&head));
+            member.marker.opened = None;
+            member.write_marker()?;
+        }
+        Ok(())
     }
-    /// x
-    pub fn mark_stale(&self, _r: ReplicaId, _s: &str) -> Result<()> {
-        todo!()
+
+    /// Notes, durably in the markers of the others, that the store goes on without this replica.
+    /// Fails only if no other can note it.
+    pub fn mark_stale(&self, replica: ReplicaId, reason: &str) -> Result<()> {
+        let mut members = self.members.lock();
+        let stale = &mut members[replica.index()];
+        stale.stale = true;
+        let stale = stale.marker.replica;
+        let mut failure = None;
+        let mut noted = false;
+        for member in members.iter_mut().filter(|member| !member.stale) {
+            if let Some(peer) = member.marker.peers.iter_mut().find(|peer| peer.replica == stale) {
+                peer.state = PeerState::Stale;
+                peer.reason = crate::types::escape(reason.as_bytes());
+                peer.reason.truncate(peer.reason.floor_char_boundary(1000));
+            }
+            match member.write_marker() {
+                Ok(()) => noted = true,
+                Err(error) => failure = Some(error),
+            }
+        }
+        match failure {
+            Some(error) if !noted => Err(error),
+            _ => Ok(()),
+        }
     }
+}
+
+/// What can be known of a store from one of its backings, without mounting it.
+#[derive(Clone, Debug)]
+pub struct StoreInfo {
+    /// The backing that was looked at.
+    pub path: PathBuf,
+    /// Its marker: identities, labels, peers.
+    pub marker: Marker,
+    /// Its catalog.
+    pub catalog_file: PathBuf,
+    /// Who has it mounted, if anybody has.
+    pub owner: Option<Owner>,
+    /// Whether its last mount ended cleanly.
+    pub clean: bool,
+}
+
+/// Looks at one backing and changes nothing.
+pub fn inspect(path: &Path) -> Result<StoreInfo> {
+    let path = std::fs::canonicalize(path).context("look at the backing", path)?;
+    let site = Site::open(&path)?;
+    let Some(marker) = Marker::read(&site)? else {
+        return Err(Error::NoStore(format!("{} holds no store", path.display())));
+    };
+    let owner = lock::peek(&site)?;
+    let clean = marker.phase == Phase::Ok && marker.clean.is_some();
+    let catalog_file = site.private_path(CATALOG_FILE);
+    Ok(StoreInfo { path, marker, catalog_file, owner, clean })
 }

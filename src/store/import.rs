@@ -1,0 +1,563 @@
+//! Taking a live tree into the catalog: adoption, and what an unclean end left unrecorded.
+//!
+//! One algorithm for both: the difference between the tree on the backing and the catalog's live tree is
+//! pushed as changes. So it can be killed at any time: the next run continues with what is still different.
+//!
+//! How objects are recognised, in this order: another name of a hard-linked object already met; the node
+//! that the catalog has under this name, if its kind fits; for files, a node that lost its name and has
+//! the same size, times, mode and owner as exactly one file without a node (or with a changed one): it was
+//! renamed. Everything else is new.
+//!
+//! Not done here: reading file contents (size and modification time tell whether one changed), and
+//! history beside the live tree, which was recovered before.
+
+use std::collections::HashMap;
+
+use crate::catalog::{Catalog, Change, NodeRow};
+use crate::error::{IoContext, Result};
+use crate::progress::Progress;
+use crate::replica::backing::{Handle, Stat};
+use crate::store::idset::IdSet;
+use crate::store::site::{Object, Site, is_other_mount};
+use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath, Timestamp, XattrSetId};
+
+/// Changes in one push: enough to make a batch worth its commit, little enough to hold.
+const PUSH_CHANGES: usize = 1000;
+
+/// What an import found and recorded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImportReport {
+    /// Names that are new.
+    pub added: u64,
+    /// Names that are gone.
+    pub removed: u64,
+    /// Objects with a new state.
+    pub changed: u64,
+    /// Files that were recognised under another name.
+    pub moved: u64,
+    /// Files that are gone and whose last content is nowhere in history.
+    pub lost: Vec<RelPath>,
+    /// Mountpoints of other filesystems in the tree: left out.
+    pub skipped: Vec<RelPath>,
+}
+
+/// Makes the catalog's live tree equal to the one on `source`. The changes are pushed, not flushed.
+pub fn import(source: &Site, catalog: &Catalog, progress: &Progress) -> Result<ImportReport> {
+    let mut import = Import {
+        site: source,
+        catalog,
+        progress,
+        changes: Vec::new(),
+        claimed: IdSet::default(),
+        links: HashMap::new(),
+        missing: Vec::new(),
+        deferred: Vec::new(),
+        pending: Vec::new(),
+        fresh_catalog: false,
+        report: ImportReport::default(),
+    };
+    progress.begin(&format!("Reading {}", source.path.display()), 0, 0);
+    let result = import.run();
+    // What was read is kept even when the user stops it: the next mount goes on from there.
+    let pushed = import.push();
+    progress.end();
+    result.and(pushed)?;
+    let report = import.report;
+    for path in &report.skipped {
+        log::warn!(
+            "{}: another filesystem is mounted there; it is left out",
+            source.at(path).display()
+        );
+    }
+    for path in &report.lost {
+        log::warn!("{path} is gone, and its last content was not preserved");
+    }
+    Ok(report)
+}
+
+/// What identifies a hard-linked object during one walk. The change time is in it because inode
+/// numbers alone repeat across btrfs subvolumes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct LinkKey {
+    ino: u64,
+    ctime: Timestamp,
+    size: u64,
+}
+
+/// What a renamed file keeps.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct MoveKey {
+    mtime: Timestamp,
+    size: u64,
+    mode: u32,
+    uid: u32,
+}
+
+impl MoveKey {
+    fn of(stat: &Stat) -> MoveKey {
+        MoveKey { mtime: stat.mtime, size: stat.size, mode: stat.mode, uid: stat.uid }
+    }
+
+    fn of_row(row: &NodeRow) -> MoveKey {
+        MoveKey { mtime: row.mtime, size: row.size, mode: row.mode, uid: row.uid }
+    }
+}
+
+/// A name in the catalog with nothing on the backing.
+struct Missing {
+    dir: RelPath,
+    parent: NodeId,
+    name: EntryName,
+    node: NodeId,
+    kind: Kind,
+}
+
+/// A file that may turn out to be a renamed one.
+struct Deferred {
+    dir: RelPath,
+    parent: NodeId,
+    name: EntryName,
+    stat: Stat,
+    xattrs: XattrSetId,
+    /// The node that had this name, with its recorded state.
+    over: Option<NodeRow>,
+}
+
+/// A directory still to be read.
+struct Pending {
+    path: RelPath,
+    node: NodeId,
+    /// The catalog has no entries of it.
+    fresh: bool,
+}
+
+struct Import<'a> {
+    site: &'a Site,
+    catalog: &'a Catalog,
+    progress: &'a Progress,
+    changes: Vec<Change>,
+    /// Nodes that were found on the backing.
+    claimed: IdSet,
+    /// Nodes of the hard-linked objects met so far.
+    links: HashMap<LinkKey, NodeId>,
+    /// Names without an object, parents before their children; `None` once found elsewhere.
+    missing: Vec<Option<Missing>>,
+    deferred: Vec<Deferred>,
+    pending: Vec<Pending>,
+    /// The catalog was empty: nothing can have been renamed.
+    fresh_catalog: bool,
+    report: ImportReport,
+}
+
+impl Import<'_> {
+    fn run(&mut self) -> Result<()> {
+        self.take_root()?;
+        while let Some(dir) = self.pending.pop() {
+            self.take_dir(&dir)?;
+        }
+        self.settle_deferred()?;
+        for gone in std::mem::take(&mut self.missing).into_iter().rev().flatten() {
+            self.drop_name(gone.parent, &gone.name, gone.node, &gone.dir)?;
+            self.progress.advance(0, 0)?;
+        }
+        self.push()
+    }
+
+    fn take_root(&mut self) -> Result<()> {
+        let root = RelPath::root();
+        let dir = self.site.dir(&root)?;
+        let object = self.site.object_of(&dir, &root)?;
+        self.claimed.insert(NodeId::ROOT);
+        let fresh = match self.catalog.node(NodeId::ROOT)? {
+            Some(row) => {
+                self.refresh(&row, &object)?;
+                false
+            }
+            None => {
+                let xattrs = self.catalog.intern_xattrs(&object.xattrs)?;
+                let row = row_of(NodeId::ROOT, &object.stat, xattrs, ContentId::EMPTY);
+                self.changes.push(Change::NodePut(row));
+                self.fresh_catalog = true;
+                true
+            }
+        };
+        self.pending.push(Pending { path: root, node: NodeId::ROOT, fresh });
+        Ok(())
+    }
+
+    fn take_dir(&mut self, dir: &Pending) -> Result<()> {
+        let handle = self.site.dir(&dir.path)?;
+        let entries = self.site.live_entries(&handle, &dir.path)?;
+        let mut known: HashMap<EntryName, (NodeId, Kind)> = HashMap::new();
+        if !dir.fresh {
+            let listed = self.catalog.list(dir.node)?;
+            known.extend(listed.into_iter().map(|one| (one.name, (one.node, one.kind))));
+        }
+        for entry in entries {
+            if dir.path.is_root() && entry.name.as_bytes() == b".snapshots" {
+                log::warn!(
+                    "{}: this name shows the snapshots in the mount; the entry is kept but hidden",
+                    self.site.at(&dir.path.join(&entry.name)).display()
+                );
+            }
+            let known = known.remove(&entry.name);
+            self.take_entry(dir, &handle, entry.name, known)?;
+        }
+        for (name, (node, kind)) in known {
+            let dir_path = dir.path.clone();
+            let missing = Missing { dir: dir_path, parent: dir.node, name, node, kind };
+            let all = self.with_descendants(missing)?;
+            self.missing.extend(all.into_iter().map(Some));
+        }
+        Ok(())
+    }
+
+    fn take_entry(
+        &mut self,
+        dir: &Pending,
+        handle: &Handle,
+        name: EntryName,
+        known: Option<(NodeId, Kind)>,
+    ) -> Result<()> {
+        let path = dir.path.join(&name);
+        let node = match self.site.backing.open_node(handle, &name) {
+            Err(error) if is_other_mount(&error) => {
+                self.report.skipped.push(path);
+                return Ok(());
+            }
+            other => other.context("open", self.site.at(&path))?,
+        };
+        let object = self.site.object_of(&node, &path)?;
+        drop(node);
+        if object.stat.kind == Kind::Dir
+            && let Err(error) = self.site.backing.open_dir(&path)
+            && is_other_mount(&error)
+        {
+            self.report.skipped.push(path);
+            return Ok(());
+        }
+        let bytes = if object.stat.kind == Kind::File { object.stat.size } else { 0 };
+        self.take_object(dir, path, name, &object, known)?;
+        if self.changes.len() >= PUSH_CHANGES {
+            self.push()?;
+        }
+        self.progress.advance(1, bytes)
+    }
+
+    fn take_object(
+        &mut self,
+        dir: &Pending,
+        path: RelPath,
+        name: EntryName,
+        object: &Object,
+        known: Option<(NodeId, Kind)>,
+    ) -> Result<()> {
+        let stat = &object.stat;
+        let link_key = (stat.kind != Kind::Dir && stat.nlink > 1).then_some(LinkKey {
+            ino: stat.ino,
+            ctime: stat.ctime,
+            size: stat.size,
+        });
+        let linked = link_key.and_then(|key| self.links.get(&key).copied());
+        // Another name of an object that has its node already.
+        if let Some(linked) = linked {
+            match known {
+                Some((node, _)) if node == linked => {}
+                _ => {
+                    self.replace(dir, &name, known)?;
+                    self.add_entry(dir.node, name, linked);
+                }
+            }
+            return Ok(());
+        }
+        if let Some((node, kind)) = known
+            && kind == stat.kind
+            && !self.claimed.contains(node)
+            && let Some(row) = self.catalog.node(node)?
+            && (kind != Kind::Symlink
+                || self.catalog.symlink_target(node)?.as_deref() == Some(&object.target[..]))
+        {
+            if let Some(key) = link_key {
+                self.links.insert(key, node);
+            } else if kind == Kind::File && content_differs(&row, stat) {
+                // Perhaps another file was renamed over it.
+                let xattrs = self.catalog.intern_xattrs(&object.xattrs)?;
+                self.defer(dir, name, stat, xattrs, Some(row));
+                return Ok(());
+            }
+            self.claimed.insert(node);
+            self.refresh(&row, object)?;
+            if kind == Kind::Dir {
+                self.pending.push(Pending { path, node, fresh: false });
+            }
+            return Ok(());
+        }
+        self.replace(dir, &name, known)?;
+        let xattrs = self.catalog.intern_xattrs(&object.xattrs)?;
+        if stat.kind == Kind::File && stat.size > 0 && link_key.is_none() && !self.fresh_catalog {
+            self.defer(dir, name, stat, xattrs, None);
+            return Ok(());
+        }
+        let node = self.add_node(dir.node, name, stat, xattrs, &object.target);
+        if let Some(key) = link_key {
+            self.links.insert(key, node);
+        }
+        if stat.kind == Kind::Dir {
+            self.pending.push(Pending { path, node, fresh: true });
+        }
+        Ok(())
+    }
+
+    fn defer(
+        &mut self,
+        dir: &Pending,
+        name: EntryName,
+        stat: &Stat,
+        xattrs: XattrSetId,
+        over: Option<NodeRow>,
+    ) {
+        let (dir, parent) = (dir.path.clone(), dir.node);
+        self.deferred.push(Deferred { dir, parent, name, stat: *stat, xattrs, over });
+    }
+
+    /// Frees a name that means something else on the backing than in the catalog.
+    fn replace(
+        &mut self,
+        dir: &Pending,
+        name: &EntryName,
+        known: Option<(NodeId, Kind)>,
+    ) -> Result<()> {
+        let Some((node, kind)) = known else { return Ok(()) };
+        let (dir_path, name) = (dir.path.clone(), name.clone());
+        self.remove(Missing { dir: dir_path, parent: dir.node, name, node, kind })
+    }
+
+    /// Records a node's present state if the catalog has another.
+    fn refresh(&mut self, row: &NodeRow, object: &Object) -> Result<()> {
+        let stat = &object.stat;
+        let xattrs = if *self.catalog.xattrs(row.xattrs)? == object.xattrs {
+            row.xattrs
+        } else {
+            self.catalog.intern_xattrs(&object.xattrs)?
+        };
+        self.refresh_with(row, stat, xattrs)
+    }
+
+    fn refresh_with(&mut self, row: &NodeRow, stat: &Stat, xattrs: XattrSetId) -> Result<()> {
+        let content_changed = row.kind == Kind::File
+            && (content_differs(row, stat) || self.is_partly_overwritten(row)?);
+        let same = !content_changed
+            && row.xattrs == xattrs
+            && row.mtime == stat.mtime
+            && (row.mode, row.uid, row.gid, row.rdev) == (stat.mode, stat.uid, stat.gid, stat.rdev);
+        if same {
+            return Ok(());
+        }
+        let content = match content_changed {
+            true => self.seal(row.id, stat.size),
+            false => row.content,
+        };
+        self.changes.push(Change::NodePut(row_of(row.id, stat, xattrs, content)));
+        self.report.changed += 1;
+        Ok(())
+    }
+
+    /// Whether before-images of the newest content exist: then it was being overwritten, and the file's
+    /// bytes are a later content even where size and time are the old ones.
+    fn is_partly_overwritten(&self, row: &NodeRow) -> Result<bool> {
+        if row.content == ContentId::EMPTY {
+            return Ok(false);
+        }
+        let sources = self.catalog.sources(row.id, row.content)?;
+        Ok(sources.whole.is_none() && !sources.undo.is_empty())
+    }
+
+    /// A new content for the file's present bytes.
+    fn seal(&mut self, node: NodeId, size: u64) -> ContentId {
+        if size == 0 {
+            return ContentId::EMPTY;
+        }
+        let id = self.catalog.next_content();
+        self.changes.push(Change::ContentAdd { id, node, size });
+        id
+    }
+
+    fn add_node(
+        &mut self,
+        parent: NodeId,
+        name: EntryName,
+        stat: &Stat,
+        xattrs: XattrSetId,
+        target: &[u8],
+    ) -> NodeId {
+        let node = self.catalog.next_node();
+        self.claimed.insert(node);
+        let content = match stat.kind {
+            Kind::File => self.seal(node, stat.size),
+            _ => ContentId::EMPTY,
+        };
+        self.changes.push(Change::NodePut(row_of(node, stat, xattrs, content)));
+        if stat.kind == Kind::Symlink {
+            self.changes.push(Change::SymlinkTarget { node, target: target.to_vec() });
+        }
+        self.add_entry(parent, name, node);
+        node
+    }
+
+    fn add_entry(&mut self, parent: NodeId, name: EntryName, node: NodeId) {
+        self.changes.push(Change::EntryAdd { parent, name, node });
+        self.report.added += 1;
+    }
+
+    /// Decides which of the files without a sure node are renamed ones.
+    fn settle_deferred(&mut self) -> Result<()> {
+        let mut lost_names: HashMap<MoveKey, Vec<usize>> = HashMap::new();
+        for (index, missing) in self.missing.iter().enumerate() {
+            if let Some(missing) = missing
+                && missing.kind == Kind::File
+                && !self.claimed.contains(missing.node)
+                && let Some(row) = self.catalog.node(missing.node)?
+                && row.size > 0
+            {
+                lost_names.entry(MoveKey::of_row(&row)).or_default().push(index);
+            }
+        }
+        let deferred = std::mem::take(&mut self.deferred);
+        let mut finds: HashMap<MoveKey, u32> = HashMap::new();
+        for file in &deferred {
+            *finds.entry(MoveKey::of(&file.stat)).or_default() += 1;
+        }
+        for file in deferred {
+            let key = MoveKey::of(&file.stat);
+            match lost_names.get(&key).map(Vec::as_slice) {
+                Some(&[index]) if finds[&key] == 1 => {
+                    if let Some(from) = self.missing[index].take() {
+                        self.rename(from, file)?;
+                    }
+                }
+                _ => self.settle_in_place(file)?,
+            }
+            if self.changes.len() >= PUSH_CHANGES {
+                self.push()?;
+            }
+            self.progress.advance(0, 0)?;
+        }
+        Ok(())
+    }
+
+    fn rename(&mut self, from: Missing, file: Deferred) -> Result<()> {
+        if let Some(over) = file.over {
+            self.drop_name(file.parent, &file.name, over.id, &file.dir)?;
+        }
+        let Missing { parent, name, node, .. } = from;
+        self.claimed.insert(node);
+        self.changes.push(Change::EntryRemove { parent, name });
+        self.changes.push(Change::EntryAdd { parent: file.parent, name: file.name, node });
+        if let Some(row) = self.catalog.node(node)? {
+            self.refresh_with(&row, &file.stat, file.xattrs)?;
+        }
+        self.report.moved += 1;
+        Ok(())
+    }
+
+    fn settle_in_place(&mut self, file: Deferred) -> Result<()> {
+        match file.over {
+            Some(row) if !self.claimed.contains(row.id) => {
+                self.claimed.insert(row.id);
+                self.refresh_with(&row, &file.stat, file.xattrs)
+            }
+            // The node was met meanwhile as a name of another object.
+            Some(row) => {
+                self.drop_name(file.parent, &file.name, row.id, &file.dir)?;
+                self.add_node(file.parent, file.name, &file.stat, file.xattrs, &[]);
+                Ok(())
+            }
+            None => {
+                self.add_node(file.parent, file.name, &file.stat, file.xattrs, &[]);
+                Ok(())
+            }
+        }
+    }
+
+    /// Removes a name and all below it from the catalog, children before their directories.
+    fn remove(&mut self, missing: Missing) -> Result<()> {
+        for gone in self.with_descendants(missing)?.into_iter().rev() {
+            self.drop_name(gone.parent, &gone.name, gone.node, &gone.dir)?;
+            self.progress.advance(0, 0)?;
+        }
+        Ok(())
+    }
+
+    /// A name with all that the catalog has below it, parents first.
+    fn with_descendants(&mut self, missing: Missing) -> Result<Vec<Missing>> {
+        let mut all = vec![missing];
+        let mut next = 0;
+        while let Some(Missing { dir, name, node, kind, .. }) = all.get(next) {
+            next += 1;
+            if *kind == Kind::Dir {
+                let (dir, parent) = (dir.join(name), *node);
+                for entry in self.catalog.list(parent)? {
+                    let (dir, name) = (dir.clone(), entry.name);
+                    all.push(Missing { dir, parent, name, node: entry.node, kind: entry.kind });
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Removes one name, and the node with its last one.
+    fn drop_name(
+        &mut self,
+        parent: NodeId,
+        name: &EntryName,
+        node: NodeId,
+        dir: &RelPath,
+    ) -> Result<()> {
+        // `names` sees what was pushed: with nothing waiting its answer is exact.
+        self.push()?;
+        let last = self.catalog.names(node)?.len() <= 1;
+        self.changes.push(Change::EntryRemove { parent, name: name.clone() });
+        self.report.removed += 1;
+        if last {
+            if let Some(row) = self.catalog.node(node)?
+                && row.kind == Kind::File
+                && row.content != ContentId::EMPTY
+                && self.catalog.sources(node, row.content)?.whole.is_none()
+            {
+                self.report.lost.push(dir.join(name));
+            }
+            self.changes.push(Change::NodeGone(node));
+        }
+        Ok(())
+    }
+
+    fn push(&mut self) -> Result<()> {
+        if !self.changes.is_empty() {
+            self.catalog.push(std::mem::take(&mut self.changes))?;
+        }
+        Ok(())
+    }
+}
+
+fn content_differs(row: &NodeRow, stat: &Stat) -> bool {
+    row.size != stat.size || row.size > 0 && row.mtime != stat.mtime
+}
+
+/// The catalog's row for an object with these attributes.
+pub fn row_of(id: NodeId, stat: &Stat, xattrs: XattrSetId, content: ContentId) -> NodeRow {
+    NodeRow {
+        id,
+        kind: stat.kind,
+        mode: stat.mode,
+        uid: stat.uid,
+        gid: stat.gid,
+        rdev: stat.rdev,
+        size: if matches!(stat.kind, Kind::File | Kind::Symlink) { stat.size } else { 0 },
+        blocks: stat.blocks,
+        mtime: stat.mtime,
+        ctime: stat.ctime,
+        btime: stat.btime,
+        xattrs,
+        content,
+    }
+}

@@ -1,0 +1,140 @@
+//! The lock of a backing: `.rearview/lock`, one mounter at a time.
+//!
+//! The lock is the kernel's (`flock(2)`): it ends with its holder, however that ends. The file's content,
+//! TOML, only tells people who holds it; it is believed for nothing else.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, IoContext, Result};
+use crate::replica::backing::{Access, Handle};
+use crate::store::site::{Site, own_creds, own_name, private};
+
+const LOCK_FILE: &str = "lock";
+const OWNER_BYTES_MAX: usize = 16 * 1024;
+/// A look at the store ([`peek`]) holds the lock for an instant: a mounter tries again that often.
+const TRIES: u32 = 20;
+const TRY_PAUSE: Duration = Duration::from_millis(10);
+
+/// Who holds a store.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// The daemon's process id.
+    pub pid: u32,
+    /// The computer's name.
+    pub host: String,
+    /// Where it is mounted, escaped; empty if not known.
+    pub mountpoint: String,
+    /// Since when, RFC 3339.
+    pub started: String,
+}
+
+/// A held lock; released when dropped.
+#[derive(Debug)]
+pub struct StoreLock {
+    _file: Handle,
+}
+
+impl Owner {
+    /// This process.
+    pub fn this(mountpoint: Option<&Path>) -> Owner {
+        use std::os::unix::ffi::OsStrExt;
+        Owner {
+            pid: std::process::id(),
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            mountpoint: mountpoint
+                .map(|path| crate::types::escape(path.as_os_str().as_bytes()))
+                .unwrap_or_default(),
+            started: jiff::Timestamp::now().to_string(),
+        }
+    }
+
+    fn describe(&self) -> String {
+        let escape = |text: &str| crate::types::escape(text.as_bytes());
+        let mut text = format!("process {} on {}", self.pid, escape(&self.host));
+        if !self.mountpoint.is_empty() {
+            text.push_str(&format!(", mounted at {}", self.mountpoint));
+        }
+        if !self.started.is_empty() {
+            text.push_str(&format!(", since {}", escape(&self.started)));
+        }
+        text
+    }
+}
+
+/// Takes the lock of a backing whose private directory exists.
+pub fn acquire(site: &Site, owner: &Owner) -> Result<StoreLock> {
+    let path = site.private_path(LOCK_FILE);
+    let dir = site.dir(&private(""))?;
+    let name = own_name(LOCK_FILE);
+    let file = match site.backing.open_file(&dir, &name, Access::ReadWrite) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            match site.backing.create(&dir, &name, 0o600, own_creds()) {
+                // Another mounter made it meanwhile: its file is the lock.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    site.backing.open_file(&dir, &name, Access::ReadWrite)
+                }
+                other => other,
+            }
+        }
+        other => other,
+    }
+    .context("open the lock", &path)?;
+    let mut tries = 0;
+    loop {
+        match rustix::fs::flock(&file.0, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(Errno::WOULDBLOCK) if tries < TRIES => {
+                tries += 1;
+                std::thread::sleep(TRY_PAUSE);
+            }
+            Err(Errno::WOULDBLOCK) => return Err(in_use(site, &file)),
+            Err(error) => return Err(error).context("lock", &path),
+        }
+    }
+    let text = toml::to_string(owner).expect("strings and numbers are TOML");
+    site.backing.truncate(&file, 0).context("write the lock", &path)?;
+    site.backing.write_at(&file, text.as_bytes(), 0).context("write the lock", &path)?;
+    Ok(StoreLock { _file: file })
+}
+
+fn in_use(site: &Site, file: &Handle) -> Error {
+    let owner = read_owner(site, file);
+    Error::InUse(format!(
+        "the store in {} is in use by {}: unmount it there first (`rearview umount`)",
+        site.path.display(),
+        owner.describe()
+    ))
+}
+
+fn read_owner(site: &Site, file: &Handle) -> Owner {
+    let mut bytes = vec![0; OWNER_BYTES_MAX];
+    let count = site.backing.read_at(file, &mut bytes, 0).unwrap_or(0);
+    std::str::from_utf8(&bytes[..count])
+        .ok()
+        .and_then(|text| toml::from_str(text).ok())
+        .unwrap_or_default()
+}
+
+/// Who holds the backing, if anybody does.
+pub fn peek(site: &Site) -> Result<Option<Owner>> {
+    let path = site.private_path(LOCK_FILE);
+    let opened = site
+        .backing
+        .open_dir(&private(""))
+        .and_then(|dir| site.backing.open_file(&dir, &own_name(LOCK_FILE), Access::Read));
+    let file = match opened {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.context("open the lock", &path)?,
+    };
+    match rustix::fs::flock(&file.0, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(None),
+        Err(Errno::WOULDBLOCK) => Ok(Some(read_owner(site, &file))),
+        Err(error) => Err(error).context("lock", &path),
+    }
+}

@@ -1,0 +1,242 @@
+//! A backing while a store is being opened: its path for people, its handle for work, and the files of
+//! its private directory.
+//!
+//! Everything goes through [`Backing`], so a symlink planted in the private directory leads nowhere.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use crate::error::{IoContext, Result};
+use crate::replica::backing::{Access, Backing, Creds, DirEntry, Handle, RenameMode, Stat};
+use crate::types::{EntryName, Kind, PRIVATE_DIR, RelPath, Xattrs};
+
+/// Directories of the private directory, made with it.
+pub const PRIVATE_DIRS: [&str; 5] = ["preserved", "undo", "packs", "quarantine", "tmp"];
+/// A name that [`Site::probe`] uses for an instant in the root of the backing.
+const PROBE: &str = ".rearview-probe";
+const LOST_FOUND: &str = "lost+found";
+
+/// One backing.
+#[derive(Clone)]
+pub struct Site {
+    /// Its absolute path, symlinks resolved.
+    pub path: PathBuf,
+    /// Its handle.
+    pub backing: Arc<dyn Backing>,
+}
+
+/// A file object with all that is compared and copied of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Object {
+    /// Attributes.
+    pub stat: Stat,
+    /// Extended attributes, ACLs among them.
+    pub xattrs: Xattrs,
+    /// A symlink's target, else empty.
+    pub target: Vec<u8>,
+}
+
+/// The name of one of our own files.
+pub fn own_name(name: &str) -> EntryName {
+    EntryName::new(name).expect("the names of our own files are entry names")
+}
+
+/// The path of something in the private directory.
+pub fn private(path: &str) -> RelPath {
+    RelPath::parse(format!("{PRIVATE_DIR}/{path}")).expect("the paths of our own files are paths")
+}
+
+/// The ids that our own files get: the process's.
+pub fn own_creds() -> Creds {
+    Creds {
+        uid: rustix::process::geteuid().as_raw(),
+        gid: rustix::process::getegid().as_raw(),
+        umask: 0,
+    }
+}
+
+impl Site {
+    /// The full path of `path`, for texts.
+    pub fn at(&self, path: &RelPath) -> PathBuf {
+        use std::os::unix::ffi::OsStrExt;
+        match path.is_root() {
+            true => self.path.clone(),
+            false => self.path.join(std::ffi::OsStr::from_bytes(&path.to_bytes())),
+        }
+    }
+
+    /// The full path of one of our own files.
+    pub fn private_path(&self, name: &str) -> PathBuf {
+        self.path.join(PRIVATE_DIR).join(name)
+    }
+
+    /// Opens a directory.
+    pub fn dir(&self, path: &RelPath) -> Result<Handle> {
+        self.backing.open_dir(path).context("open the directory", self.at(path))
+    }
+
+    /// Reads one of our own files, at most `bytes_max` of it; `None` if it is not there.
+    pub fn read_private(&self, name: &str, bytes_max: usize) -> Result<Option<Vec<u8>>> {
+        let path = self.private_path(name);
+        let found = self
+            .backing
+            .open_dir(&private(""))
+            .and_then(|dir| self.backing.open_file(&dir, &own_name(name), Access::Read));
+        let file = match found {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.context("open", &path)?,
+        };
+        let mut bytes = vec![0; bytes_max];
+        let count = self.backing.read_at(&file, &mut bytes, 0).context("read", &path)?;
+        bytes.truncate(count);
+        Ok(Some(bytes))
+    }
+
+    /// Replaces one of our own small files, durably.
+    pub fn write_private(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let dir = self.dir(&private(""))?;
+        let path = self.private_path(name);
+        let scratch = own_name(&format!("{name}.new"));
+        let name = own_name(name);
+        ignore_missing(self.backing.unlink(&dir, &scratch)).context("replace", &path)?;
+        let file =
+            self.backing.create(&dir, &scratch, 0o600, own_creds()).context("create", &path)?;
+        self.backing.write_at(&file, bytes, 0).context("write", &path)?;
+        // Were the rename durable before the bytes are, a power cut could leave an empty file.
+        self.backing.sync(&file, false).context("sync", &path)?;
+        self.backing
+            .rename(&dir, &scratch, &dir, &name, RenameMode::Replace)
+            .context("rename", &path)?;
+        self.backing.sync(&dir, false).context("sync the directory of", &path)
+    }
+
+    /// Makes the private directory and those in it, where they are missing.
+    pub fn make_private(&self) -> Result<()> {
+        let root = self.dir(&RelPath::root())?;
+        self.make_dir(&root, PRIVATE_DIR, &self.path)?;
+        let dir = self.dir(&private(""))?;
+        for name in PRIVATE_DIRS {
+            self.make_dir(&dir, name, &self.path.join(PRIVATE_DIR))?;
+        }
+        self.backing.sync(&dir, false).context("sync", self.private_path(""))?;
+        self.backing.sync(&root, false).context("sync", &self.path)
+    }
+
+    fn make_dir(&self, parent: &Handle, name: &str, parent_path: &Path) -> Result<()> {
+        match self.backing.mkdir(parent, &own_name(name), 0o700, own_creds()) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(error).context("make the directory", parent_path.join(name))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Tries what a store needs of the backing's filesystem: renames between the private directory
+    /// and the tree, symlinks; and warns where it has no extended attributes.
+    pub fn probe(&self) -> Result<()> {
+        let root = self.dir(&RelPath::root())?;
+        let tmp = self.dir(&private("tmp"))?;
+        let name = own_name(PROBE);
+        let clear = || {
+            let _ = self.backing.unlink(&tmp, &name);
+            let _ = self.backing.unlink(&root, &name);
+        };
+        clear();
+        let result = self.try_needs(&root, &tmp, &name);
+        clear();
+        result
+    }
+
+    fn try_needs(&self, root: &Handle, tmp: &Handle, name: &EntryName) -> Result<()> {
+        let backing = &self.backing;
+        let file = backing
+            .create(tmp, name, 0o600, own_creds())
+            .context("make a file for trying in", self.private_path("tmp"))?;
+        if let Err(error) = backing.set_xattr(&file, "user.rearview".as_ref(), b"1", 0) {
+            log::warn!(
+                "{}: no extended attributes there ({error}): files that have some cannot be kept",
+                self.path.display()
+            );
+        }
+        backing.rename(tmp, name, root, name, RenameMode::NoReplace).context(
+            "rename from the private directory (it must lie on the backing's own filesystem) to",
+            &self.path,
+        )?;
+        backing.unlink(root, name).context("remove the file made for trying in", &self.path)?;
+        backing.symlink(tmp, name, b"x", own_creds()).context(
+            "make a symlink (the filesystem must be able to hold them) in",
+            self.private_path("tmp"),
+        )
+    }
+
+    /// The entries of a directory of the live tree, ordered by name. What is ours and a filesystem's
+    /// own `lost+found` are no part of the tree.
+    pub fn live_entries(&self, dir: &Handle, path: &RelPath) -> Result<Vec<DirEntry>> {
+        let mut entries = self.backing.list(dir).context("list", self.at(path))?;
+        if path.is_root() {
+            entries.retain(|entry| {
+                let name = entry.name.as_bytes();
+                name != PRIVATE_DIR.as_bytes() && name != PROBE.as_bytes()
+            });
+            let own = own_name(LOST_FOUND);
+            if entries.iter().any(|entry| entry.name == own) && self.is_lost_found(dir, &own) {
+                entries.retain(|entry| entry.name != own);
+            }
+        }
+        entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    /// Whether `lost+found` is the one that mkfs made: root's own, closed to others, with nothing in it.
+    fn is_lost_found(&self, root: &Handle, name: &EntryName) -> bool {
+        let Ok(stat) = self.backing.stat_at(root, name) else { return false };
+        if stat.kind != Kind::Dir || stat.uid != 0 || stat.mode & 0o077 != 0 {
+            return false;
+        }
+        let listed = self
+            .backing
+            .open_dir(&RelPath::root().join(name))
+            .and_then(|dir| self.backing.list(&dir));
+        // Unreadable to an ordinary user: it cannot be theirs.
+        listed.map_or(true, |entries| entries.is_empty())
+    }
+
+    /// Reads an entry with all that belongs to it. `None` if it is gone.
+    pub fn object(&self, dir: &Handle, path: &RelPath, name: &EntryName) -> Result<Option<Object>> {
+        let node = match self.backing.open_node(dir, name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.context("open", self.at(&path.join(name)))?,
+        };
+        self.object_of(&node, &path.join(name)).map(Some)
+    }
+
+    /// Reads what belongs to an open object.
+    pub fn object_of(&self, node: &Handle, path: &RelPath) -> Result<Object> {
+        let stat = self.backing.stat(node).context("read the attributes of", self.at(path))?;
+        let xattrs =
+            self.backing.xattrs(node).context("read the extended attributes of", self.at(path))?;
+        let target = match stat.kind {
+            Kind::Symlink => {
+                self.backing.readlink(node).context("read the symlink", self.at(path))?
+            }
+            _ => Vec::new(),
+        };
+        Ok(Object { stat, xattrs, target })
+    }
+}
+
+/// Whether the error says that an entry is another mount's root, which is no part of the backing.
+pub fn is_other_mount(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::XDEV.raw_os_error())
+}
+
+/// Takes "is not there" for success.
+pub fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
