@@ -1,2 +1,5 @@
-//! The `rearview` command.
-fn main() {}
+//! The `rearview` command: everything is in the library.
+
+fn main() -> std::process::ExitCode {
+    rearviewfs::cli::main()
+}

@@ -177,9 +177,10 @@ impl Driver {
                 self.rename((dir, &text(name)), (to_dir, &text(to_name)), mode)
             }
             Op::Link { file, dir, name } => self.link(file, dir, &text(name)),
-            Op::Chmod { .. } | Op::SetXattr { .. } | Op::RemoveXattr { .. } | Op::SetTimes { .. } => {
-                self.attribute(op)
-            }
+            Op::Chmod { .. }
+            | Op::SetXattr { .. }
+            | Op::RemoveXattr { .. }
+            | Op::SetTimes { .. } => self.attribute(op),
             Op::Snapshot => self.snapshot(),
             Op::RenameSnapshot { snapshot } => self.rename_snapshot(snapshot),
             Op::DeleteSnapshot { snapshot } => self.delete_snapshot(snapshot),
@@ -189,9 +190,7 @@ impl Driver {
                 self.moments.push(Moment { generation, dump });
                 Ok(())
             }
-            Op::Commit => {
-                self.catalog().flush(Durability::Written).or_else(fail("commit"))
-            }
+            Op::Commit => self.catalog().flush(Durability::Written).or_else(fail("commit")),
             Op::Remount => self.remount(),
             Op::Compare => self.compare(),
         }
@@ -271,8 +270,9 @@ impl Driver {
                 self.reference.content(node, Vec::clear);
             }
             Op::Punch { offset, length, zero, .. } => {
-                let mode = if zero { libc::FALLOC_FL_ZERO_RANGE } else { libc::FALLOC_FL_PUNCH_HOLE }
-                    | libc::FALLOC_FL_KEEP_SIZE;
+                let mode =
+                    if zero { libc::FALLOC_FL_ZERO_RANGE } else { libc::FALLOC_FL_PUNCH_HOLE }
+                        | libc::FALLOC_FL_KEEP_SIZE;
                 let done = self.with_open(node, READ_WRITE, |fs, fh| {
                     match fs.fallocate(fh, mode as u32, u64::from(offset), u64::from(length)) {
                         Err(error) if error.is(rustix::io::Errno::OPNOTSUPP) => Ok(false),
@@ -316,7 +316,8 @@ impl Driver {
                     return Err(format!("copied {copied} of {} bytes", bytes.len()));
                 }
                 if !bytes.is_empty() {
-                    self.reference.content(node, |content| put(content, to_offset as usize, &bytes));
+                    self.reference
+                        .content(node, |content| put(content, to_offset as usize, &bytes));
                 }
             }
             _ => {}
@@ -328,8 +329,7 @@ impl Driver {
     fn handle(&mut self, op: &Op) -> Outcome {
         if let Op::Open { file } = *op {
             let Some(node) = self.pick(&self.reference.files(), file) else { return Ok(()) };
-            let fh =
-                self.fs().open(self.ino(node), READ_WRITE, &caller()).or_else(fail("open"))?;
+            let fh = self.fs().open(self.ino(node), READ_WRITE, &caller()).or_else(fail("open"))?;
             self.reference.nodes[node].opens += 1;
             self.handles.push((fh, node));
             return Ok(());
@@ -439,23 +439,26 @@ impl Driver {
         if mode == RenameMode::Replace && matches!(kinds, (Some(a), Some(b)) if a != b) {
             return Ok(());
         }
-        let answer = self.fs().rename(
-            self.ino(dir),
-            &entry(from.1),
-            self.ino(to_dir),
-            &entry(to.1),
-            mode,
-        );
+        let answer =
+            self.fs().rename(self.ino(dir), &entry(from.1), self.ino(to_dir), &entry(to.1), mode);
         match (source, target, mode) {
             (None, ..) | (_, Some(_), RenameMode::NoReplace) | (_, None, RenameMode::Exchange) => {
-                if answer.is_ok() { Err("a rename that must fail succeeded".into()) } else { Ok(()) }
+                if answer.is_ok() {
+                    Err("a rename that must fail succeeded".into())
+                } else {
+                    Ok(())
+                }
             }
             (Some(source), Some(target), RenameMode::Replace)
                 if target != source
                     && self.is_dir(target)
                     && !self.reference.entries(target).is_empty() =>
             {
-                if answer.is_ok() { Err("a full directory was replaced".into()) } else { Ok(()) }
+                if answer.is_ok() {
+                    Err("a full directory was replaced".into())
+                } else {
+                    Ok(())
+                }
             }
             (Some(source), target, mode) => {
                 answer.or_else(fail("rename"))?;
@@ -664,7 +667,8 @@ impl Driver {
         for line in lines {
             let name = String::from_utf8(line.name.clone()).expect("our names are UTF-8");
             let path = format!("{path}/{name}");
-            let found = fs.lookup(dir, &entry(&name)).or_else(fail(&format!("lookup of {path:?}")))?;
+            let found =
+                fs.lookup(dir, &entry(&name)).or_else(fail(&format!("lookup of {path:?}")))?;
             let stat = found.stat;
             if stat.ino != line.ino || stat.kind != line.kind {
                 return Err(format!("{path:?}: listing and lookup disagree"));
@@ -744,8 +748,7 @@ impl Driver {
                 }
                 Kind::Dir => ('d', Vec::new()),
                 Kind::Symlink => {
-                    let target =
-                        self.catalog().symlink_target(row.id).or_else(fail("target"))?;
+                    let target = self.catalog().symlink_target(row.id).or_else(fail("target"))?;
                     ('l', target.unwrap_or_default())
                 }
                 _ => ('p', Vec::new()),

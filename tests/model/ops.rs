@@ -6,31 +6,111 @@ use proptest::prelude::*;
 /// that they meet.
 #[derive(Clone, Debug)]
 pub enum Op {
-    Create { dir: usize, name: u8, keep_open: bool },
-    Mkdir { dir: usize, name: u8 },
-    Symlink { dir: usize, name: u8 },
-    Fifo { dir: usize, name: u8 },
-    Write { file: usize, offset: u32, length: u32, fill: u8 },
-    Truncate { file: usize, size: u32 },
-    OpenTruncate { file: usize },
-    Punch { file: usize, offset: u32, length: u32, zero: bool },
-    Copy { from: usize, to: usize, from_offset: u32, to_offset: u32, length: u32 },
-    Open { file: usize },
-    WriteOpen { handle: usize, offset: u32, length: u32, fill: u8 },
-    Flush { handle: usize },
-    Fsync { handle: usize },
-    Close { handle: usize },
-    Unlink { dir: usize, name: u8 },
-    Rmdir { dir: usize, name: u8 },
-    Rename { dir: usize, name: u8, to_dir: usize, to_name: u8, mode: u8 },
-    Link { file: usize, dir: usize, name: u8 },
-    Chmod { node: usize, mode: u16 },
-    SetXattr { node: usize, name: u8, value: u8 },
-    RemoveXattr { node: usize, name: u8 },
-    SetTimes { node: usize, secs: i32 },
+    Create {
+        dir: usize,
+        name: u8,
+        keep_open: bool,
+    },
+    Mkdir {
+        dir: usize,
+        name: u8,
+    },
+    Symlink {
+        dir: usize,
+        name: u8,
+    },
+    Fifo {
+        dir: usize,
+        name: u8,
+    },
+    Write {
+        file: usize,
+        offset: u32,
+        length: u32,
+        fill: u8,
+    },
+    Truncate {
+        file: usize,
+        size: u32,
+    },
+    OpenTruncate {
+        file: usize,
+    },
+    Punch {
+        file: usize,
+        offset: u32,
+        length: u32,
+        zero: bool,
+    },
+    Copy {
+        from: usize,
+        to: usize,
+        from_offset: u32,
+        to_offset: u32,
+        length: u32,
+    },
+    Open {
+        file: usize,
+    },
+    WriteOpen {
+        handle: usize,
+        offset: u32,
+        length: u32,
+        fill: u8,
+    },
+    Flush {
+        handle: usize,
+    },
+    Fsync {
+        handle: usize,
+    },
+    Close {
+        handle: usize,
+    },
+    Unlink {
+        dir: usize,
+        name: u8,
+    },
+    Rmdir {
+        dir: usize,
+        name: u8,
+    },
+    Rename {
+        dir: usize,
+        name: u8,
+        to_dir: usize,
+        to_name: u8,
+        mode: u8,
+    },
+    Link {
+        file: usize,
+        dir: usize,
+        name: u8,
+    },
+    Chmod {
+        node: usize,
+        mode: u16,
+    },
+    SetXattr {
+        node: usize,
+        name: u8,
+        value: u8,
+    },
+    RemoveXattr {
+        node: usize,
+        name: u8,
+    },
+    SetTimes {
+        node: usize,
+        secs: i32,
+    },
     Snapshot,
-    RenameSnapshot { snapshot: usize },
-    DeleteSnapshot { snapshot: usize },
+    RenameSnapshot {
+        snapshot: usize,
+    },
+    DeleteSnapshot {
+        snapshot: usize,
+    },
     /// Remembers the present generation.
     Freeze,
     /// Lets pending changes be committed.

@@ -1,0 +1,121 @@
+//! Progress of long work on standard error: a bar on a terminal, else a line for each tenth.
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use parking_lot::Mutex;
+
+use crate::progress::{Progress, ProgressSink};
+
+/// Draws on standard error, and stops the work when `stop` is set.
+pub fn on_stderr(stop: Arc<AtomicBool>) -> Progress {
+    if std::io::stderr().is_terminal() {
+        Progress::new(Arc::new(Bar(Mutex::new(None))), stop)
+    } else {
+        Progress::new(Arc::new(Lines(Mutex::new(None))), stop)
+    }
+}
+
+struct Bar(Mutex<Option<Drawn>>);
+
+struct Drawn {
+    bar: ProgressBar,
+    by_bytes: bool,
+}
+
+impl ProgressSink for Bar {
+    fn begin(&self, phase: &str, items: u64, bytes: u64) {
+        let by_bytes = bytes > 0;
+        let (total, form) = match (bytes, items) {
+            (0, 0) => (None, "{msg} {spinner} {pos} [{elapsed}]"),
+            (0, items) => (Some(items), "{msg} [{bar:30}] {pos}/{len} [{elapsed}, {eta} left]"),
+            (bytes, _) => (
+                Some(bytes),
+                "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} [{elapsed}, {eta} left]",
+            ),
+        };
+        let bar = match total {
+            Some(total) => ProgressBar::new(total),
+            None => ProgressBar::new_spinner(),
+        };
+        let style = ProgressStyle::with_template(form).expect("the forms above are valid");
+        bar.set_style(style);
+        bar.set_message(phase.to_string());
+        *self.0.lock() = Some(Drawn { bar, by_bytes });
+    }
+
+    fn advance(&self, items: u64, bytes: u64) {
+        if let Some(drawn) = self.0.lock().as_ref() {
+            drawn.bar.inc(if drawn.by_bytes { bytes } else { items });
+        }
+    }
+
+    fn end(&self) {
+        if let Some(drawn) = self.0.lock().take() {
+            drawn.bar.finish();
+        }
+    }
+}
+
+struct Lines(Mutex<Option<Counted>>);
+
+struct Counted {
+    phase: String,
+    by_bytes: bool,
+    total: u64,
+    done: u64,
+    tenths_told: u64,
+}
+
+impl Counted {
+    /// Adds, and gives the tenth that was reached by it.
+    fn add(&mut self, items: u64, bytes: u64) -> Option<u64> {
+        self.done = self.done.saturating_add(if self.by_bytes { bytes } else { items });
+        let tenths = self.done.saturating_mul(10).checked_div(self.total)?.min(10);
+        if tenths <= self.tenths_told {
+            return None;
+        }
+        self.tenths_told = tenths;
+        Some(tenths)
+    }
+}
+
+impl ProgressSink for Lines {
+    fn begin(&self, phase: &str, items: u64, bytes: u64) {
+        eprintln!("rearview: {phase}");
+        let by_bytes = bytes > 0;
+        let total = if by_bytes { bytes } else { items };
+        let phase = phase.to_string();
+        *self.0.lock() = Some(Counted { phase, by_bytes, total, done: 0, tenths_told: 0 });
+    }
+
+    fn advance(&self, items: u64, bytes: u64) {
+        if let Some(counted) = self.0.lock().as_mut()
+            && let Some(tenths) = counted.add(items, bytes)
+        {
+            eprintln!("rearview: {}: {} %", counted.phase, tenths * 10);
+        }
+    }
+
+    fn end(&self) {
+        self.0.lock().take();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_tenth_is_told_once() {
+        let phase = String::new();
+        let mut counted = Counted { phase, by_bytes: false, total: 20, done: 0, tenths_told: 0 };
+        let told: Vec<u64> = (0..20).filter_map(|_| counted.add(1, 0)).collect();
+        assert_eq!(told, (1..=10).collect::<Vec<_>>());
+        assert_eq!(counted.add(100, 0), None);
+        counted.total = 0;
+        assert_eq!(counted.add(1, 0), None);
+    }
+}

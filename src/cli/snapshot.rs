@@ -1,0 +1,189 @@
+//! `rearview snapshot …`
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use super::locate::{Located, is_store_path, locate, unexpected};
+use super::{Exit, SnapshotCommand, text};
+use crate::control::{Request, Response};
+use crate::error::{Error, Result};
+use crate::report::{self, MomentText, SnapshotReport};
+use crate::types::escape;
+
+/// Does one of the commands on snapshots.
+pub fn run(command: SnapshotCommand) -> Result<Exit> {
+    match command {
+        SnapshotCommand::Create { words, at, automatic, json } => {
+            let (located, names) = split(&words, 2)?;
+            let [name] = take::<1>(&names)?;
+            let at = at.as_deref().map(MomentText::new);
+            let request = Request::SnapshotCreate { name, at, automatic };
+            let snapshot = one(located.ask(&request)?)?;
+            tell(&snapshot, "created", json)
+        }
+        SnapshotCommand::List { path, json } => list(&path, json),
+        SnapshotCommand::Delete { words, json } => {
+            each(&words, "deleted", json, |name| Request::SnapshotDelete { name })
+        }
+        SnapshotCommand::Rename { words, json } => {
+            let (located, names) = split(&words, 3)?;
+            let [Some(from), Some(to)] = take::<2>(&names)? else {
+                return Err(Error::Refused("rename takes [PATH] FROM TO".into()));
+            };
+            let snapshot = one(located.ask(&Request::SnapshotRename { from, to })?)?;
+            tell(&snapshot, "renamed to", json)
+        }
+        SnapshotCommand::Hold { words, json } => {
+            each(&words, "holding", json, |name| Request::SnapshotHold { name, held: true })
+        }
+        SnapshotCommand::Release { words, json } => {
+            each(&words, "released", json, |name| Request::SnapshotHold { name, held: false })
+        }
+    }
+}
+
+/// Parts `[PATH] NAME...`. The first word is the path if there are `full` words, or if it can only be
+/// meant as one: no snapshot's name has a slash; and outside of any store a bare word that leads into
+/// one is no name either.
+fn split(words: &[OsString], full: usize) -> Result<(Located, Vec<String>)> {
+    let here = locate(Path::new("."));
+    let first_is_path = words.first().is_some_and(|first| {
+        words.len() == full || looks_like_path(first) || (here.is_err() && is_store_path(first))
+    });
+    let (located, names) = match words.split_first() {
+        Some((first, rest)) if first_is_path => (locate(Path::new(first))?, rest),
+        _ => (here?, words),
+    };
+    Ok((located, names.iter().map(|name| as_name(name)).collect::<Result<_>>()?))
+}
+
+fn looks_like_path(word: &OsStr) -> bool {
+    let bytes = word.as_bytes();
+    bytes.contains(&b'/') || bytes == b"." || bytes == b".."
+}
+
+fn as_name(word: &OsStr) -> Result<String> {
+    match word.to_str() {
+        Some(name) if !name.contains('/') => Ok(name.to_string()),
+        _ => Err(Error::Refused(format!(
+            "'{}' cannot be a snapshot's name: it has a slash or is not UTF-8",
+            escape(word.as_bytes())
+        ))),
+    }
+}
+
+fn take<const N: usize>(names: &[String]) -> Result<[Option<String>; N]> {
+    if names.len() > N {
+        let extra = escape(names[N].as_bytes());
+        return Err(Error::Refused(format!("'{extra}' is one word too many")));
+    }
+    Ok(std::array::from_fn(|index| names.get(index).cloned()))
+}
+
+fn one(response: Response) -> Result<SnapshotReport> {
+    match response {
+        Response::Snapshot(snapshot) => Ok(snapshot),
+        _ => Err(unexpected()),
+    }
+}
+
+fn tell(snapshot: &SnapshotReport, done: &str, json: bool) -> Result<Exit> {
+    if json {
+        text::print_json(snapshot)?;
+    } else {
+        text::print_line(&format!("{done} {}", escape(snapshot.name.as_bytes())))?;
+    }
+    Ok(Exit::Done)
+}
+
+#[derive(serde::Serialize)]
+struct Snapshots {
+    snapshots: Vec<SnapshotReport>,
+}
+
+/// Asks for each name, goes on after a failure, and tells of all.
+fn each(
+    words: &[OsString],
+    done: &str,
+    json: bool,
+    request: impl Fn(String) -> Request,
+) -> Result<Exit> {
+    // A path is followed by at least one name.
+    let full = if words.len() > 1 && looks_like_path(&words[0]) { words.len() } else { usize::MAX };
+    let (located, names) = split(words, full)?;
+    if names.is_empty() {
+        return Err(Error::Refused("name the snapshot".into()));
+    }
+    let mut snapshots = Vec::new();
+    let mut failure = None;
+    for name in &names {
+        match located.ask(&request(name.clone())).and_then(one) {
+            Ok(snapshot) => snapshots.push(snapshot),
+            Err(error) if names.len() == 1 => return Err(error),
+            Err(error) => {
+                eprintln!("rearview: {}: {error}", escape(name.as_bytes()));
+                failure = Some(error);
+            }
+        }
+    }
+    let partly = failure.is_some() && !snapshots.is_empty();
+    if json {
+        text::print_json(&Snapshots { snapshots })?;
+    } else {
+        for snapshot in &snapshots {
+            text::print_line(&format!("{done} {}", escape(snapshot.name.as_bytes())))?;
+        }
+    }
+    Ok(match failure {
+        None => Exit::Done,
+        Some(_) if partly => Exit::Incomplete,
+        Some(error) => Exit::from(&error),
+    })
+}
+
+fn list(path: &Path, json: bool) -> Result<Exit> {
+    let located = locate(path)?;
+    let response = located.ask_or_look(&Request::SnapshotList, |catalog| {
+        Ok(Response::Snapshots { snapshots: report::snapshots(catalog)? })
+    })?;
+    let Response::Snapshots { snapshots } = response else { return Err(unexpected()) };
+    if json {
+        text::print_json(&Snapshots { snapshots })?;
+        return Ok(Exit::Done);
+    }
+    let rows: Vec<Vec<String>> = snapshots.iter().map(row).collect();
+    text::print(&text::table(&rows))?;
+    Ok(Exit::Done)
+}
+
+fn row(snapshot: &SnapshotReport) -> Vec<String> {
+    let mut marks = Vec::new();
+    if snapshot.held {
+        marks.push("held");
+    }
+    if snapshot.automatic {
+        marks.push("automatic");
+    }
+    vec![text::local_time(&snapshot.time), escape(snapshot.name.as_bytes()), marks.join(", ")]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_with_a_slash_is_a_path_and_never_a_name() {
+        assert!(looks_like_path(OsStr::new("./x")) && looks_like_path(OsStr::new(".")));
+        assert!(!looks_like_path(OsStr::new("x")));
+        assert!(as_name(OsStr::new("a/b")).is_err());
+        assert!(as_name(OsStr::from_bytes(b"\xff")).is_err());
+        assert!(take::<1>(&["a".into(), "b".into()]).is_err());
+    }
+
+    #[test]
+    fn outside_of_a_store_names_are_refused_with_the_reason() {
+        let words = ["no-such".into()];
+        assert!(matches!(split(&words, 2), Err(Error::NoStore(_))));
+    }
+}

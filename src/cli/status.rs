@@ -1,0 +1,162 @@
+//! `rearview status`
+
+use std::os::unix::ffi::OsStrExt;
+
+use super::locate::{locate, unexpected};
+use super::{Exit, StatusArgs, text};
+use crate::catalog::Catalog;
+use crate::control::{Request, Response};
+use crate::error::Result;
+use crate::report::{self, PathText, ReplicaReport, StatusReport};
+use crate::types::escape;
+
+/// `rearview status`
+pub fn status(args: &StatusArgs) -> Result<Exit> {
+    let located = locate(&args.path)?;
+    let backing = located.first_backing();
+    let response = located.ask_or_look(&Request::Status, |catalog| {
+        Ok(Response::Status(unmounted(catalog, &backing)?))
+    })?;
+    let Response::Status(report) = response else { return Err(unexpected()) };
+    if args.json {
+        text::print_json(&report)?;
+    } else {
+        text::print(&status_text(&report))?;
+    }
+    Ok(if report.degraded { Exit::Degraded } else { Exit::Done })
+}
+
+/// What the catalog of an unmounted store tells.
+fn unmounted(catalog: &Catalog, backing: &std::path::Path) -> Result<StatusReport> {
+    let info = crate::store::inspect(backing)?;
+    let space = rustix::fs::statvfs(backing).ok();
+    let replica = ReplicaReport {
+        label: info.marker.label.clone(),
+        path: PathText::new(backing.as_os_str().as_bytes()),
+        uuid: info.marker.replica.to_string(),
+        state: "not mounted".into(),
+        healthy: true,
+        since: None,
+        error: None,
+        read_errors: 0,
+        write_errors: 0,
+        space_bytes: space.as_ref().map_or(0, |space| space.f_blocks * space.f_frsize),
+        available_bytes: space.as_ref().map_or(0, |space| space.f_bavail * space.f_frsize),
+    };
+    Ok(StatusReport {
+        store: info.marker.store.to_string(),
+        mountpoint: None,
+        degraded: false,
+        replicas: vec![replica],
+        totals: catalog.totals()?,
+        oldest: report::time_text(catalog.time_of(catalog.oldest()?)?),
+        generation: catalog.generation().0,
+    })
+}
+
+/// The order of `zpool status`: what it is, how it is, what to do, the parts, the sums.
+fn status_text(report: &StatusReport) -> String {
+    let mut out = String::new();
+    let mut line = |key: &str, value: &str| out.push_str(&format!("{key:>9}: {value}\n"));
+    line("store", &report.store);
+    let state = match (&report.mountpoint, report.degraded) {
+        (None, _) => "NOT MOUNTED",
+        (Some(_), true) => "DEGRADED",
+        (Some(_), false) => "ONLINE",
+    };
+    line("state", state);
+    if report.degraded {
+        let failed = report.replicas.iter().filter(|replica| !replica.healthy);
+        let names: Vec<String> = failed.map(|replica| replica.path.shown()).collect();
+        line("status", &format!("not current or not reachable: {}", names.join(", ")));
+        line(
+            "action",
+            "the mount goes on with the other replicas; unmount, bring the backing back, and \
+             mount with all backings again",
+        );
+    }
+    if let Some(mountpoint) = &report.mountpoint {
+        line("mount", &mountpoint.shown());
+    }
+    let mut rows = vec![
+        vec!["NAME", "STATE", "READ", "WRITE", "FREE", "SIZE", "SINCE"]
+            .into_iter()
+            .map(String::from)
+            .collect(),
+    ];
+    rows.extend(report.replicas.iter().map(replica_row));
+    out.push('\n');
+    for row in text::table(&rows).lines() {
+        out.push_str(&format!("  {row}\n"));
+    }
+    for replica in &report.replicas {
+        if let Some(error) = &replica.error {
+            let error = escape(error.as_bytes());
+            out.push_str(&format!("  {}: {error}\n", replica.path.shown()));
+        }
+    }
+    out.push('\n');
+    let totals = &report.totals;
+    let mut line = |key: &str, value: String| out.push_str(&format!("{key:>9}: {value}\n"));
+    let live = text::size(totals.live_bytes);
+    line("live", format!("{live} in {} files and directories", totals.live_nodes));
+    let history = text::size(totals.undo_bytes.saturating_add(totals.preserved_bytes));
+    line("history", format!("{history} in {} past versions", totals.past_versions));
+    line("snapshots", totals.snapshots.to_string());
+    line("oldest", text::local_time(&report.oldest));
+    out
+}
+
+fn replica_row(replica: &ReplicaReport) -> Vec<String> {
+    let path = replica.path.shown();
+    let name = match replica.label.as_str() {
+        "" => path,
+        label => format!("{} ({path})", escape(label.as_bytes())),
+    };
+    vec![
+        name,
+        escape(replica.state.as_bytes()).to_uppercase(),
+        replica.read_errors.to_string(),
+        replica.write_errors.to_string(),
+        text::size(replica.available_bytes),
+        text::size(replica.space_bytes),
+        replica.since.as_deref().map(text::local_time).unwrap_or_default(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_degraded_store_says_which_replica_and_what_to_do() {
+        let replica = |path: &str, healthy: bool| ReplicaReport {
+            label: String::new(),
+            path: PathText::new(path.as_bytes()),
+            uuid: String::new(),
+            state: if healthy { "online" } else { "offline" }.into(),
+            healthy,
+            since: None,
+            error: (!healthy).then(|| "I/O error".to_string()),
+            read_errors: 0,
+            write_errors: u64::from(!healthy),
+            space_bytes: 1 << 30,
+            available_bytes: 1 << 20,
+        };
+        let report = StatusReport {
+            store: "u".into(),
+            mountpoint: Some(PathText::new(b"/m")),
+            degraded: true,
+            replicas: vec![replica("/a", true), replica("/b", false)],
+            totals: Default::default(),
+            oldest: "2026-11-22T19:30:00Z".into(),
+            generation: 7,
+        };
+        let text = status_text(&report);
+        for part in ["state: DEGRADED", "reachable: /b", "action:", "OFFLINE", "/b: I/O error"] {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["replicas"][1]["path"], "/b");
+    }
+}

@@ -1,0 +1,143 @@
+//! How results are written: tables, sizes, local times, JSON.
+
+use std::io::Write;
+
+use serde::Serialize;
+
+use crate::error::{Error, IoContext, Result};
+use crate::report::OUTPUT_VERSION;
+
+/// Writes to standard output.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("write to", "standard output")
+}
+
+/// Writes one line to standard output.
+pub fn print_line(text: &str) -> Result<()> {
+    print(&format!("{text}\n"))
+}
+
+#[derive(Serialize)]
+struct OutputVersion {
+    major: u32,
+    minor: u32,
+}
+
+#[derive(Serialize)]
+struct Versioned<'a, T> {
+    output_version: OutputVersion,
+    #[serde(flatten)]
+    body: &'a T,
+}
+
+/// Writes an object as JSON, with the version of its form.
+pub fn print_json<T: Serialize>(body: &T) -> Result<()> {
+    let (major, minor) = OUTPUT_VERSION;
+    let value = Versioned { output_version: OutputVersion { major, minor }, body };
+    let text = serde_json::to_string_pretty(&value)
+        .map_err(|error| Error::Refused(format!("cannot write JSON: {error}")))?;
+    print_line(&text)
+}
+
+/// Bytes for people, in powers of 1024.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let mut value = bytes as f64;
+    let mut unit = "";
+    for next in UNITS {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    format!("{value:.1} {unit}")
+}
+
+/// A time of a report (RFC 3339 in UTC) for people: local, to the second.
+pub fn local_time(time: &str) -> String {
+    match time.parse::<jiff::Timestamp>() {
+        Ok(time) => {
+            let zoned = time.to_zoned(jiff::tz::TimeZone::system());
+            zoned.strftime("%Y-%m-%d %H:%M:%S").to_string()
+        }
+        Err(_) => time.to_string(),
+    }
+}
+
+/// Rows in columns as wide as their widest cell; the last column is not padded.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line.push_str(&format!("{cell:width$}  "));
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// Permission bits with the kind as `ls -l` writes them.
+pub fn mode(kind: crate::types::Kind, mode: u32) -> String {
+    use crate::types::Kind;
+    let first = match kind {
+        Kind::File => '-',
+        Kind::Dir => 'd',
+        Kind::Symlink => 'l',
+        Kind::Fifo => 'p',
+        Kind::Socket => 's',
+        Kind::CharDev => 'c',
+        Kind::BlockDev => 'b',
+    };
+    let mut text = String::from(first);
+    for (shift, special, letter) in [(6, 0o4000, 's'), (3, 0o2000, 's'), (0, 0o1000, 't')] {
+        let bits = mode >> shift;
+        text.push(if bits & 4 != 0 { 'r' } else { '-' });
+        text.push(if bits & 2 != 0 { 'w' } else { '-' });
+        text.push(match (bits & 1 != 0, mode & special != 0) {
+            (true, true) => letter,
+            (false, true) => letter.to_ascii_uppercase(),
+            (true, false) => 'x',
+            (false, false) => '-',
+        });
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_short() {
+        assert_eq!(size(0), "0 B");
+        assert_eq!(size(1023), "1023 B");
+        assert_eq!(size(1536), "1.5 KiB");
+        assert_eq!(size(u64::MAX), "16.0 EiB");
+    }
+
+    #[test]
+    fn modes_look_as_in_ls() {
+        use crate::types::Kind;
+        assert_eq!(mode(Kind::Dir, 0o1777), "drwxrwxrwt");
+        assert_eq!(mode(Kind::File, 0o4640), "-rwSr-----");
+    }
+
+    #[test]
+    fn tables_line_up() {
+        let rows = [vec!["a".into(), "bb".into()], vec!["ccc".into(), "d".into()]];
+        assert_eq!(table(&rows), "a    bb\nccc  d\n");
+    }
+}

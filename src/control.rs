@@ -1,0 +1,293 @@
+//! The control socket: how commands speak to the daemon of a mounted store.
+//!
+//! Every backing has the socket `.rearview/control.sock`. Only root and the user that the daemon runs
+//! as may speak; both the directory's mode and the peer's credentials see to it. One connection
+//! carries one request and one response. Each is a frame: four bytes of length, little-endian, then
+//! that many bytes of JSON with the protocol's version. Both lengths have a limit, all waiting a
+//! deadline, and a frame that is not understood is answered with an error, never acted upon.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::error::{Error, IoContext, Result};
+use crate::report::log::LogReport;
+use crate::report::{DiffReport, MomentText, PathText, SnapshotReport, StatusReport};
+
+pub mod client;
+pub mod server;
+pub mod service;
+
+/// The socket's name in `.rearview`.
+pub const SOCKET_NAME: &str = "control.sock";
+/// The protocol's version; both sides must have the same.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// The longest request: a path and a few names.
+pub const REQUEST_BYTES_MAX: u32 = 64 * 1024;
+/// The longest response: a diff of some million paths.
+pub const RESPONSE_BYTES_MAX: u32 = 1 << 30;
+
+/// What a command asks of the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Who are you?
+    Ping,
+    /// The store's state.
+    Status,
+    /// Makes a snapshot of now, or of the moment `at`; without a name it gets its time's.
+    SnapshotCreate {
+        /// The name.
+        name: Option<String>,
+        /// The moment.
+        at: Option<MomentText>,
+        /// Made by a schedule.
+        automatic: bool,
+    },
+    /// All snapshots.
+    SnapshotList,
+    /// Forgets a snapshot.
+    SnapshotDelete {
+        /// The name.
+        name: String,
+    },
+    /// Renames a snapshot.
+    SnapshotRename {
+        /// The name it has.
+        from: String,
+        /// The name it gets.
+        to: String,
+    },
+    /// Holds or releases a snapshot.
+    SnapshotHold {
+        /// The name.
+        name: String,
+        /// Whether it is to be held.
+        held: bool,
+    },
+    /// The history of a path.
+    Log {
+        /// Root-relative.
+        path: PathText,
+    },
+    /// The differences between two moments.
+    Diff {
+        /// A snapshot, `now` or a time.
+        a: MomentText,
+        /// Likewise.
+        b: MomentText,
+        /// Root-relative; only what lies below it.
+        path: PathText,
+    },
+    /// The moment that a word names.
+    Moment {
+        /// A snapshot, `now` or a time.
+        moment: MomentText,
+    },
+    /// Makes a snapshot of the last moment at which a path that is gone was whole.
+    SnapshotLastSeen {
+        /// The snapshot's name.
+        name: String,
+        /// Root-relative.
+        path: PathText,
+    },
+}
+
+/// What the daemon answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "response", rename_all = "snake_case")]
+pub enum Response {
+    /// To [`Request::Ping`].
+    Pong(DaemonInfo),
+    /// To [`Request::Status`].
+    Status(StatusReport),
+    /// To the requests that make or change one snapshot.
+    Snapshot(SnapshotReport),
+    /// To [`Request::SnapshotList`].
+    Snapshots {
+        /// Oldest first.
+        snapshots: Vec<SnapshotReport>,
+    },
+    /// To [`Request::Log`].
+    Log(LogReport),
+    /// To [`Request::Diff`].
+    Diff(DiffReport),
+    /// To [`Request::Moment`].
+    Moment(crate::report::MomentReport),
+    /// The request failed.
+    Failed {
+        /// Which error.
+        kind: FailureKind,
+        /// Its text for people.
+        text: String,
+    },
+}
+
+/// What a daemon says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DaemonInfo {
+    /// Its process id.
+    pub pid: u32,
+    /// Where it is mounted.
+    pub mountpoint: PathText,
+    /// What `.snapshots` is called in this mount.
+    pub snapdir_name: PathText,
+    /// Whether the past is shown in this mount at all.
+    pub snapdir_enabled: bool,
+}
+
+/// The kinds of errors that cross the socket, so that a command ends with the same exit code as if
+/// it had done the work itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    /// [`Error::NoStore`]
+    NoStore,
+    /// [`Error::InUse`]
+    InUse,
+    /// [`Error::Refused`]
+    Refused,
+    /// [`Error::NotFound`]
+    NotFound,
+    /// [`Error::Damaged`]
+    Damaged,
+    /// [`Error::Interrupted`]
+    Interrupted,
+    /// Any other.
+    Other,
+}
+
+impl From<&Error> for Response {
+    fn from(error: &Error) -> Response {
+        let kind = match error {
+            Error::NoStore(_) => FailureKind::NoStore,
+            Error::InUse(_) => FailureKind::InUse,
+            Error::Refused(_) => FailureKind::Refused,
+            Error::NotFound(_) => FailureKind::NotFound,
+            Error::Damaged { .. } => FailureKind::Damaged,
+            Error::Interrupted => FailureKind::Interrupted,
+            Error::Posix(_) | Error::Io { .. } | Error::Catalog(_) => FailureKind::Other,
+        };
+        Response::Failed { kind, text: error.to_string() }
+    }
+}
+
+impl FailureKind {
+    /// The error on the command's side.
+    pub fn into_error(self, text: String) -> Error {
+        match self {
+            FailureKind::NoStore => Error::NoStore(text),
+            FailureKind::InUse => Error::InUse(text),
+            FailureKind::NotFound => Error::NotFound(text),
+            FailureKind::Interrupted => Error::Interrupted,
+            FailureKind::Damaged => Error::Damaged {
+                what: "the store".into(),
+                detail: text,
+                remedy: "See 'rearview status'.",
+            },
+            FailureKind::Refused | FailureKind::Other => Error::Refused(text),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Envelope<T> {
+    version: u32,
+    body: T,
+}
+
+/// Writes one frame.
+pub fn write_frame<T: Serialize>(to: &mut impl Write, body: &T, bytes_max: u32) -> Result<()> {
+    let json = serde_json::to_vec(&Envelope { version: PROTOCOL_VERSION, body })
+        .map_err(|error| Error::Refused(format!("cannot write the message: {error}")))?;
+    let length = u32::try_from(json.len()).ok().filter(|length| *length <= bytes_max);
+    let Some(length) = length else {
+        return Err(Error::Refused(format!(
+            "the message of {} bytes is longer than the control socket carries; ask for less",
+            json.len()
+        )));
+    };
+    let mut frame = length.to_le_bytes().to_vec();
+    frame.extend_from_slice(&json);
+    to.write_all(&frame).and_then(|()| to.flush()).context("write to", socket_label())
+}
+
+/// Reads one frame.
+pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read, bytes_max: u32) -> Result<T> {
+    let mut length = [0u8; 4];
+    from.read_exact(&mut length).context("read from", socket_label())?;
+    let length = u32::from_le_bytes(length);
+    if length > bytes_max {
+        return Err(Error::Refused(format!("a message of {length} bytes is too long")));
+    }
+    // Grown as the bytes come, so that a lie about the length costs no memory.
+    let mut json = Vec::new();
+    let read = from.take(u64::from(length)).read_to_end(&mut json);
+    read.context("read from", socket_label())?;
+    if json.len() < length as usize {
+        return Err(Error::Refused("the message ends early".into()));
+    }
+    // The version is looked at first: what another version's body means is not for us to say.
+    let envelope: Envelope<serde_json::Value> = serde_json::from_slice(&json)
+        .map_err(|error| Error::Refused(format!("the message is not understood: {error}")))?;
+    if envelope.version != PROTOCOL_VERSION {
+        return Err(Error::Refused(format!(
+            "the daemon and this command are of different releases (protocol {} and {}): unmount \
+             and mount anew",
+            envelope.version, PROTOCOL_VERSION
+        )));
+    }
+    serde_json::from_value(envelope.body)
+        .map_err(|error| Error::Refused(format!("the message is not understood: {error}")))
+}
+
+fn socket_label() -> PathBuf {
+    PathBuf::from(SOCKET_NAME)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_survives_the_frame() {
+        let request = Request::Log { path: PathText::new(b"a\xff\n/b") };
+        let mut bytes = Vec::new();
+        write_frame(&mut bytes, &request, REQUEST_BYTES_MAX).unwrap();
+        let back: Request = read_frame(&mut bytes.as_slice(), REQUEST_BYTES_MAX).unwrap();
+        assert_eq!(back, request);
+    }
+
+    #[test]
+    fn garbage_is_an_error_and_no_memory() {
+        let mut huge = u32::MAX.to_le_bytes().to_vec();
+        huge.extend_from_slice(b"{}");
+        let mut wrong = Vec::new();
+        write_frame(&mut wrong, &"hello", REQUEST_BYTES_MAX).unwrap();
+        let early = [9, 0, 0, 0, b'{'].to_vec();
+        let noise = [4, 0, 0, 0, 1, 2, 3, 4].to_vec();
+        for bytes in [vec![], vec![1], huge, wrong, early, noise] {
+            let read: Result<Request> = read_frame(&mut bytes.as_slice(), REQUEST_BYTES_MAX);
+            assert!(read.is_err(), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn another_version_is_told_by_name() {
+        let json = br#"{"version":99,"body":{"request":"new_thing"}}"#;
+        let mut bytes = (json.len() as u32).to_le_bytes().to_vec();
+        bytes.extend_from_slice(json);
+        let read: Result<Request> = read_frame(&mut bytes.as_slice(), REQUEST_BYTES_MAX);
+        assert!(read.unwrap_err().to_string().contains("different releases"));
+    }
+
+    #[test]
+    fn errors_keep_their_kind_across_the_socket() {
+        for error in [Error::NoStore("x".into()), Error::InUse("x".into()), Error::Interrupted] {
+            let Response::Failed { kind, text } = Response::from(&error) else { panic!() };
+            let back = kind.into_error(text);
+            assert_eq!(std::mem::discriminant(&back), std::mem::discriminant(&error));
+        }
+    }
+}

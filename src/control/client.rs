@@ -1,0 +1,76 @@
+//! The commands' side of the control socket.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+
+use super::{
+    REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX, Request, Response, SOCKET_NAME, read_frame, write_frame,
+};
+use crate::error::{Error, IoContext, Result};
+use crate::types::PRIVATE_DIR;
+
+/// How long a daemon may work on one request. Long: a diff over years, a snapshot behind a full disk.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Connects to the daemon that has `backing` mounted. `NotFound` if there is none.
+pub fn connect(backing: &Path) -> Result<UnixStream> {
+    let dir = backing.join(PRIVATE_DIR);
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir_fd = rustix::fs::open(&dir, flags, Mode::empty())
+        .map_err(|errno| unreachable_daemon(&dir, errno.into()))?;
+    // A socket's path must be short; through the directory's descriptor every path is.
+    let path = PathBuf::from(format!("/proc/self/fd/{}/{SOCKET_NAME}", dir_fd.as_raw_fd()));
+    let stream = UnixStream::connect(&path)
+        .map_err(|error| unreachable_daemon(&dir.join(SOCKET_NAME), error))?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).context("set up", &dir)?;
+    stream.set_write_timeout(Some(ANSWER_TIMEOUT)).context("set up", &dir)?;
+    Ok(stream)
+}
+
+fn unreachable_daemon(path: &Path, error: std::io::Error) -> Error {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+    match error.kind() {
+        NotFound | ConnectionRefused => {
+            Error::NotFound(format!("no daemon answers at {}", crate::mountpoint::show(path)))
+        }
+        PermissionDenied => Error::Refused(format!(
+            "{} may be used only by root and by the user who mounted the store",
+            crate::mountpoint::show(path)
+        )),
+        _ => Error::Io { action: "connect to", path: path.into(), source: error },
+    }
+}
+
+/// Connects to the daemon behind the first of `backings` that answers.
+pub fn connect_any(backings: &[PathBuf]) -> Result<UnixStream> {
+    let mut failure = Error::NotFound("the mount names no backing".into());
+    for backing in backings {
+        match connect(backing) {
+            Ok(stream) => return Ok(stream),
+            // A refusal says more than an absence.
+            Err(error) if matches!(failure, Error::NotFound(_)) => failure = error,
+            Err(_) => {}
+        }
+    }
+    Err(failure)
+}
+
+/// Asks the daemon behind the first of `backings` that answers.
+pub fn ask(backings: &[PathBuf], request: &Request) -> Result<Response> {
+    converse(&mut connect_any(backings)?, request)
+}
+
+/// One request and its response; a failure on the other side becomes an error here.
+pub fn converse(stream: &mut UnixStream, request: &Request) -> Result<Response> {
+    // The server may have refused us and closed already: then what it said counts.
+    let sent = write_frame(stream, request, REQUEST_BYTES_MAX);
+    match read_frame(stream, RESPONSE_BYTES_MAX) {
+        Ok(Response::Failed { kind, text }) => Err(kind.into_error(text)),
+        Ok(response) => Ok(response),
+        Err(error) => Err(sent.err().unwrap_or(error)),
+    }
+}

@@ -1,0 +1,149 @@
+//! The daemon's answers: each request is one call on the filesystem or a report on its catalog.
+
+use std::sync::Arc;
+
+use super::server::Handler;
+use super::{DaemonInfo, Request, Response};
+use crate::error::{Error, Result};
+use crate::fs::Filesystem;
+use crate::replica::health::State;
+use crate::report::{self, Moment, MomentText, PathText, ReplicaReport, StatusReport};
+use crate::types::{RelPath, Timestamp};
+use crate::volume::{ReplicaStatus, VolumeStatus};
+
+/// How many snapshots without a name one second may have.
+const SAME_SECOND_MAX: u32 = 1000;
+
+/// Answers the requests on a mounted filesystem.
+pub struct Service {
+    fs: Arc<Filesystem>,
+    info: DaemonInfo,
+}
+
+impl Service {
+    /// Answers on `fs`; `info` is what the daemon says of itself.
+    pub fn new(fs: Arc<Filesystem>, info: DaemonInfo) -> Service {
+        Service { fs, info }
+    }
+
+    fn moment(&self, wanted: &MomentText) -> Result<Moment> {
+        let volume = self.fs.volume();
+        report::resolve_moment(volume.catalog(), wanted, || volume.settle())
+    }
+
+    fn create(
+        &self,
+        name: Option<String>,
+        at: Option<MomentText>,
+        automatic: bool,
+    ) -> Result<Response> {
+        let Some(at) = at else {
+            let name = self.name_or_time(name, Timestamp::now())?;
+            let snapshot = self.fs.create_snapshot(&name, automatic)?;
+            return Ok(Response::Snapshot((&snapshot).into()));
+        };
+        let moment = self.moment(&at)?;
+        let name = self.name_or_time(name, moment.time)?;
+        let catalog = self.fs.volume().catalog();
+        let snapshot = catalog.create_snapshot(&name, moment.generation, automatic)?;
+        Ok(Response::Snapshot((&snapshot).into()))
+    }
+
+    /// The given name, or the time's; of several within one second the later ones are numbered.
+    fn name_or_time(&self, name: Option<String>, time: Timestamp) -> Result<String> {
+        if let Some(name) = name {
+            return Ok(name);
+        }
+        let catalog = self.fs.volume().catalog();
+        let stem = crate::time::snapshot_name(time);
+        let mut name = stem.clone();
+        for number in 2..=SAME_SECOND_MAX {
+            if catalog.snapshot(&name)?.is_none() {
+                break;
+            }
+            name = format!("{stem}_{number}");
+        }
+        Ok(name)
+    }
+
+    fn status(&self) -> Result<StatusReport> {
+        let status = self.fs.volume().status()?;
+        Ok(status_report(&status, Some(self.info.mountpoint.clone())))
+    }
+}
+
+impl Handler for Service {
+    fn handle(&self, request: Request) -> Result<Response> {
+        let catalog = self.fs.volume().catalog();
+        Ok(match request {
+            Request::Ping => Response::Pong(self.info.clone()),
+            Request::Status => Response::Status(self.status()?),
+            Request::SnapshotCreate { name, at, automatic } => self.create(name, at, automatic)?,
+            Request::SnapshotList => Response::Snapshots { snapshots: report::snapshots(catalog)? },
+            Request::SnapshotDelete { name } => {
+                Response::Snapshot((&catalog.delete_snapshot(&name)?).into())
+            }
+            Request::SnapshotRename { from, to } => {
+                Response::Snapshot((&catalog.rename_snapshot(&from, &to)?).into())
+            }
+            Request::SnapshotHold { name, held } => {
+                Response::Snapshot((&catalog.hold_snapshot(&name, held)?).into())
+            }
+            Request::Log { path } => Response::Log(report::log::log(catalog, &rel_path(&path)?)?),
+            Request::Diff { a, b, path } => {
+                let path = rel_path(&path)?;
+                let (a, b) = (self.moment(&a)?, self.moment(&b)?);
+                Response::Diff(report::diff(catalog, &a, &b, &path)?)
+            }
+            Request::Moment { moment } => Response::Moment((&self.moment(&moment)?).into()),
+            Request::SnapshotLastSeen { name, path } => {
+                self.fs.volume().settle()?;
+                let generation = report::lost::last_seen(catalog, &rel_path(&path)?)?;
+                Response::Snapshot((&catalog.create_snapshot(&name, generation, true)?).into())
+            }
+        })
+    }
+}
+
+fn rel_path(path: &PathText) -> Result<RelPath> {
+    let bytes = path.bytes().ok_or_else(|| Error::Refused("the path is malformed".into()))?;
+    Ok(RelPath::parse(bytes)?)
+}
+
+fn status_report(status: &VolumeStatus, mountpoint: Option<PathText>) -> StatusReport {
+    let replicas: Vec<_> = status.replicas.iter().map(replica_report).collect();
+    StatusReport {
+        store: status.uuid.to_string(),
+        mountpoint,
+        degraded: replicas.iter().any(|replica| !replica.healthy),
+        replicas,
+        totals: status.totals,
+        oldest: report::time_text(status.oldest),
+        generation: status.generation.0,
+    }
+}
+
+fn replica_report(replica: &ReplicaStatus) -> ReplicaReport {
+    use std::os::unix::ffi::OsStrExt;
+    let health = &replica.health;
+    let (state, since, error) = match &health.state {
+        State::Online => ("online", None, None),
+        State::Offline { since, fault } => {
+            ("offline", Some(report::time_text(*since)), Some(fault.to_string()))
+        }
+    };
+    let space = replica.space.as_ref();
+    ReplicaReport {
+        label: replica.label.clone(),
+        path: PathText::new(replica.path.as_os_str().as_bytes()),
+        uuid: replica.uuid.to_string(),
+        state: state.into(),
+        healthy: health.state == State::Online,
+        since,
+        error,
+        read_errors: health.read_errors,
+        write_errors: health.write_errors,
+        space_bytes: space.map_or(0, |space| space.blocks.saturating_mul(space.block_bytes)),
+        available_bytes: space.map_or(0, |space| space.available.saturating_mul(space.block_bytes)),
+    }
+}

@@ -1,0 +1,227 @@
+//! One mount from its beginning to its end.
+//!
+//! The beginning: mountpoint, store (filled where a replica is new or behind), volume, control socket,
+//! mount. The end, in this order: the kernel lets go of the mount; requests on the control socket are
+//! answered and it closes; the volume seals and commits everything and marks the store clean. If we
+//! die before that last step, the next mount recovers.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::control::DaemonInfo;
+use crate::control::server::Server;
+use crate::control::service::Service;
+use crate::error::{Error, Result};
+use crate::fs::{Filesystem, FsOptions, SnapDir};
+use crate::fuse::{self, ServeOptions, Session};
+use crate::history::History;
+use crate::mountpoint::options::MountOptions;
+use crate::mountpoint::{self, Pulse, device, show, table};
+use crate::progress::Progress;
+use crate::report::PathText;
+use crate::store;
+use crate::volume::{Volume, VolumeOptions};
+use signals::SignalWatch;
+
+pub mod background;
+pub mod log;
+mod signals;
+
+/// How long the mount may take to answer its first request.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Threads that serve the kernel, unless asked for: more wait for each other on small machines.
+const THREADS_DEFAULT_MAX: usize = 8;
+
+/// What is to be mounted where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountPlan {
+    /// The backing directories, absolute.
+    pub backings: Vec<PathBuf>,
+    /// The mountpoint, absolute.
+    pub mountpoint: PathBuf,
+    /// How.
+    pub options: MountOptions,
+    /// Make a new store.
+    pub init: bool,
+    /// The label of replicas that are made.
+    pub label: Option<String>,
+}
+
+/// Serves a mount until it ends. `ready` is called once it answers; `progress` makes the reporter of
+/// long work from the flag that stops it.
+pub fn serve(
+    plan: &MountPlan,
+    progress: impl FnOnce(Arc<std::sync::atomic::AtomicBool>) -> Progress,
+    ready: impl FnOnce(&DaemonInfo) -> Result<()>,
+) -> Result<()> {
+    log_panics();
+    raise_descriptor_limit();
+    let signals = SignalWatch::start()?;
+    let target = mountpoint::prepare(&plan.mountpoint, &plan.backings, plan.options.nonempty)?;
+    let progress = progress(signals.stop_flag());
+    let volume = open_volume(plan, &target, &progress)?;
+    let served = serve_volume(plan, &target, &volume, &signals, ready);
+    // Whatever went wrong, what the volume holds must reach the backings.
+    signals.ending();
+    let closed = volume.close();
+    if closed.is_ok() {
+        ::log::info!("closed");
+        notify("STOPPING=1");
+    }
+    served.and(closed)
+}
+
+fn open_volume(
+    plan: &MountPlan,
+    target: &std::path::Path,
+    progress: &Progress,
+) -> Result<Arc<Volume>> {
+    let options = store::OpenOptions {
+        init: plan.init,
+        label: plan.label.clone(),
+        mountpoint: Some(target.to_path_buf()),
+    };
+    let recover = |replicas: &_, catalog: &_| History::recover(replicas, catalog);
+    let store = store::open(&plan.backings, &options, &recover, progress)?;
+    Volume::open(store, VolumeOptions::default())
+}
+
+fn serve_volume(
+    plan: &MountPlan,
+    target: &std::path::Path,
+    volume: &Arc<Volume>,
+    signals: &SignalWatch,
+    ready: impl FnOnce(&DaemonInfo) -> Result<()>,
+) -> Result<()> {
+    let options = FsOptions {
+        snapdir: plan.options.snapdir,
+        snapdir_name: plan.options.snapdir_name.clone(),
+        mountpoint: target.to_path_buf(),
+    };
+    let fs = Arc::new(Filesystem::new(volume.clone(), options));
+    let info = info(plan, target);
+    let service = Arc::new(Service::new(fs.clone(), info.clone()));
+    let control = Server::start(&plan.backings, service)?;
+    let served = mount_and_wait(plan, target, fs, signals, || ready(&info));
+    control.stop();
+    served
+}
+
+fn mount_and_wait(
+    plan: &MountPlan,
+    target: &std::path::Path,
+    fs: Arc<Filesystem>,
+    signals: &SignalWatch,
+    ready: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let source = match &plan.options.fs_name {
+        Some(name) => name.clone().into_bytes(),
+        None => table::join_backings(&plan.backings),
+    };
+    let device = device::mount(target, &source, &plan.options)?;
+    let threads = thread_count(plan.options.threads);
+    let session =
+        fuse::serve(fs, device, &ServeOptions { threads }).inspect_err(|_| take_away(target))?;
+    let begun = signals.serving(target).and_then(|()| answer_first(target)).and_then(|()| ready());
+    match begun {
+        Ok(()) => {
+            ::log::info!("mounted {plan}");
+            notify("READY=1");
+            join(session)
+        }
+        Err(error) => {
+            take_away(target);
+            join(session)?;
+            Err(error)
+        }
+    }
+}
+
+fn answer_first(target: &std::path::Path) -> Result<()> {
+    match mountpoint::probe(target, READY_TIMEOUT) {
+        Pulse::Alive => Ok(()),
+        Pulse::Dead | Pulse::Silent => {
+            Err(Error::Refused(format!("the mount on {} does not answer", show(target))))
+        }
+    }
+}
+
+fn take_away(target: &std::path::Path) {
+    if let Err(error) = device::unmount(target, true) {
+        ::log::error!("{error}");
+    }
+}
+
+fn join(session: Session) -> Result<()> {
+    let ended = session.join();
+    ::log::info!("unmounted");
+    ended
+}
+
+fn thread_count(asked: usize) -> usize {
+    if asked > 0 {
+        return asked;
+    }
+    let processors = std::thread::available_parallelism().map_or(2, usize::from);
+    processors.clamp(2, THREADS_DEFAULT_MAX)
+}
+
+fn info(plan: &MountPlan, target: &std::path::Path) -> DaemonInfo {
+    use std::os::unix::ffi::OsStrExt;
+    DaemonInfo {
+        pid: std::process::id(),
+        mountpoint: PathText::new(target.as_os_str().as_bytes()),
+        snapdir_name: PathText::new(plan.options.snapdir_name.as_bytes()),
+        snapdir_enabled: plan.options.snapdir != SnapDir::Disabled,
+    }
+}
+
+impl std::fmt::Display for MountPlan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let backings = crate::types::escape(&table::join_backings(&self.backings));
+        write!(f, "{backings} on {}", show(&self.mountpoint))
+    }
+}
+
+/// A panic of any thread must leave a trace where people look.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| ::log::error!("internal error: {panic}")));
+}
+
+/// Every open file of the mount is one of ours on each backing.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(errno) = setrlimit(Resource::Nofile, limit) {
+        ::log::warn!("cannot raise the number of files that may be open: {errno}");
+    }
+}
+
+/// Tells systemd (`Type=notify`), if it listens.
+fn notify(state: &str) {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let sent = match path.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+        _ => SocketAddr::from_pathname(&path),
+    }
+    .and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
+    if let Err(error) = sent {
+        ::log::warn!("cannot tell {} of {state}: {error}", show(path.as_ref()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_of_threads_is_bounded() {
+        assert_eq!(thread_count(3), 3);
+        assert!((2..=THREADS_DEFAULT_MAX).contains(&thread_count(0)));
+    }
+}

@@ -1,0 +1,124 @@
+//! Where messages go: standard error while a person is looking, then a file in the first backing.
+//!
+//! The file is bounded: when it is full it becomes `log.old`, replacing the one before.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::types::Timestamp;
+
+/// The log's size at which it is put aside.
+const LOG_BYTES_MAX: u64 = 4 << 20;
+
+/// Directs the messages of this process.
+#[derive(Clone)]
+pub struct LogHandle(Arc<Mutex<Sink>>);
+
+enum Sink {
+    /// For a person: no times, no levels.
+    Stderr,
+    /// For later: with both.
+    Stamped,
+    File(CappedFile),
+}
+
+struct CappedFile {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+/// Sends messages to standard error: warnings, with `-v` what happens, with `-vv` everything. The
+/// environment's `RUST_LOG` overrules that.
+pub fn to_stderr(verbose: u8) -> LogHandle {
+    let level = match verbose {
+        0 => log::LevelFilter::Warn,
+        1 => log::LevelFilter::Info,
+        _ => log::LevelFilter::Debug,
+    };
+    init(level, Sink::Stderr)
+}
+
+/// Sends a daemon's messages to standard error, with times if `stamped`.
+pub fn for_daemon(verbose: u8, stamped: bool) -> LogHandle {
+    let level = if verbose == 0 { log::LevelFilter::Info } else { log::LevelFilter::Debug };
+    init(level, if stamped { Sink::Stamped } else { Sink::Stderr })
+}
+
+fn init(level: log::LevelFilter, sink: Sink) -> LogHandle {
+    let handle = LogHandle(Arc::new(Mutex::new(sink)));
+    let shared = handle.clone();
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(log::LevelFilter::Error).filter_module("rearviewfs", level);
+    builder.parse_default_env();
+    builder.target(env_logger::Target::Pipe(Box::new(handle.clone())));
+    builder.format(move |out, record| {
+        if matches!(*shared.0.lock(), Sink::Stderr) {
+            return writeln!(out, "rearview: {}", record.args());
+        }
+        let time = crate::report::time_text(Timestamp { nanos: 0, ..Timestamp::now() });
+        writeln!(out, "{time} {:5} {}", record.level(), record.args())
+    });
+    // In tests several commands share a process; the first one's log serves all.
+    let _ = builder.try_init();
+    handle
+}
+
+impl LogHandle {
+    /// From here on messages go to the end of this file.
+    pub fn to_file(&self, path: &Path) -> io::Result<()> {
+        *self.0.lock() = Sink::File(CappedFile::open(path)?);
+        Ok(())
+    }
+}
+
+impl Write for LogHandle {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        match &mut *self.0.lock() {
+            Sink::Stderr | Sink::Stamped => io::stderr().write(text),
+            Sink::File(file) => file.write(text).map(|()| text.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl CappedFile {
+    fn open(path: &Path) -> io::Result<CappedFile> {
+        let file = File::options().create(true).append(true).open(path)?;
+        let bytes = file.metadata()?.len();
+        Ok(CappedFile { path: path.to_path_buf(), file, bytes })
+    }
+
+    fn write(&mut self, text: &[u8]) -> io::Result<()> {
+        if self.bytes > LOG_BYTES_MAX {
+            std::fs::rename(&self.path, self.path.with_extension("old"))?;
+            *self = CappedFile::open(&self.path)?;
+        }
+        self.bytes += text.len() as u64;
+        self.file.write_all(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_log_is_put_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = CappedFile::open(&path).unwrap();
+        log.write(&vec![b'x'; LOG_BYTES_MAX as usize + 1]).unwrap();
+        log.write(b"new").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        assert!(std::fs::metadata(dir.path().join("log.old")).unwrap().len() > LOG_BYTES_MAX);
+        assert_eq!(CappedFile::open(&path).unwrap().bytes, 3);
+    }
+}

@@ -1,0 +1,244 @@
+//! The options of `-o`: ours, and the generic ones that mount(8) and fstab hand to every helper.
+
+use crate::error::{Error, Result};
+use crate::fs::SnapDir;
+use crate::types::{EntryName, escape};
+
+/// How many threads serve the kernel at most.
+const THREADS_MAX: usize = 64;
+
+/// How a store is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountOptions {
+    /// Users other than the mounter may use the mount.
+    pub allow_other: bool,
+    /// Whether and where `.snapshots` shows.
+    pub snapdir: SnapDir,
+    /// What `.snapshots` is called.
+    pub snapdir_name: EntryName,
+    /// What the mount table shows as the source instead of the backings.
+    pub fs_name: Option<String>,
+    /// Threads that serve the kernel; 0 = by the number of processors.
+    pub threads: usize,
+    /// Device nodes work.
+    pub dev: bool,
+    /// Set-user-id bits work.
+    pub suid: bool,
+    /// Programs may be executed.
+    pub exec: bool,
+    /// The live tree may not be changed through this mount.
+    pub read_only: bool,
+    /// The type in the mount table has our subtype.
+    pub subtype: bool,
+    /// The mountpoint may have entries; they are hidden by the mount.
+    pub nonempty: bool,
+}
+
+impl Default for MountOptions {
+    fn default() -> MountOptions {
+        MountOptions {
+            allow_other: false,
+            snapdir: SnapDir::Hidden,
+            snapdir_name: EntryName::new(".snapshots").expect("a valid name"),
+            fs_name: None,
+            threads: 0,
+            dev: false,
+            suid: false,
+            exec: true,
+            read_only: false,
+            subtype: true,
+            nonempty: false,
+        }
+    }
+}
+
+impl MountOptions {
+    /// Takes the texts of all `-o` in their order; the last word on a matter counts.
+    pub fn parse<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<MountOptions> {
+        let mut options = MountOptions::default();
+        for text in texts {
+            for option in text.split(',').filter(|option| !option.is_empty()) {
+                options.apply(option)?;
+            }
+        }
+        Ok(options)
+    }
+
+    fn apply(&mut self, option: &str) -> Result<()> {
+        let (key, value) = match option.split_once('=') {
+            Some((key, value)) => (key, Some(value)),
+            None => (option, None),
+        };
+        match (key, value) {
+            ("allow_other", None) => self.allow_other = true,
+            ("dev", None) => self.dev = true,
+            ("nodev", None) => self.dev = false,
+            ("suid", None) => self.suid = true,
+            ("nosuid", None) => self.suid = false,
+            ("exec", None) => self.exec = true,
+            ("noexec", None) => self.exec = false,
+            ("ro", None) => self.read_only = true,
+            ("rw", None) => self.read_only = false,
+            ("nosubtype", None) => self.subtype = false,
+            ("nonempty", None) => self.nonempty = true,
+            ("snapdir", Some(value)) => self.snapdir = parse_snapdir(value)?,
+            ("snapdirname", Some(value)) => self.snapdir_name = parse_snapdir_name(value)?,
+            ("fsname", Some(value)) => self.fs_name = Some(value.to_string()),
+            ("threads", Some(value)) => self.threads = parse_threads(value)?,
+            ("remount", None) => {
+                return Err(Error::Refused(
+                    "a mount cannot be changed while it stands: unmount, then mount anew".into(),
+                ));
+            }
+            _ if is_generic(key) => {}
+            _ => {
+                return Err(Error::Refused(format!(
+                    "unknown mount option '{}'; see 'rearview mount --help'",
+                    escape(option.as_bytes())
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The options as one `-o` text that [`MountOptions::parse`] takes.
+    pub fn to_text(&self) -> String {
+        let mut parts = vec![
+            format!("snapdir={}", snapdir_word(self.snapdir)),
+            format!("snapdirname={}", self.snapdir_name.as_os_str().to_string_lossy()),
+            format!("threads={}", self.threads),
+        ];
+        let flags = [
+            (self.allow_other, "allow_other"),
+            (self.dev, "dev"),
+            (self.suid, "suid"),
+            (!self.exec, "noexec"),
+            (self.read_only, "ro"),
+            (!self.subtype, "nosubtype"),
+            (self.nonempty, "nonempty"),
+        ];
+        parts.extend(flags.iter().filter(|(set, _)| *set).map(|(_, word)| word.to_string()));
+        if let Some(name) = &self.fs_name {
+            parts.push(format!("fsname={name}"));
+        }
+        parts.join(",")
+    }
+}
+
+/// The word of an option for each way of showing the past.
+pub fn snapdir_word(snapdir: SnapDir) -> &'static str {
+    match snapdir {
+        SnapDir::Hidden => "hidden",
+        SnapDir::Root => "root",
+        SnapDir::Visible => "visible",
+        SnapDir::Disabled => "disabled",
+    }
+}
+
+fn parse_snapdir(value: &str) -> Result<SnapDir> {
+    Ok(match value {
+        "hidden" => SnapDir::Hidden,
+        "root" => SnapDir::Root,
+        "visible" => SnapDir::Visible,
+        "disabled" => SnapDir::Disabled,
+        _ => {
+            return Err(Error::Refused(format!(
+                "snapdir={} is not known: hidden, root, visible or disabled",
+                escape(value.as_bytes())
+            )));
+        }
+    })
+}
+
+fn parse_snapdir_name(value: &str) -> Result<EntryName> {
+    match EntryName::new(value) {
+        Ok(name) if value != crate::types::PRIVATE_DIR => Ok(name),
+        _ => Err(Error::Refused(format!(
+            "snapdirname={} cannot be the name of a directory of ours",
+            escape(value.as_bytes())
+        ))),
+    }
+}
+
+fn parse_threads(value: &str) -> Result<usize> {
+    match value.parse() {
+        Ok(count) if count <= THREADS_MAX => Ok(count),
+        _ => Err(Error::Refused(format!("threads= takes a number from 0 to {THREADS_MAX}"))),
+    }
+}
+
+/// Options that mount(8), systemd and fstab use among themselves and that mean nothing to us.
+fn is_generic(key: &str) -> bool {
+    const WORDS: &[&str] = &[
+        "_netdev",
+        "async",
+        "atime",
+        "auto",
+        "comment",
+        "default_permissions",
+        "defaults",
+        "diratime",
+        "dirsync",
+        "group",
+        "iversion",
+        "lazytime",
+        "mand",
+        "noatime",
+        "noauto",
+        "nodiratime",
+        "nofail",
+        "nogroup",
+        "nolazytime",
+        "nomand",
+        "noowner",
+        "norelatime",
+        "nostrictatime",
+        "nouser",
+        "nousers",
+        "owner",
+        "relatime",
+        "strictatime",
+        "sync",
+        "user",
+        "users",
+    ];
+    WORDS.contains(&key) || key.starts_with("x-") || key.starts_with("X-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generic_options_of_fstab_are_swallowed() {
+        let texts =
+            ["rw,nosuid,nodev,noatime,_netdev,nofail,user=me,defaults,noauto,x-systemd.a=b"];
+        assert_eq!(MountOptions::parse(texts).unwrap(), MountOptions::default());
+    }
+
+    #[test]
+    fn our_options_are_taken_and_the_last_word_counts() {
+        let options = MountOptions::parse([
+            "allow_other,snapdir=visible,snapdirname=.past",
+            "ro,rw,dev,suid,threads=3,snapdir=root,fsname=x",
+        ])
+        .unwrap();
+        assert!(options.allow_other && options.dev && options.suid && !options.read_only);
+        assert_eq!(options.snapdir, SnapDir::Root);
+        assert_eq!(options.snapdir_name.as_bytes(), b".past");
+        assert_eq!((options.threads, options.fs_name.as_deref()), (3, Some("x")));
+        assert_eq!(MountOptions::parse([options.to_text().as_str()]).unwrap(), options);
+    }
+
+    #[test]
+    fn unknown_and_bad_options_are_refused_by_name() {
+        for bad in
+            ["frobnicate", "snapdir=x", "snapdirname=a/b", "snapdirname=.rearview", "threads=-1"]
+        {
+            let error = MountOptions::parse([bad]).unwrap_err().to_string();
+            let key = bad.split('=').next().unwrap();
+            assert!(error.contains(key), "{error}");
+        }
+        assert!(MountOptions::parse(["remount,ro"]).is_err());
+    }
+}
