@@ -125,9 +125,16 @@ impl Volume {
     }
 
     /// A descriptor of the file was closed: what it wrote becomes a version.
+    ///
+    /// A shell's `>` empties a file and closes a duplicate of its descriptor before anything is
+    /// written. So a file that was emptied and not written yet waits for its last writer's end.
     pub fn flush(&self, node: &Arc<Node>) -> Result<()> {
         let _cut = self.cut.read();
-        self.seal(node, &mut node.lock())
+        let mut state = node.lock();
+        if state.open.as_ref().is_some_and(|open| open.emptied) {
+            return Ok(());
+        }
+        self.seal(node, &mut state)
     }
 
     /// Reads from an open file; short only at its end.
@@ -268,12 +275,14 @@ impl Volume {
     ) -> Result<()> {
         if size == 0 && self.move_aside(node, state)? {
             self.mark_unsealed(node, state, true);
+            state.open.as_mut().expect("the caller opened the file").emptied = true;
             return Ok(());
         }
         let lost = ByteRange { start: size, end: u64::MAX };
         let handles = self.before_change(node, state, lost)?;
         self.replicas().apply("truncate", |id, b| b.truncate(handles.get(id)?, size))?;
         self.mark_unsealed(node, state, true);
+        state.open.as_mut().expect("the caller opened the file").emptied = size == 0;
         Ok(())
     }
 
