@@ -171,6 +171,8 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
 fn settle(db: &Connection, for_use: Use) -> rusqlite::Result<()> {
     db.busy_timeout(std::time::Duration::from_millis(BUSY_MS))?;
     db.set_prepared_statement_cache_capacity(STATEMENTS_MAX);
+    // Plans do not depend on bound values: otherwise each new generation in a range prepares anew.
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     // No mmap: a page that a dying disk cannot give would be a SIGBUS instead of an error.
     db.execute_batch(
         "PRAGMA mmap_size = 0; PRAGMA trusted_schema = OFF; PRAGMA foreign_keys = OFF; \

@@ -104,12 +104,13 @@ fn pushes_per_second_and_bytes_per_version() {
         catalog.flush(Durability::Written).unwrap();
     }
     println!("push and flush: {:?}", start.elapsed() / 1000);
-    let at = Generation(FILES / 2);
-    let start = Instant::now();
-    for index in 0..100_000 {
-        catalog.node_at(at, NodeId(2 + index * 3 % FILES)).unwrap();
+    for at in [FILES / 2, FILES] {
+        let start = Instant::now();
+        for index in 0..100_000 {
+            catalog.node_at(Generation(at), NodeId(2 + index * 3 % FILES)).unwrap();
+        }
+        println!("node_at {at}: {:?}", start.elapsed() / 100_000);
     }
-    println!("node_at: {:?}", start.elapsed() / 100_000);
     let start = Instant::now();
     for index in 0..100_000 {
         catalog.node(NodeId(2 + index * 3 % FILES)).unwrap();
