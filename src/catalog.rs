@@ -11,10 +11,30 @@
 //!
 //! The catalog never touches live files, preserved files or packs.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+mod apply;
+mod commit;
+mod diff;
+mod live;
+mod open;
+mod overlay;
+mod query;
+mod reader;
+mod report;
+mod schema;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+mod xattr;
 
-use crate::error::Result;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+
+use self::commit::{Waiting, Writer};
+use self::open::Ids;
+use self::reader::Readers;
+use self::xattr::Interned;
 use crate::types::{
     ContentId, EntryName, Generation, Kind, NodeId, RelPath, ReplicaId, ReplicaMap, SnapshotId,
     Timestamp, XattrSetId, Xattrs,
@@ -59,24 +79,31 @@ pub enum Change {
     /// A node's last name is gone.
     NodeGone(NodeId),
     /// A directory has a new entry. The name is free.
+    #[allow(missing_docs)]
     EntryAdd { parent: NodeId, name: EntryName, node: NodeId },
     /// A directory lost an entry.
+    #[allow(missing_docs)]
     EntryRemove { parent: NodeId, name: EntryName },
     /// A symlink's target, pushed with its birth.
+    #[allow(missing_docs)]
     SymlinkTarget { node: NodeId, target: Vec<u8> },
     /// A content was sealed. Pushed with the `NodePut` that first shows it.
+    #[allow(missing_docs)]
     ContentAdd { id: ContentId, node: NodeId, size: u64 },
     /// The bytes of a content lie whole in `preserved/` under its id.
+    #[allow(missing_docs)]
     ContentPreserved { id: ContentId },
     /// A before-image: bytes of `content` that the live file no longer has.
     UndoAdd(UndoRow),
     /// A set of extended attributes got its id.
+    #[allow(missing_docs)]
     XattrSetAdd { id: XattrSetId, set: Arc<Xattrs> },
     /// A snapshot was made, or renamed, held, released (same id).
     SnapshotPut(Snapshot),
     /// A snapshot was forgotten.
     SnapshotRemove(SnapshotId),
     /// A setting of the store, by name.
+    #[allow(missing_docs)]
     MetaPut { key: &'static str, value: String },
 }
 
@@ -239,266 +266,24 @@ pub struct Totals {
 
 /// The catalog of a mounted store, or of an unmounted one opened for looking.
 pub struct Catalog {
-    _todo: (),
+    shared: Arc<Shared>,
+    /// The committer; gone after [`Catalog::close`], and for a catalog opened for reading.
+    committer: Mutex<Option<JoinHandle<()>>>,
 }
 
-#[allow(unused_variables)]
-impl Catalog {
-    /// Reads the head of the catalog in `file` without changing anything.
-    pub fn inspect(file: &Path) -> Result<Head> {
-        todo!()
-    }
-
-    /// Makes an empty catalog in `file`: the root directory does not exist yet, generation 0.
-    pub fn create(file: &Path, store: uuid::Uuid) -> Result<()> {
-        todo!()
-    }
-
-    /// Replaces the catalog in `to` by a copy of the one in `from`; neither may be open. `to` is whole
-    /// at every moment: the copy is written beside it, made durable and renamed.
-    pub fn copy(from: &Path, to: &Path) -> Result<()> {
-        todo!()
-    }
-
-    /// Opens the replicas' catalogs for a mount; `None` for a replica that has none. All must have
-    /// the same [`Head`]. `clean` tells that the last mount ended with [`Catalog::close`]; otherwise
-    /// ids that may have been handed out but never committed are skipped.
-    pub fn open(files: ReplicaMap<Option<PathBuf>>, clean: bool) -> Result<Catalog> {
-        todo!()
-    }
-
-    /// Opens one catalog for queries only, beside a mount or without one.
-    pub fn open_read_only(file: &Path) -> Result<Catalog> {
-        todo!()
-    }
-
-    /// Commits all, durably, and ends the committer. Later pushes fail.
-    pub fn close(&self) -> Result<()> {
-        todo!()
-    }
-
-    /// Stops writing to a replica's catalog: the replica is out of the store until it is resynced.
-    pub fn detach(&self, replica: ReplicaId) {
-        todo!()
-    }
-
-    // --- writing
-
-    /// Appends one group of changes to history and gives it the next generation. Fails once a commit
-    /// failed on every replica. Blocks while too much is waiting.
-    pub fn push(&self, changes: Vec<Change>) -> Result<Generation> {
-        todo!()
-    }
-
-    /// Ends the open burst: no later change is folded into a state that this generation shows.
-    pub fn freeze(&self) -> Generation {
-        todo!()
-    }
-
-    /// Commits all that was pushed, and waits.
-    pub fn flush(&self, durability: Durability) -> Result<()> {
-        todo!()
-    }
-
-    /// The newest generation.
-    pub fn generation(&self) -> Generation {
-        todo!()
-    }
-
-    /// A new node id.
-    pub fn next_node(&self) -> NodeId {
-        todo!()
-    }
-
-    /// A new content id, greater than all before it.
-    pub fn next_content(&self) -> ContentId {
-        todo!()
-    }
-
-    /// A new snapshot id.
-    pub fn next_snapshot(&self) -> SnapshotId {
-        todo!()
-    }
-
-    /// The id of a set of extended attributes; a new one is pushed.
-    pub fn intern_xattrs(&self, set: &Xattrs) -> Result<XattrSetId> {
-        todo!()
-    }
-
-    // --- the live tree: overlay first, then the database
-
-    /// The node that `name` in `parent` means, and its kind.
-    pub fn lookup(&self, parent: NodeId, name: &EntryName) -> Result<Option<(NodeId, Kind)>> {
-        todo!()
-    }
-
-    /// A live node's newest state.
-    pub fn node(&self, node: NodeId) -> Result<Option<NodeRow>> {
-        todo!()
-    }
-
-    /// All entries of a live directory, ordered by name.
-    pub fn list(&self, parent: NodeId) -> Result<Vec<Listed>> {
-        todo!()
-    }
-
-    /// All live names of a node.
-    pub fn names(&self, node: NodeId) -> Result<Vec<(NodeId, EntryName)>> {
-        todo!()
-    }
-
-    // --- the past: what generation `at` shows; waits until it is committed
-
-    /// The state of a node, if it lived then.
-    pub fn node_at(&self, at: Generation, node: NodeId) -> Result<Option<NodeRow>> {
-        todo!()
-    }
-
-    /// The state of what `name` in `parent` meant.
-    pub fn lookup_at(
-        &self,
-        at: Generation,
-        parent: NodeId,
-        name: &EntryName,
-    ) -> Result<Option<NodeRow>> {
-        todo!()
-    }
-
-    /// The entries of a directory, ordered by name.
-    pub fn list_at(&self, at: Generation, parent: NodeId) -> Result<Vec<Listed>> {
-        todo!()
-    }
-
-    /// How many names a node had.
-    pub fn links_at(&self, at: Generation, node: NodeId) -> Result<u32> {
-        todo!()
-    }
-
-    /// One path of a node (the first by parent and name), root-relative; `None` if it had none.
-    pub fn path_at(&self, at: Generation, node: NodeId) -> Result<Option<RelPath>> {
-        todo!()
-    }
-
-    /// The state of what `path` meant, from the root.
-    pub fn resolve_at(&self, at: Generation, path: &RelPath) -> Result<Option<NodeRow>> {
-        todo!()
-    }
-
-    /// A symlink's target.
-    pub fn symlink_target(&self, node: NodeId) -> Result<Option<Vec<u8>>> {
-        todo!()
-    }
-
-    /// A set of extended attributes.
-    pub fn xattrs(&self, id: XattrSetId) -> Result<Arc<Xattrs>> {
-        todo!()
-    }
-
-    /// Where the bytes of `content` are.
-    pub fn sources(&self, node: NodeId, content: ContentId) -> Result<Sources> {
-        todo!()
-    }
-
-    /// The size of a sealed content.
-    pub fn content_size(&self, content: ContentId) -> Result<Option<u64>> {
-        todo!()
-    }
-
-    // --- time
-
-    /// The newest generation at `time`; `None` before the store's first.
-    pub fn generation_at(&self, time: Timestamp) -> Result<Option<Generation>> {
-        todo!()
-    }
-
-    /// When a generation began, to about 10 ms.
-    pub fn time_of(&self, generation: Generation) -> Result<Timestamp> {
-        todo!()
-    }
-
-    /// The oldest generation whose tree is still known.
-    pub fn oldest(&self) -> Result<Generation> {
-        todo!()
-    }
-
-    // --- snapshots
-
-    /// All snapshots, oldest first (by generation, then id).
-    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
-        todo!()
-    }
-
-    /// The snapshot of this name.
-    pub fn snapshot(&self, name: &str) -> Result<Option<Snapshot>> {
-        todo!()
-    }
-
-    /// The newest snapshot.
-    pub fn latest_snapshot(&self) -> Result<Option<Snapshot>> {
-        todo!()
-    }
-
-    /// Names the generation `at`. `Refused` for a name that is taken or not allowed. Committed
-    /// (`Written`) when it returns.
-    pub fn create_snapshot(&self, name: &str, at: Generation, automatic: bool) -> Result<Snapshot> {
-        todo!()
-    }
-
-    /// Forgets a snapshot. `NotFound` names the nearest names; `InUse` if it is held.
-    pub fn delete_snapshot(&self, name: &str) -> Result<Snapshot> {
-        todo!()
-    }
-
-    /// Renames a snapshot.
-    pub fn rename_snapshot(&self, from: &str, to: &str) -> Result<Snapshot> {
-        todo!()
-    }
-
-    /// Holds or releases a snapshot.
-    pub fn hold_snapshot(&self, name: &str, held: bool) -> Result<Snapshot> {
-        todo!()
-    }
-
-    // --- reports
-
-    /// All states of a node, oldest first.
-    pub fn versions(&self, node: NodeId) -> Result<Vec<Version>> {
-        todo!()
-    }
-
-    /// All names that a node ever had, oldest first.
-    pub fn name_history(&self, node: NodeId) -> Result<Vec<NameInterval>> {
-        todo!()
-    }
-
-    /// All nodes that a name in a directory ever meant, oldest first.
-    pub fn entry_history(&self, parent: NodeId, name: &EntryName) -> Result<Vec<NameInterval>> {
-        todo!()
-    }
-
-    /// For each name that a directory had and has no more, its last interval, ordered by name.
-    pub fn deleted(&self, parent: NodeId) -> Result<Vec<NameInterval>> {
-        todo!()
-    }
-
-    /// The differences between the trees of two generations below `under`, ordered by path. Costs what
-    /// changed between them, not the size of the trees.
-    pub fn diff(
-        &self,
-        from: Generation,
-        to: Generation,
-        under: &RelPath,
-    ) -> Result<Vec<Difference>> {
-        todo!()
-    }
-
-    /// Totals for status.
-    pub fn totals(&self) -> Result<Totals> {
-        todo!()
-    }
-
-    /// A setting of the store.
-    pub fn meta(&self, key: &str) -> Result<Option<String>> {
-        todo!()
-    }
+/// What the handle and the committer share.
+struct Shared {
+    waiting: Waiting,
+    /// The replicas' databases; `None` for one that is detached or has none.
+    writers: Mutex<ReplicaMap<Option<Writer>>>,
+    readers: Readers,
+    ids: Ids,
+    xattrs: Interned,
+    /// Serializes the checks and changes of snapshot names.
+    snapshots: Mutex<()>,
+    /// Replicas that failed, and why.
+    failures: Mutex<Vec<(ReplicaId, String)>>,
+    read_only: bool,
+    /// The wall clock.
+    now: Box<dyn Fn() -> Timestamp + Send + Sync>,
 }

@@ -9,17 +9,18 @@
 //! .snapshots/@GMT-2026.11.22-19.30.00/    a snapshot by its time, for Samba (looked up, not listed)
 //! ```
 //!
-//! A directory is found again by its identity, so a renamed one still shows its own past. Nothing is
-//! held in memory but bounded tables: every answer is an indexed query of the catalog. An inode number
-//! whose table entry was forgotten answers `ESTALE`, upon which the kernel looks the path up again; the
-//! limits are the `*_MAX` below.
+//! A directory is found again by its identity, so a renamed one still shows its own past. Nothing
+//! is held in memory but bounded tables: every answer is an indexed query of the catalog. An inode
+//! number whose table entry was forgotten answers `ESTALE`, upon which the kernel looks the path up
+//! again; the limits are the `*_MAX` below.
 //!
-//! All is read-only here. The three exceptions (mkdir, rmdir and rename directly in a `.snapshots`) are in
-//! [`snapshots`]. Whoever calls answers `EROFS` to everything else.
+//! All is read-only here. The three exceptions (mkdir, rmdir and rename directly in a `.snapshots`)
+//! are in `past/snapshots.rs`. Whoever calls answers `EROFS` to everything else.
 
 pub mod ino;
 
 mod deleted;
+mod instant;
 mod snapshots;
 mod table;
 mod versions;
@@ -38,8 +39,7 @@ use crate::past::ino::Target;
 use crate::past::table::Table;
 use crate::past::views::{View, Way};
 use crate::replica::backing::{Seek, Stat};
-use crate::time::{Zone, parse_instant};
-use crate::types::{ContentId, EntryName, Generation, Kind, NodeId, SnapshotId, Timestamp, Xattrs};
+use crate::types::{ContentId, EntryName, Generation, Kind, NodeId, SnapshotId, Xattrs};
 use crate::volume::Volume;
 
 /// Views that can be in use at once (about 150 bytes each).
@@ -50,6 +50,10 @@ const MOMENTS_MAX: usize = 65_536;
 const VERSION_DIRS_MAX: usize = 16_384;
 /// States whose attributes are kept at hand, so that a read does not ask the catalog.
 const KNOWN_MAX: usize = 4_096;
+/// Directories whose birth is kept at hand, and deleted ones whose last full moment is.
+const DIRS_MAX: usize = 4_096;
+/// Relative instants (`.at/10m`) that can be in use at once.
+const INSTANTS_MAX: usize = 1_024;
 /// Snapshots whose names are kept at hand.
 const SNAPSHOT_NAMES_MAX: usize = 4_096;
 /// What a directory's size is said to be: the past has no blocks of its own.
@@ -125,8 +129,8 @@ pub struct Entry {
     pub stat: Stat,
     /// Tells two uses of one inode number apart (`generation` of a FUSE entry).
     pub incarnation: u64,
-    /// Whether the kernel may keep the answer for ever, or not at all. From [`Past::lookup`] this is
-    /// about the name and the attributes, from [`Past::stat`] about the attributes.
+    /// Whether the kernel may keep the answer for ever, or not at all. From [`Past::lookup`] this
+    /// is about the name and the attributes, from [`Past::stat`] about the attributes.
     pub lasting: bool,
 }
 
@@ -155,6 +159,12 @@ struct Tables {
     version_dirs: Table<VersionDir>,
     known: LruCache<u64, Known>,
     snapshot_names: LruCache<SnapshotId, String>,
+    /// What relative instants in use mean.
+    instants: LruCache<(NodeId, EntryName), instant::InUse>,
+    /// First generations of directories.
+    births: LruCache<NodeId, Generation>,
+    /// For a deleted directory at its last generation, the one before it was emptied.
+    swept: LruCache<Moment, Generation>,
 }
 
 /// One state of one node.
@@ -191,6 +201,9 @@ impl Past {
             version_dirs: Table::new(VERSION_DIRS_MAX, 1 << 58),
             known: LruCache::new(capacity(KNOWN_MAX)),
             snapshot_names: LruCache::new(capacity(SNAPSHOT_NAMES_MAX)),
+            instants: LruCache::new(capacity(INSTANTS_MAX)),
+            births: LruCache::new(capacity(DIRS_MAX)),
+            swept: LruCache::new(capacity(DIRS_MAX)),
         };
         Past { history, options, tables: Mutex::new(tables) }
     }
@@ -217,7 +230,7 @@ impl Past {
     pub fn lookup(&self, parent: u64, name: &EntryName) -> Result<Entry> {
         match target(parent)? {
             Target::Snapshots(dir) => self.lookup_snapshots(dir, name),
-            Target::At(dir) => self.lookup_at(dir, name),
+            Target::At(dir) => self.lookup_instant(dir, name),
             Target::Versions(dir) => self.lookup_version_dir(dir, name),
             Target::VersionsOf(id) => self.lookup_version(id, name),
             Target::Deleted(dir) => self.lookup_deleted(dir, name),
@@ -378,28 +391,6 @@ impl Past {
         Ok(generation)
     }
 
-    /// `.at/<time>`: the directory at an instant that has come and that the store knows.
-    fn lookup_at(&self, dir: NodeId, name: &EntryName) -> Result<Entry> {
-        let now = Timestamp::now();
-        let text = std::str::from_utf8(name.as_bytes()).map_err(|_| Errno::NOENT)?;
-        // What is no time is no name here either.
-        let time = parse_instant(text, now, Zone::Utc).map_err(|_| Errno::NOENT)?;
-        if time > now {
-            return Err(Errno::NOENT.into());
-        }
-        // Only the present can hold what is not yet sealed; a past instant shows what was recorded.
-        let generation = if time == now {
-            self.history.settle()?
-        } else {
-            self.catalog().freeze();
-            self.catalog().generation_at(time)?.ok_or(Errno::NOENT)?
-        };
-        if generation < self.catalog().oldest()? {
-            return Err(Errno::NOENT.into());
-        }
-        self.enter_view(View { generation, anchor: dir, dir, way: Way::At(name.clone()) })
-    }
-
     /// The state behind an object or a moment; `None` for a virtual directory.
     fn state(&self, ino: u64) -> Result<Option<NodeRow>> {
         match target(ino)? {
@@ -494,7 +485,8 @@ impl Past {
         }
     }
 
-    /// A directory (or `latest`) that exists nowhere but here, with the times of its live directory.
+    /// A directory (or `latest`) that exists nowhere but here, with the times of its live
+    /// directory.
     fn virtual_entry(&self, target: Target, dir: &NodeRow) -> Result<Entry> {
         let (kind, mode, uid, gid) = match target {
             // Its owner may make, rename and forget snapshots with ordinary tools.
@@ -535,3 +527,6 @@ impl Past {
 fn target(ino: u64) -> Result<Target> {
     Ok(Target::decode(ino).ok_or(Errno::STALE)?)
 }
+
+#[cfg(test)]
+mod tests;

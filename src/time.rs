@@ -1,8 +1,9 @@
 //! Times as people write them, and the names that times give to snapshots and versions.
 //!
-//! [`parse_instant`] is the one grammar for the command line and for the folders `.snapshots/.at/…`.
-//! Names are in UTC and without colons, so that they sort by time and are good on every filesystem.
-//! Nothing here does I/O except that [`Zone::Local`] reads the system's time zone.
+//! [`parse_instant`] is the one grammar for the command line and for the folders
+//! `.snapshots/.at/…`. Names are in UTC and without colons, so that they sort by time and are good
+//! on every filesystem. Nothing here does I/O except that [`Zone::Local`] reads the system's time
+//! zone.
 
 use jiff::civil::{Date, DateTime, Time};
 use jiff::tz::TimeZone;
@@ -36,9 +37,10 @@ impl Zone {
 
 /// The instant that `text` means when it is read at `now`.
 ///
-/// A date without a time means its first moment; an amount (`2h30m`, with or without a leading `-` or a
-/// trailing `ago`) counts back from `now`, days being 24 hours and months calendar months. A date and time
-/// joined by `_` is always UTC, like the names of snapshots. Fails with the list of accepted forms.
+/// A date without a time means its first moment; an amount (`2h30m`, with or without a leading `-`
+/// or a trailing `ago`) counts back from `now`, days being 24 hours and months calendar months. A
+/// date and time joined by `_` is always UTC, like the names of snapshots. Fails with the list of
+/// accepted forms.
 pub fn parse_instant(text: &str, now: Timestamp, zone: Zone) -> Result<Timestamp> {
     let trimmed = text.trim();
     let parsed = match trimmed.strip_prefix('@') {

@@ -6,9 +6,10 @@
 //! object    63     = 1    43..62 view slot, 0..42 NodeId
 //! ```
 //!
-//! Slots below [`STABLE_SLOTS`] are the ids of snapshots entered from the mount's root, so their inode
-//! numbers survive remounts. The other slots are given out at run time. Two names of one file in one view
-//! share their number; no directory has two paths, for the kernel keeps one path for each directory.
+//! Slots below [`STABLE_SLOTS`] are the ids of snapshots entered from the mount's root, so their
+//! inode numbers survive remounts. The other slots are given out at run time. Two names of one file
+//! in one view share their number; no directory has two paths, for the kernel keeps one path for
+//! each directory.
 
 use crate::types::NodeId;
 
@@ -21,8 +22,8 @@ const VIRTUAL: u64 = 1 << 62;
 pub const STABLE_SLOTS: u64 = 1 << 19;
 /// How many slots there are to give out at run time, from [`STABLE_SLOTS`] on.
 pub const DYNAMIC_SLOTS: u64 = 1 << 19;
-/// The number of a listed entry whose real one is only made when it is looked up. The kernel and the
-/// C library know it as "unknown".
+/// The number of a listed entry whose real one is only made when it is looked up. The kernel and
+/// the C library know it as "unknown".
 pub const UNKNOWN: u64 = 0xffff_ffff;
 
 /// What an inode number of the past means.

@@ -1,8 +1,8 @@
 //! `.snapshots` itself: the names in it, and making, forgetting and renaming snapshots with
 //! `mkdir`, `rmdir` and `mv`.
 //!
-//! A directory's `.snapshots` shows the snapshots in which the directory existed. A snapshot is always
-//! one of the whole store: made in one directory, it appears in all of them.
+//! A directory's `.snapshots` shows the snapshots in which the directory existed. A snapshot is
+//! always one of the whole store: made in one directory, it appears in all of them.
 
 use rustix::io::Errno;
 
@@ -35,10 +35,12 @@ impl Past {
             _ if text.starts_with(GMT_PREFIX) => {
                 let mut snapshots = self.catalog().snapshots()?.into_iter().rev();
                 let snapshot = snapshots.find(|s| gmt_name(s.time) == text).ok_or(Errno::NOENT)?;
+                self.remember(&snapshot);
                 return self.enter_view(view(dir, &snapshot, Way::Gmt(snapshot.id)));
             }
             _ => {
                 let snapshot = self.catalog().snapshot(text)?.ok_or(Errno::NOENT)?;
+                self.remember(&snapshot);
                 return self.enter_view(view(dir, &snapshot, Way::Snapshot(snapshot.id)));
             }
         };
@@ -82,12 +84,18 @@ impl Past {
         if dir == NodeId::ROOT {
             return Ok(Generation(0));
         }
+        if let Some(&born) = self.tables.lock().births.get(&dir) {
+            return Ok(born);
+        }
         let names = self.catalog().name_history(dir)?;
-        Ok(names.iter().map(|name| name.born).min().ok_or(Errno::STALE)?)
+        let born = names.iter().map(|name| name.born).min().ok_or(Errno::STALE)?;
+        self.tables.lock().births.put(dir, born);
+        Ok(born)
     }
 
-    /// Checks that a `mkdir` of `name` in `parent` means "take a snapshot" and that the name is allowed;
-    /// returns the name. `EROFS` where nothing can be made, `EEXIST` and `EINVAL` for the name.
+    /// Checks that a `mkdir` of `name` in `parent` means "take a snapshot" and that the name is
+    /// allowed; returns the name. `EROFS` where nothing can be made, `EEXIST` and `EINVAL` for the
+    /// name.
     pub fn snapshot_to_create(&self, parent: u64, name: &EntryName) -> Result<String> {
         self.snapshots_dir(parent)?;
         let text = allowed_name(name)?;
@@ -103,7 +111,8 @@ impl Past {
         self.enter_view(view(dir, snapshot, Way::Snapshot(snapshot.id)))
     }
 
-    /// Forgets the snapshot `name` (`rmdir`). `EBUSY` if it is held, `EROFS` where nothing can be removed.
+    /// Forgets the snapshot `name` (`rmdir`). `EBUSY` if it is held, `EROFS` where nothing can be
+    /// removed.
     pub fn remove_snapshot(&self, parent: u64, name: &EntryName) -> Result<()> {
         self.snapshots_dir(parent)?;
         let snapshot = self.snapshot_named(name)?;
@@ -114,7 +123,8 @@ impl Past {
         Ok(())
     }
 
-    /// Renames a snapshot (`mv`). `EXDEV` out of its `.snapshots`, `EEXIST` if the new name is taken.
+    /// Renames a snapshot (`mv`). `EXDEV` out of its `.snapshots`, `EEXIST` if the new name is
+    /// taken.
     pub fn rename_snapshot(
         &self,
         parent: u64,
@@ -136,6 +146,11 @@ impl Past {
         }
         self.catalog().rename_snapshot(&snapshot.name, new_name)?;
         Ok(())
+    }
+
+    /// Keeps the name at hand by which the snapshot is found again.
+    fn remember(&self, snapshot: &Snapshot) {
+        self.tables.lock().snapshot_names.put(snapshot.id, snapshot.name.clone());
     }
 
     fn snapshot_named(&self, name: &EntryName) -> Result<Snapshot> {
@@ -161,7 +176,8 @@ fn view(dir: NodeId, snapshot: &Snapshot, way: Way) -> View {
     View { generation: snapshot.generation, anchor: dir, dir, way }
 }
 
-/// A snapshot's name is shown, typed and stored in many places: printable UTF-8, not one of our own names.
+/// A snapshot's name is shown, typed and stored in many places: printable UTF-8, not one of our own
+/// names.
 fn allowed_name(name: &EntryName) -> Result<&str> {
     let text = std::str::from_utf8(name.as_bytes()).map_err(|_| Errno::INVAL)?;
     if matches!(text, AT | VERSIONS | DELETED | LATEST) {

@@ -1,9 +1,10 @@
 //! Bounded tables that give ids to things on first sight.
 //!
-//! An id is what an inode number can carry of a thing that is larger than a number. The least recently
-//! used entry is forgotten when the table is full; its id then means nothing (`ESTALE`), whereupon the
-//! kernel looks the path up again and gets a new one. Ids go round in their range, so the same id comes
-//! back only after the whole range was given out; [`Table::rounds`] tells such numbers apart.
+//! An id is what an inode number can carry of a thing that is larger than a number. The least
+//! recently used entry is forgotten when the table is full; its id then means nothing (`ESTALE`),
+//! whereupon the kernel looks the path up again and gets a new one. Ids go round in their range, so
+//! the same id comes back only after the whole range was given out; [`Table::rounds`] tells such
+//! numbers apart.
 
 use std::collections::HashMap;
 use std::hash::Hash;

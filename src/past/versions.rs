@@ -1,9 +1,10 @@
 //! `.versions/<name>`: every version of one file as a file of its own, named by its time.
 //!
-//! The file is the one that `name` means now or last meant; all its contents are shown, also those it had
-//! under other names. Programs that save by writing a new file and renaming it over the old one make a new
-//! file each time, so the contents that earlier files had *while they bore this name* are shown too.
-//! A change of attributes alone is no version here: each content has the last attributes it had.
+//! The file is the one that `name` means now or last meant; all its contents are shown, also those
+//! it had under other names. Programs that save by writing a new file and renaming it over the old
+//! one make a new file each time, so the contents that earlier files had *while they bore this
+//! name* are shown too. A change of attributes alone is no version here: each content has the last
+//! attributes it had.
 
 use std::collections::HashSet;
 
@@ -115,8 +116,8 @@ impl Past {
         Ok(found)
     }
 
-    /// The contents of a node, one each for a run of rows with the same content; only those that showed
-    /// during `under_name`, if given.
+    /// The contents of a node, one each for a run of rows with the same content; only those that
+    /// showed during `under_name`, if given.
     fn contents_of(
         &self,
         rows: &[Version],

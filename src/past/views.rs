@@ -1,8 +1,8 @@
 //! Views: one directory at one generation, with everything below it.
 //!
-//! A view is a tree of its own in the kernel's eyes: its objects have the inode numbers `slot | node`. The
-//! same directory at the same generation, entered by two ways, is two views, so that no directory ever has
-//! two paths. Views are rows of a bounded table, never trees in memory.
+//! A view is a tree of its own in the kernel's eyes: its objects have the inode numbers `slot |
+//! node`. The same directory at the same generation, entered by two ways, is two views, so that no
+//! directory ever has two paths. Views are rows of a bounded table, never trees in memory.
 
 use rustix::io::Errno;
 
@@ -104,8 +104,8 @@ impl Past {
         Ok(self.known_entry(ino, row, nlink, lasting))
     }
 
-    /// The snapshot of this id. The name it last had is remembered, so that this is one indexed query and
-    /// not a walk over all snapshots.
+    /// The snapshot of this id. The name it last had is remembered, so that this is one indexed
+    /// query and not a walk over all snapshots.
     pub(super) fn snapshot_by_id(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
         let name = self.tables.lock().snapshot_names.get(&id).cloned();
         if let Some(name) = name

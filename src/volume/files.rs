@@ -9,7 +9,7 @@ use crate::history::ranges::ByteRange;
 use crate::history::{self, preserved_dir, preserved_name};
 use crate::replica::backing::{Access, Backing, Handle, Seek};
 use crate::replica::{Handles, PrivateDir};
-use crate::types::{ContentId, EntryName, ReplicaId, ReplicaMap};
+use crate::types::{ContentId, EntryName, ReplicaId};
 
 use super::nodes::{Node, Open, State};
 use super::{Caller, Volume};
@@ -88,9 +88,7 @@ impl Volume {
     /// Handles of an object that is open on one replica only.
     fn single_handle(&self, on: ReplicaId, handle: Handle) -> Handles {
         let mut handle = Some(handle);
-        let ids: Vec<ReplicaId> = self.replicas().ids().collect();
-        let of = |id| if id == on { handle.take() } else { None };
-        Handles::new(ReplicaMap::new(ids.into_iter().map(of).collect()))
+        Handles::new(self.replicas().map_ids(|id| if id == on { handle.take() } else { None }))
     }
 
     /// The directory and the name by which a file is reached on every replica: its own, or for an
@@ -127,9 +125,16 @@ impl Volume {
     }
 
     /// A descriptor of the file was closed: what it wrote becomes a version.
+    ///
+    /// A shell's `>` empties a file and closes a duplicate of its descriptor before anything is
+    /// written. So a file that was emptied and not written yet waits for its last writer's end.
     pub fn flush(&self, node: &Arc<Node>) -> Result<()> {
         let _cut = self.cut.read();
-        self.seal(node, &mut node.lock())
+        let mut state = node.lock();
+        if state.open.as_ref().is_some_and(|open| open.emptied) {
+            return Ok(());
+        }
+        self.seal(node, &mut state)
     }
 
     /// Reads from an open file; short only at its end.
@@ -175,11 +180,43 @@ impl Volume {
         let mut state = node.lock();
         let range = ByteRange::new(offset, data.len() as u64);
         let handles = self.before_change(node, &mut state, range)?;
-        self.replicas().apply("write", |id, b| b.write_at(handles.get(id)?, data, offset))?;
+        let written =
+            self.replicas().apply("write", |id, b| b.write_at(handles.get(id)?, data, offset));
         self.mark_unsealed(node, &mut state, true);
+        if let Err(error) = written {
+            self.level(&handles, range)?;
+            return Err(error);
+        }
         if strip {
             self.strip_privileges(node, &mut state)?;
         }
+        Ok(())
+    }
+
+    /// After a write that failed on the primary, as on a full disk, a part of the data may be there and
+    /// nowhere else: the others get the same bytes and size, so that the replicas stay equal.
+    fn level(&self, handles: &Handles, range: ByteRange) -> Result<()> {
+        let replicas = self.replicas();
+        let (size, bytes) = replicas.read("read", |id, b| {
+            let file = handles.get(id)?;
+            let size = b.stat(file)?.size;
+            let end = range.end.min(size).max(range.start);
+            let mut bytes = vec![0; (end - range.start) as usize];
+            let got = b.read_at(file, &mut bytes, range.start)?;
+            bytes.truncate(got);
+            Ok((size, bytes))
+        })?;
+        let mut first = true;
+        replicas.apply("level", |id, b| {
+            let file = handles.get(id)?;
+            if !std::mem::replace(&mut first, false) {
+                if !bytes.is_empty() {
+                    b.write_at(file, &bytes, range.start)?;
+                }
+                b.truncate(file, size)?;
+            }
+            Ok(())
+        })?;
         Ok(())
     }
 
@@ -191,6 +228,8 @@ impl Volume {
         state: &mut State,
         range: ByteRange,
     ) -> Result<Arc<Handles>> {
+        // What must lose its setuid bit is told so; the thread's last caller must not decide it.
+        crate::sys::regain_fsetid().map_err(Error::from_io)?;
         self.open_state(node, state)?;
         self.open_handles(node, state, Access::ReadWrite)?;
         self.preserve(node, state, range)?;
@@ -236,12 +275,14 @@ impl Volume {
     ) -> Result<()> {
         if size == 0 && self.move_aside(node, state)? {
             self.mark_unsealed(node, state, true);
+            state.open.as_mut().expect("the caller opened the file").emptied = true;
             return Ok(());
         }
         let lost = ByteRange { start: size, end: u64::MAX };
         let handles = self.before_change(node, state, lost)?;
         self.replicas().apply("truncate", |id, b| b.truncate(handles.get(id)?, size))?;
         self.mark_unsealed(node, state, true);
+        state.open.as_mut().expect("the caller opened the file").emptied = size == 0;
         Ok(())
     }
 
@@ -250,6 +291,11 @@ impl Volume {
     fn move_aside(&self, node: &Arc<Node>, state: &mut State) -> Result<bool> {
         let open = state.open.as_ref().expect("the caller opened the file");
         if state.orphan || open.sealed.content == ContentId::EMPTY || open.sealed.size == 0 {
+            return Ok(false);
+        }
+        let whole = ByteRange { start: 0, end: open.sealed.size };
+        if open.saved.missing(whole).is_empty() {
+            // All of it is preserved already; what the file has now belongs to no sealed content.
             return Ok(false);
         }
         let content = open.sealed.content;
@@ -295,7 +341,7 @@ impl Volume {
         self.catalog().push(changes)?;
         let open = state.open.as_mut().expect("as above");
         open.write = Some(Arc::new(Handles::from(made)));
-        open.saved.insert(ByteRange { start: 0, end: open.sealed.size });
+        open.saved.insert(whole);
         if let Some((parent, _)) = node.place(self.catalog())? {
             self.mark_dir(parent);
         }

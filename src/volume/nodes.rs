@@ -80,6 +80,8 @@ pub struct Open {
     pub dirty: bool,
     /// The content did.
     pub written: bool,
+    /// The last change of the content was to empty it.
+    pub emptied: bool,
     /// When it was changed last.
     pub touched: Instant,
 }
@@ -96,6 +98,7 @@ impl Open {
             saved: RangeSet::default(),
             dirty: false,
             written: false,
+            emptied: false,
             touched: Instant::now(),
         }
     }

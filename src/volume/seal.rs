@@ -63,6 +63,7 @@ impl Volume {
         open.saved.clear();
         open.dirty = false;
         open.written = false;
+        open.emptied = false;
         self.unsealed.lock().remove(&node.id);
         if open.opens == 0 {
             state.open = None;
@@ -75,6 +76,7 @@ impl Volume {
         let Some(open) = state.open.as_mut() else { return };
         open.touched = std::time::Instant::now();
         open.written |= written;
+        open.emptied &= !written;
         if !open.dirty {
             open.dirty = true;
             self.unsealed.lock().insert(node.id, node.clone());

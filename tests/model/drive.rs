@@ -72,10 +72,6 @@ fn open(paths: &[PathBuf]) -> Arc<Filesystem> {
     Arc::new(Filesystem::new(volume, options))
 }
 
-fn resize(content: &mut Vec<u8>, size: usize) {
-    content.resize(size, 0);
-}
-
 fn put(content: &mut Vec<u8>, offset: usize, bytes: &[u8]) {
     if content.len() < offset + bytes.len() {
         content.resize(offset + bytes.len(), 0);
@@ -260,14 +256,14 @@ impl Driver {
                 self.fs()
                     .set_attributes(self.ino(node), &changes, &caller())
                     .or_else(fail("truncate"))?;
-                self.reference.content(node, |content| resize(content, size as usize));
+                self.reference.truncated(node, size as usize);
                 if self.reference.nodes[node].opens > 0 {
                     return Ok(());
                 }
             }
             Op::OpenTruncate { .. } => {
                 self.with_open(node, Wish { truncate: true, ..READ_WRITE }, |_, _| Ok(()))?;
-                self.reference.content(node, Vec::clear);
+                self.reference.truncated(node, 0);
             }
             Op::Punch { offset, length, zero, .. } => {
                 let mode =
@@ -280,7 +276,7 @@ impl Driver {
                     }
                 })?;
                 if !done {
-                    self.reference.seal(node);
+                    self.closed(node);
                     return Ok(());
                 }
                 self.reference.content(node, |content| {
@@ -322,8 +318,17 @@ impl Driver {
             }
             _ => {}
         }
-        self.reference.seal(node);
+        self.closed(node);
         Ok(())
+    }
+
+    /// The file was closed by one who opened it.
+    fn closed(&mut self, node: usize) {
+        if self.reference.nodes[node].opens == 0 {
+            self.reference.seal(node);
+        } else {
+            self.reference.flushed(node);
+        }
     }
 
     fn handle(&mut self, op: &Op) -> Outcome {
@@ -354,7 +359,7 @@ impl Driver {
             }
             Op::Flush { .. } => {
                 self.fs().flush(fh).or_else(fail("flush"))?;
-                self.reference.seal(node);
+                self.reference.flushed(node);
             }
             Op::Fsync { .. } => self.fs().fsync(fh, false).or_else(fail("fsync"))?,
             Op::Close { .. } => {
@@ -378,7 +383,7 @@ impl Driver {
         self.fs().flush(fh).or_else(fail("flush"))?;
         self.fs().release(fh).or_else(fail("release"))?;
         self.reference.nodes[node].opens -= 1;
-        self.reference.seal(node);
+        self.closed(node);
         Ok(())
     }
 

@@ -28,6 +28,8 @@ pub struct Node {
     /// What an instant shows of it: for a file with unsealed changes not the present.
     pub sealed: Object,
     pub dirty: bool,
+    /// The last change of its content was to empty it: closing a descriptor does not seal that.
+    pub emptied: bool,
     pub links: u32,
     pub ino: u64,
     pub opens: u32,
@@ -69,6 +71,7 @@ impl Reference {
                 now: root.clone(),
                 sealed: root,
                 dirty: false,
+                emptied: false,
                 links: 1,
                 ino: 1,
                 opens: 0,
@@ -83,6 +86,7 @@ impl Reference {
             now: object.clone(),
             sealed: object,
             dirty: false,
+            emptied: false,
             links: 1,
             ino,
             opens: 0,
@@ -127,6 +131,20 @@ impl Reference {
         }
         node.now.mtime = None;
         node.dirty = true;
+        node.emptied = false;
+    }
+
+    /// A file's size was set.
+    pub fn truncated(&mut self, node: usize, size: usize) {
+        self.content(node, |content| content.resize(size, 0));
+        self.nodes[node].emptied = size == 0;
+    }
+
+    /// A descriptor of a file was closed that is still open otherwise.
+    pub fn flushed(&mut self, node: usize) {
+        if !self.nodes[node].emptied {
+            self.seal(node);
+        }
     }
 
     /// An attribute changed: part of history at once, unless the file has unsealed changes.
@@ -142,6 +160,7 @@ impl Reference {
         let node = &mut self.nodes[node];
         node.sealed = node.now.clone();
         node.dirty = false;
+        node.emptied = false;
     }
 
     pub fn seal_all(&mut self) {

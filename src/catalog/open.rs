@@ -1,0 +1,328 @@
+//! The life of a catalog: made, inspected, copied, opened, closed.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rusqlite::Connection;
+use rusqlite::backup::Backup;
+use rusqlite::config::DbConfig;
+
+use super::commit::{Queue, TickClock, Waiting, Writer};
+use super::reader::Readers;
+use super::schema::{self, HeadRow, NextIds, Use, connect, damaged, name_damage, read_head};
+use super::xattr::Interned;
+use super::{Catalog, Change, Durability, Head, Shared};
+use crate::error::{Error, IoContext, Result};
+use crate::types::{ContentId, NodeId, ReplicaMap, SnapshotId, Timestamp, XattrSetId};
+
+/// Ids skipped after an unclean end. Far more are never handed out between two commits: the queue
+/// bounds the changes that wait, and each thread takes ids only for what it is about to push.
+const SKIPPED_IDS: u64 = 1 << 20;
+/// Pages copied per step of a backup: 4 MiB.
+const BACKUP_PAGES: i32 = 1024;
+
+/// The ids to hand out next.
+pub(super) struct Ids {
+    node: AtomicU64,
+    content: AtomicU64,
+    snapshot: AtomicU64,
+    xattrs: AtomicU64,
+}
+
+impl Ids {
+    fn new(next: NextIds) -> Ids {
+        Ids {
+            node: AtomicU64::new(next.node),
+            content: AtomicU64::new(next.content),
+            snapshot: AtomicU64::new(next.snapshot),
+            xattrs: AtomicU64::new(next.xattrs),
+        }
+    }
+
+    /// The counters now.
+    pub fn next(&self) -> NextIds {
+        NextIds {
+            node: self.node.load(Ordering::Relaxed),
+            content: self.content.load(Ordering::Relaxed),
+            snapshot: self.snapshot.load(Ordering::Relaxed),
+            xattrs: self.xattrs.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Keeps the counters above ids that came from elsewhere (a received stream, a rebuilt catalog).
+    pub fn reach(&self, change: &Change) {
+        let (counter, id) = match change {
+            Change::NodePut(row) => (&self.node, row.id.0),
+            Change::ContentAdd { id, .. } => (&self.content, id.0),
+            Change::SnapshotPut(snapshot) => (&self.snapshot, snapshot.id.0),
+            Change::XattrSetAdd { id, .. } => (&self.xattrs, id.0),
+            _ => return,
+        };
+        if id >= counter.load(Ordering::Relaxed) {
+            counter.fetch_max(id + 1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Shared {
+    /// A new id for a set of extended attributes.
+    pub fn next_xattrs(&self) -> XattrSetId {
+        XattrSetId(self.ids.xattrs.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Catalog {
+    /// Reads the head of the catalog in `file` without changing anything.
+    pub fn inspect(file: &Path) -> Result<Head> {
+        let db = connect(file, Use::Read)?;
+        read_head(&db).map(|row| row.head).map_err(|error| name_damage(file, error))
+    }
+
+    /// Makes an empty catalog in `file`: the root directory does not exist yet, generation 0.
+    pub fn create(file: &Path, store: uuid::Uuid) -> Result<()> {
+        if fs::metadata(file).is_ok_and(|meta| meta.len() > 0) {
+            let shown = schema::show(file);
+            return Err(Error::Refused(format!("there is a catalog at {shown} already")));
+        }
+        schema::create(file, store, Timestamp::now())?;
+        sync_parent(file)
+    }
+
+    /// Replaces the catalog in `to` by a copy of the one in `from`; neither may be open. `to` is whole
+    /// at every moment: the copy is written beside it, made durable and renamed.
+    pub fn copy(from: &Path, to: &Path) -> Result<()> {
+        let new = beside(to, ".new");
+        remove_database(&new)?;
+        let source = connect(from, Use::Read)?;
+        let mut target = Connection::open(&new)?;
+        Backup::new(&source, &mut target)?
+            .run_to_completion(BACKUP_PAGES, Duration::ZERO, None)
+            .map_err(|error| name_damage(from, error))?;
+        target.close().map_err(|(_, error)| error)?;
+        drop(source);
+        // Opened once as what it is now, and emptied: no WAL belongs to the copy.
+        let copy = connect(&new, Use::Write)?;
+        read_head(&copy).map_err(|error| name_damage(from, error))?;
+        finish(copy)?;
+        File::open(&new).and_then(|file| file.sync_all()).context("sync", &new)?;
+        // A WAL beside the new file must not be taken for its own. What the old WAL holds goes into the
+        // old database first, so that this is whole if we die before the rename. If it cannot even be
+        // opened, there is nothing to lose.
+        if let Ok(old) = connect(to, Use::Write) {
+            let _ = finish(old);
+        }
+        remove_if_there(&beside(to, "-wal"))?;
+        remove_if_there(&beside(to, "-shm"))?;
+        sync_parent(to)?;
+        // Before the rename `to` is the old catalog, after it the new one; both are complete files.
+        fs::rename(&new, to).context("rename", &new)?;
+        remove_if_there(&beside(&new, "-shm"))?;
+        sync_parent(to)
+    }
+
+    /// Opens the replicas' catalogs for a mount; `None` for a replica that has none. All must have
+    /// the same [`Head`]. `clean` tells that the last mount ended with [`Catalog::close`]; otherwise
+    /// ids that may have been handed out but never committed are skipped.
+    pub fn open(files: ReplicaMap<Option<PathBuf>>, clean: bool) -> Result<Catalog> {
+        Catalog::open_with_clock(files, clean, Box::new(Timestamp::now))
+    }
+
+    /// As [`Catalog::open`], with a wall clock of one's own.
+    pub(super) fn open_with_clock(
+        files: ReplicaMap<Option<PathBuf>>,
+        clean: bool,
+        now: Box<dyn Fn() -> Timestamp + Send + Sync>,
+    ) -> Result<Catalog> {
+        let mut writers = files.map(|_, _| None);
+        let mut first: Option<(HeadRow, &Path, i64)> = None;
+        for (id, file) in files.iter() {
+            let Some(file) = file else { continue };
+            let db = connect(file, Use::Write)?;
+            let (head, tick) = read_start(&db).map_err(|error| name_damage(file, error))?;
+            check_head(file, &head)?;
+            match &first {
+                Some((other, other_file, _)) if other.head != head.head => {
+                    return Err(Error::Refused(format!(
+                        "the catalogs {} and {} differ: one must be copied to the other first",
+                        schema::show(other_file),
+                        schema::show(file)
+                    )));
+                }
+                Some(_) => {}
+                None => first = Some((head, file, tick)),
+            }
+            writers[id] = Some(Writer { db, full: false, in_wal: 0, dirty: true });
+        }
+        let Some((mut head, _, tick)) = first else {
+            return Err(Error::NoStore("no replica has a catalog".into()));
+        };
+        if !clean {
+            head.next.node += SKIPPED_IDS;
+            head.next.content += SKIPPED_IDS;
+            head.next.snapshot += 1;
+            head.next.xattrs += SKIPPED_IDS;
+        }
+        let shared = Arc::new(new_shared(files, writers, &head, tick, now, false));
+        let committer = std::thread::Builder::new()
+            .name("rv-commit".into())
+            .spawn({
+                let shared = shared.clone();
+                move || shared.run()
+            })
+            .context("start the committer of", "the catalog")?;
+        Ok(Catalog { shared, committer: Mutex::new(Some(committer)) })
+    }
+
+    /// Opens one catalog for queries only, beside a mount or without one.
+    pub fn open_read_only(file: &Path) -> Result<Catalog> {
+        let db = connect(file, Use::Read)?;
+        let (head, tick) = read_start(&db).map_err(|error| name_damage(file, error))?;
+        check_head(file, &head)?;
+        let files = ReplicaMap::new(vec![Some(file.to_path_buf())]);
+        let writers = ReplicaMap::new(vec![None]);
+        let now = Box::new(Timestamp::now);
+        let shared = Arc::new(new_shared(files, writers, &head, tick, now, true));
+        Ok(Catalog { shared, committer: Mutex::new(None) })
+    }
+
+    /// Commits all, durably, and ends the committer. Later pushes fail.
+    pub fn close(&self) -> Result<()> {
+        if self.shared.read_only {
+            return Ok(());
+        }
+        {
+            let mut queue = self.shared.waiting.queue.lock();
+            queue.closed = Some("the catalog is closed");
+        }
+        let flushed = match self.committer.lock().take() {
+            Some(committer) => {
+                let flushed = self.flush(Durability::Durable);
+                self.shared.stop();
+                let _ = committer.join();
+                flushed
+            }
+            None => Ok(()),
+        };
+        self.shared.readers.close();
+        let mut writers = self.shared.writers.lock();
+        for id in writers.ids() {
+            let Some(writer) = writers[id].take() else { continue };
+            if let Err(error) = finish(writer.db) {
+                self.shared.detach(id, Some(error.to_string()));
+            }
+        }
+        flushed
+    }
+
+    /// A new node id.
+    pub fn next_node(&self) -> NodeId {
+        let id = self.shared.ids.node.fetch_add(1, Ordering::Relaxed);
+        debug_assert!(id < NodeId::LIMIT);
+        NodeId(id)
+    }
+
+    /// A new content id, greater than all before it.
+    pub fn next_content(&self) -> ContentId {
+        ContentId(self.shared.ids.content.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A new snapshot id.
+    pub fn next_snapshot(&self) -> SnapshotId {
+        SnapshotId(self.shared.ids.snapshot.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Drop for Catalog {
+    /// Commits what waits (not durably) and ends the committer, if [`Catalog::close`] did not.
+    fn drop(&mut self) {
+        self.shared.stop();
+        if let Some(committer) = self.committer.lock().take() {
+            let _ = committer.join();
+        }
+    }
+}
+
+fn new_shared(
+    files: ReplicaMap<Option<PathBuf>>,
+    writers: ReplicaMap<Option<Writer>>,
+    head: &HeadRow,
+    tick: i64,
+    now: Box<dyn Fn() -> Timestamp + Send + Sync>,
+    read_only: bool,
+) -> Shared {
+    let mut queue = Queue::new(head.head.generation, head.next, TickClock::new(tick));
+    if read_only {
+        queue.closed = Some("the catalog is open for reading only");
+    }
+    Shared {
+        waiting: Waiting::new(queue),
+        writers: Mutex::new(writers),
+        readers: Readers::new(files),
+        ids: Ids::new(head.next),
+        xattrs: Interned::new(),
+        snapshots: Mutex::new(()),
+        failures: Mutex::new(Vec::new()),
+        read_only,
+        now,
+    }
+}
+
+/// The head and the last tick.
+fn read_start(db: &Connection) -> rusqlite::Result<(HeadRow, i64)> {
+    let tick: Option<i64> =
+        db.query_row("SELECT t FROM tick WHERE g = (SELECT max(g) FROM tick)", [], |row| {
+            row.get(0)
+        })?;
+    Ok((read_head(db)?, tick.unwrap_or(0)))
+}
+
+/// Refuses counters that would overflow within this mount.
+fn check_head(file: &Path, head: &HeadRow) -> Result<()> {
+    let next = head.next;
+    let far = 1 << 62;
+    let bounded =
+        [head.head.generation.0, head.head.sequence, next.content, next.snapshot, next.xattrs];
+    if next.node >= NodeId::LIMIT - SKIPPED_IDS || bounded.iter().any(|&value| value > far) {
+        return Err(damaged(file, "a counter in its head row is beyond all bounds".into()));
+    }
+    Ok(())
+}
+
+/// Moves the WAL into the database and closes it, so that the one file is all there is.
+fn finish(db: Connection) -> rusqlite::Result<()> {
+    db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
+    db.flush_prepared_statement_cache();
+    db.close().map_err(|(_, error)| error)
+}
+
+/// `file` with a longer name.
+fn beside(file: &Path, suffix: &str) -> PathBuf {
+    let mut name = file.as_os_str().to_os_string();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+fn remove_database(file: &Path) -> Result<()> {
+    remove_if_there(file)?;
+    remove_if_there(&beside(file, "-wal"))?;
+    remove_if_there(&beside(file, "-shm"))?;
+    remove_if_there(&beside(file, "-journal"))
+}
+
+fn remove_if_there(file: &Path) -> Result<()> {
+    match fs::remove_file(file) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other.context("remove", file),
+    }
+}
+
+fn sync_parent(file: &Path) -> Result<()> {
+    let parent = file.parent().filter(|path| !path.as_os_str().is_empty());
+    let parent = parent.unwrap_or_else(|| Path::new("."));
+    File::open(parent).and_then(|dir| dir.sync_all()).context("sync", parent)
+}

@@ -1,0 +1,311 @@
+//! What is pushed but not yet in the database: one batch of changes, folded as far as history allows.
+//!
+//! A batch is built under the queue's lock, one change after another, and answers queries of the live
+//! tree meanwhile. It knows nothing of what the database holds: "the state before this batch" ends at
+//! the batch's first change of it, and the commit finds out what that state was.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use super::schema::NextIds;
+use super::{Change, NodeRow, Snapshot, UndoRow};
+use crate::types::{ContentId, EntryName, Generation, NodeId, SnapshotId, XattrSetId, Xattrs};
+
+/// All that one commit writes.
+#[derive(Debug)]
+pub(super) struct Batch {
+    /// Node ids from here on were unknown when the batch was opened: no database has a state of them.
+    pub first_newborn: u64,
+    /// The generation of the newest change.
+    pub last: Generation,
+    /// The counters at the end of the batch.
+    pub next: NextIds,
+    /// How many changes were pushed.
+    pub count: usize,
+    /// Begin of generations, in nanoseconds.
+    pub ticks: Vec<(Generation, i64)>,
+    pub nodes: HashMap<NodeId, NodeDelta>,
+    pub entries: HashMap<NodeId, BTreeMap<EntryName, EntryDelta>>,
+    /// Names that nodes got in this batch; they may be gone again.
+    pub named: HashMap<NodeId, Vec<(NodeId, EntryName)>>,
+    pub symlinks: BTreeMap<NodeId, Vec<u8>>,
+    pub contents: BTreeMap<ContentId, (NodeId, u64)>,
+    pub preserved: Vec<ContentId>,
+    pub undo: Vec<UndoRow>,
+    pub xattrs: BTreeMap<XattrSetId, Arc<Xattrs>>,
+    pub snapshots: Vec<SnapshotChange>,
+    pub meta: BTreeMap<&'static str, String>,
+}
+
+/// A change of the snapshots; their order matters, for names are freed and taken.
+#[derive(Clone, Debug)]
+pub(super) enum SnapshotChange {
+    Put(Snapshot),
+    Remove(SnapshotId),
+}
+
+/// What a batch does to one node.
+#[derive(Debug)]
+pub(super) struct NodeDelta {
+    /// No earlier batch has a state of it.
+    pub newborn: bool,
+    /// Where the state that an earlier batch left ends.
+    pub base_died: Generation,
+    /// States that began and ended in this batch: born, died.
+    pub past: Vec<(Generation, Generation, NodeRow)>,
+    /// The newest state and its birth; `None`: the node is gone.
+    pub current: Option<(Generation, NodeRow)>,
+}
+
+/// What a batch does to one name of a directory.
+#[derive(Debug)]
+pub(super) struct EntryDelta {
+    /// The first change was an addition, so the name should be free in the database.
+    pub added_first: bool,
+    /// Where the entry that an earlier batch left ends.
+    pub base_died: Generation,
+    /// Entries that began and ended in this batch: node, born, died.
+    pub past: Vec<(NodeId, Generation, Generation)>,
+    /// The newest entry and its birth; `None`: the name is free.
+    pub current: Option<(NodeId, Generation)>,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new(generation: Generation, next: NextIds) -> Batch {
+        Batch {
+            first_newborn: next.node,
+            last: generation,
+            next,
+            count: 0,
+            ticks: Vec::new(),
+            nodes: HashMap::new(),
+            entries: HashMap::new(),
+            named: HashMap::new(),
+            symlinks: BTreeMap::new(),
+            contents: BTreeMap::new(),
+            preserved: Vec::new(),
+            undo: Vec::new(),
+            xattrs: BTreeMap::new(),
+            snapshots: Vec::new(),
+            meta: BTreeMap::new(),
+        }
+    }
+
+    /// Takes one change of generation `at`. States born at or before `frozen` are not folded away.
+    pub fn apply(&mut self, change: Change, at: Generation, frozen: Generation) {
+        self.count += 1;
+        match change {
+            Change::NodePut(row) => self.put_node(row, at, frozen),
+            Change::NodeGone(id) => self.end_node(id, at),
+            Change::EntryAdd { parent, name, node } => {
+                self.named.entry(node).or_default().push((parent, name.clone()));
+                self.set_entry(parent, name, Some(node), at);
+            }
+            Change::EntryRemove { parent, name } => self.set_entry(parent, name, None, at),
+            Change::SymlinkTarget { node, target } => {
+                self.symlinks.insert(node, target);
+            }
+            Change::ContentAdd { id, node, size } => {
+                self.contents.insert(id, (node, size));
+            }
+            Change::ContentPreserved { id } => self.preserved.push(id),
+            Change::UndoAdd(row) => self.undo.push(row),
+            Change::XattrSetAdd { id, set } => {
+                self.xattrs.insert(id, set);
+            }
+            Change::SnapshotPut(snapshot) => self.snapshots.push(SnapshotChange::Put(snapshot)),
+            Change::SnapshotRemove(id) => self.snapshots.push(SnapshotChange::Remove(id)),
+            Change::MetaPut { key, value } => {
+                self.meta.insert(key, value);
+            }
+        }
+    }
+
+    fn put_node(&mut self, row: NodeRow, at: Generation, frozen: Generation) {
+        let newborn = row.id.0 >= self.first_newborn;
+        let delta = self.nodes.entry(row.id).or_insert_with(|| NodeDelta {
+            newborn,
+            base_died: at,
+            past: Vec::new(),
+            current: None,
+        });
+        let Some((born, old)) = delta.current.take() else {
+            delta.current = Some((at, row));
+            return;
+        };
+        // A file that was created, written and closed in one burst has one state: the empty one in
+        // between was seen by nobody.
+        let first_and_empty =
+            old.content == ContentId::EMPTY && delta.newborn && delta.past.is_empty();
+        let unseen = born > frozen && (old.content == row.content || first_and_empty);
+        if unseen || born == at {
+            delta.current = Some((born, row));
+        } else {
+            delta.past.push((born, at, old));
+            delta.current = Some((at, row));
+        }
+    }
+
+    fn end_node(&mut self, id: NodeId, at: Generation) {
+        let newborn = id.0 >= self.first_newborn;
+        let delta = self.nodes.entry(id).or_insert_with(|| NodeDelta {
+            newborn,
+            base_died: at,
+            past: Vec::new(),
+            current: None,
+        });
+        if let Some((born, old)) = delta.current.take()
+            && born < at
+        {
+            delta.past.push((born, at, old));
+        }
+    }
+
+    fn set_entry(&mut self, parent: NodeId, name: EntryName, node: Option<NodeId>, at: Generation) {
+        let delta = self.entries.entry(parent).or_default().entry(name).or_insert(EntryDelta {
+            added_first: node.is_some(),
+            base_died: at,
+            past: Vec::new(),
+            current: None,
+        });
+        if let Some((old, born)) = delta.current.take()
+            && born < at
+        {
+            delta.past.push((old, born, at));
+        }
+        delta.current = node.map(|node| (node, at));
+    }
+
+    /// What this batch says of a name: `None` nothing, `Some(None)` that it is free.
+    pub fn entry(&self, parent: NodeId, name: &EntryName) -> Option<Option<NodeId>> {
+        let delta = self.entries.get(&parent)?.get(name)?;
+        Some(delta.current.map(|(node, _)| node))
+    }
+
+    /// What this batch says of a node: `None` nothing, `Some(None)` that it is gone.
+    pub fn node(&self, id: NodeId) -> Option<Option<&NodeRow>> {
+        Some(self.nodes.get(&id)?.current.as_ref().map(|(_, row)| row))
+    }
+
+    /// The changes in the order of their keys, as the commit writes them, and their hash.
+    pub fn plan(&self) -> Plan<'_> {
+        let mut nodes: Vec<_> = self.nodes.iter().map(|(&id, delta)| (id, delta)).collect();
+        nodes.sort_unstable_by_key(|&(id, _)| id);
+        let mut entries: Vec<_> = self
+            .entries
+            .iter()
+            .flat_map(|(&parent, names)| {
+                names.iter().map(move |(name, delta)| (parent, name, delta))
+            })
+            .collect();
+        entries.sort_unstable_by_key(|&(parent, name, _)| (parent, name));
+        let mut plan = Plan { batch: self, nodes, entries, digest: [0; 32] };
+        plan.digest = digest(&plan);
+        plan
+    }
+}
+
+/// A batch in a fixed order.
+pub(super) struct Plan<'a> {
+    pub batch: &'a Batch,
+    pub nodes: Vec<(NodeId, &'a NodeDelta)>,
+    pub entries: Vec<(NodeId, &'a EntryName, &'a EntryDelta)>,
+    /// Hash of all of it.
+    pub digest: [u8; 32],
+}
+
+/// Hashes a batch: each part with its tag and each variable part with its length, so that no two
+/// different batches have the same bytes.
+fn digest(plan: &Plan<'_>) -> [u8; 32] {
+    let batch = plan.batch;
+    let mut out = Bytes(Vec::with_capacity(64 + batch.count * 96));
+    out.numbers(&[batch.last.0, batch.next.node, batch.next.content, batch.next.snapshot]);
+    out.numbers(&[batch.next.xattrs, batch.ticks.len() as u64]);
+    for &(at, time) in &batch.ticks {
+        out.numbers(&[at.0, time as u64]);
+    }
+    for &(id, delta) in &plan.nodes {
+        out.numbers(&[1, id.0, delta.newborn.into(), delta.base_died.0, delta.past.len() as u64]);
+        for (born, died, row) in &delta.past {
+            out.numbers(&[born.0, died.0]);
+            out.node(row);
+        }
+        out.numbers(&[delta.current.is_some().into()]);
+        if let Some((born, row)) = &delta.current {
+            out.numbers(&[born.0]);
+            out.node(row);
+        }
+    }
+    for &(parent, name, delta) in &plan.entries {
+        out.numbers(&[2, parent.0, delta.base_died.0, delta.past.len() as u64]);
+        out.blob(name.as_bytes());
+        for &(node, born, died) in &delta.past {
+            out.numbers(&[node.0, born.0, died.0]);
+        }
+        let (node, born) = delta.current.unwrap_or_default();
+        out.numbers(&[node.0, born.0]);
+    }
+    digest_rest(batch, &mut out);
+    *blake3::hash(&out.0).as_bytes()
+}
+
+fn digest_rest(batch: &Batch, out: &mut Bytes) {
+    for (node, target) in &batch.symlinks {
+        out.numbers(&[3, node.0]);
+        out.blob(target);
+    }
+    for (id, (node, size)) in &batch.contents {
+        out.numbers(&[4, id.0, node.0, *size]);
+    }
+    for id in &batch.preserved {
+        out.numbers(&[5, id.0]);
+    }
+    for row in &batch.undo {
+        let (segment, offset) = row.at.map_or((u64::MAX, 0), |at| (at.segment, at.offset));
+        out.numbers(&[6, row.node.0, row.content.0, row.offset, row.length, segment, offset]);
+    }
+    for (id, set) in &batch.xattrs {
+        out.numbers(&[7, id.0]);
+        out.blob(&super::xattr::encode(set));
+    }
+    for change in &batch.snapshots {
+        match change {
+            SnapshotChange::Put(snapshot) => {
+                let flags = u64::from(snapshot.automatic) | u64::from(snapshot.held) << 1;
+                out.numbers(&[8, snapshot.id.0, snapshot.generation.0, flags]);
+                out.numbers(&[snapshot.time.secs as u64, snapshot.time.nanos.into()]);
+                out.blob(snapshot.name.as_bytes());
+            }
+            SnapshotChange::Remove(id) => out.numbers(&[9, id.0]),
+        }
+    }
+    for (key, value) in &batch.meta {
+        out.numbers(&[10]);
+        out.blob(key.as_bytes());
+        out.blob(value.as_bytes());
+    }
+}
+
+/// What is hashed.
+struct Bytes(Vec<u8>);
+
+impl Bytes {
+    fn numbers(&mut self, numbers: &[u64]) {
+        numbers.iter().for_each(|number| self.0.extend(number.to_le_bytes()));
+    }
+
+    fn blob(&mut self, blob: &[u8]) {
+        self.numbers(&[blob.len() as u64]);
+        self.0.extend(blob);
+    }
+
+    fn node(&mut self, row: &NodeRow) {
+        self.numbers(&[row.kind.mode_bits().into(), row.mode.into(), row.uid.into()]);
+        self.numbers(&[row.gid.into(), row.rdev, row.size, row.blocks]);
+        for time in [row.mtime, row.ctime, row.btime] {
+            self.numbers(&[time.secs as u64, time.nanos.into()]);
+        }
+        self.numbers(&[row.xattrs.0, row.content.0]);
+    }
+}

@@ -1,0 +1,292 @@
+//! Queries of the past: what one generation shows, where contents are, and what time it was.
+//!
+//! A generation that is asked for is first made final: its burst is ended and it is committed. Every
+//! query is one statement or one transaction, so a commit in between cannot move a row past it.
+
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::schema::{NODE_COLUMNS, node_row, read_head, unsigned};
+use super::{Catalog, Durability, Listed, NodeRow, Sources, UndoPlace, UndoRow};
+use crate::error::Result;
+use crate::types::{ContentId, EntryName, Generation, NodeId, RelPath, Timestamp};
+
+/// Directories deeper than this do not exist; only a damaged catalog leads further.
+const DEPTH_MAX: usize = 1 << 16;
+
+impl Catalog {
+    /// The newest generation.
+    pub fn generation(&self) -> Generation {
+        if self.shared.read_only {
+            let stored = self.shared.read(|db| Ok(read_head(db)?.head.generation));
+            let mut queue = self.shared.waiting.queue.lock();
+            // An unreadable head does not take back what is known.
+            queue.generation = queue.generation.max(stored.unwrap_or_default());
+            queue.committed = queue.generation;
+            return queue.generation;
+        }
+        self.shared.waiting.queue.lock().generation
+    }
+
+    /// Makes `at` final and clamps it to the newest generation.
+    pub(super) fn settled(&self, at: Generation) -> Result<Generation> {
+        if at <= self.shared.waiting.queue.lock().committed {
+            return Ok(at);
+        }
+        let newest = self.freeze();
+        self.flush(Durability::Written)?;
+        Ok(at.min(newest))
+    }
+
+    /// Commits what waits, if anything does.
+    pub(super) fn settle_pending(&self) -> Result<()> {
+        self.flush(Durability::Written)
+    }
+
+    /// The state of a node, if it lived then.
+    pub fn node_at(&self, at: Generation, node: NodeId) -> Result<Option<NodeRow>> {
+        let at = self.settled(at)?;
+        self.shared.read(|db| node_at(db, at, node))
+    }
+
+    /// The state of what `name` in `parent` meant.
+    pub fn lookup_at(
+        &self,
+        at: Generation,
+        parent: NodeId,
+        name: &EntryName,
+    ) -> Result<Option<NodeRow>> {
+        let at = self.settled(at)?;
+        self.shared.read_at_once(|db| match entry_at(db, at, parent, name)? {
+            Some(node) => node_at(db, at, node),
+            None => Ok(None),
+        })
+    }
+
+    /// The entries of a directory, ordered by name.
+    pub fn list_at(&self, at: Generation, parent: NodeId) -> Result<Vec<Listed>> {
+        let at = self.settled(at)?;
+        self.shared.read(|db| {
+            let mut statement = db.prepare_cached(
+                "SELECT name, node, coalesce((SELECT kind FROM node WHERE id = shown.node), \
+                 (SELECT kind FROM node_h WHERE id = shown.node LIMIT 1)) FROM \
+                 (SELECT name, node FROM entry WHERE parent = ?1 AND born <= ?2 \
+                 UNION ALL SELECT name, node FROM entry_h \
+                 WHERE parent = ?1 AND died > ?2 AND born <= ?2) shown",
+            )?;
+            let rows = statement.query_map(params![parent, at], |row| {
+                Ok(Listed { name: row.get(0)?, node: row.get(1)?, kind: row.get(2)? })
+            })?;
+            let mut list = rows.collect::<rusqlite::Result<Vec<_>>>()?;
+            list.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+            Ok(list)
+        })
+    }
+
+    /// How many names a node had.
+    pub fn links_at(&self, at: Generation, node: NodeId) -> Result<u32> {
+        let at = self.settled(at)?;
+        self.shared.read(|db| {
+            db.prepare_cached(
+                "SELECT (SELECT count(*) FROM entry WHERE node = ?1 AND born <= ?2) + \
+                 (SELECT count(*) FROM entry_h WHERE node = ?1 AND died > ?2 AND born <= ?2)",
+            )?
+            .query_row(params![node, at], |row| row.get(0))
+        })
+    }
+
+    /// One path of a node (the first by parent and name), root-relative; `None` if it had none.
+    pub fn path_at(&self, at: Generation, node: NodeId) -> Result<Option<RelPath>> {
+        let at = self.settled(at)?;
+        self.shared.read_at_once(|db| {
+            let mut names = Vec::new();
+            let mut node = node;
+            while node != NodeId::ROOT {
+                let Some((parent, name)) = names_at(db, at, node)?.into_iter().min() else {
+                    return Ok(None);
+                };
+                names.push(name);
+                node = parent;
+                if names.len() > DEPTH_MAX {
+                    return Ok(None);
+                }
+            }
+            names.reverse();
+            Ok(node_at(db, at, NodeId::ROOT)?.map(|_| RelPath::from(names)))
+        })
+    }
+
+    /// The state of what `path` meant, from the root.
+    pub fn resolve_at(&self, at: Generation, path: &RelPath) -> Result<Option<NodeRow>> {
+        let at = self.settled(at)?;
+        self.shared.read_at_once(|db| {
+            let mut node = NodeId::ROOT;
+            for name in path.names() {
+                match entry_at(db, at, node, name)? {
+                    Some(child) => node = child,
+                    None => return Ok(None),
+                }
+            }
+            node_at(db, at, node)
+        })
+    }
+
+    /// Where the bytes of `content` are.
+    pub fn sources(&self, node: NodeId, content: ContentId) -> Result<Sources> {
+        // Only what waits of this very node matters: a busy store is not flushed for every open.
+        let pending = self.shared.overlay(|batch| {
+            let undo = batch.undo.iter().any(|row| row.node == node);
+            let own = batch.contents.range(content..).any(|(_, (owner, _))| *owner == node);
+            let whole = batch.preserved.iter().any(|id| *id >= content);
+            (undo || own || whole).then_some(())
+        });
+        if pending.is_some() {
+            self.settle_pending()?;
+        }
+        self.shared.read_at_once(|db| {
+            let whole: Option<ContentId> = db
+                .prepare_cached(
+                    "SELECT id FROM content WHERE node = ?1 AND id >= ?2 AND state = 1 \
+                     ORDER BY id LIMIT 1",
+                )?
+                .query_row(params![node, content], |row| row.get(0))
+                .optional()?;
+            let mut statement = db.prepare_cached(
+                "SELECT content, offset, length, segment, segment_offset FROM undo \
+                 WHERE node = ?1 AND content >= ?2 AND content <= ?3 ORDER BY content, offset",
+            )?;
+            let last = whole.unwrap_or(ContentId(i64::MAX as u64));
+            let rows = statement.query_map(params![node, content, last], |row| {
+                let at = match row.get::<_, Option<i64>>(3)? {
+                    Some(_) => {
+                        Some(UndoPlace { segment: unsigned(row, 3)?, offset: unsigned(row, 4)? })
+                    }
+                    None => None,
+                };
+                let (offset, length) = (unsigned(row, 1)?, unsigned(row, 2)?);
+                Ok(UndoRow { node, content: row.get(0)?, offset, length, at })
+            })?;
+            Ok(Sources { undo: rows.collect::<rusqlite::Result<_>>()?, whole })
+        })
+    }
+
+    /// The size of a sealed content.
+    pub fn content_size(&self, content: ContentId) -> Result<Option<u64>> {
+        if content == ContentId::EMPTY {
+            return Ok(Some(0));
+        }
+        let pending = self.shared.overlay(|batch| batch.contents.get(&content).copied());
+        if let Some((_, size)) = pending {
+            return Ok(Some(size));
+        }
+        self.shared.read(|db| {
+            db.prepare_cached("SELECT size FROM content WHERE id = ?1")?
+                .query_row(params![content], |row| unsigned(row, 0))
+                .optional()
+        })
+    }
+
+    /// The newest generation at `time`; `None` before the store's first.
+    pub fn generation_at(&self, time: Timestamp) -> Result<Option<Generation>> {
+        if !self.shared.read_only {
+            // What comes after this answer must not belong to a moment that it has spoken for.
+            self.shared.waiting.queue.lock().clock.fence();
+            self.freeze();
+            self.settle_pending()?;
+        }
+        let newest = self.generation();
+        let found = self.shared.read_at_once(|db| {
+            let tick: Option<Generation> = db
+                .prepare_cached("SELECT g FROM tick WHERE t <= ?1 ORDER BY t DESC LIMIT 1")?
+                .query_row(params![time.as_nanos()], |row| row.get(0))
+                .optional()?;
+            let Some(tick) = tick else { return Ok(None) };
+            let after: Option<Generation> = db
+                .prepare_cached("SELECT g FROM tick WHERE g > ?1 ORDER BY g LIMIT 1")?
+                .query_row(params![tick], |row| row.get(0))
+                .optional()?;
+            Ok(Some(after.map_or(newest, |after| Generation(after.0.saturating_sub(1)))))
+        })?;
+        // Generation 0 is the store before its root directory.
+        Ok(found.map(|at| at.min(newest)).filter(|at| *at > Generation(0)))
+    }
+
+    /// When a generation began, to about 10 ms.
+    pub fn time_of(&self, generation: Generation) -> Result<Timestamp> {
+        let generation = self.settled(generation)?;
+        self.shared.read(|db| time_of(db, generation))
+    }
+
+    /// The oldest generation whose tree is still known.
+    pub fn oldest(&self) -> Result<Generation> {
+        Ok(Generation(1).min(self.generation()))
+    }
+}
+
+/// The time of the tick that a generation belongs to.
+pub(super) fn time_of(db: &Connection, generation: Generation) -> rusqlite::Result<Timestamp> {
+    let nanos: Option<i64> = db
+        .prepare_cached("SELECT t FROM tick WHERE g <= ?1 ORDER BY g DESC LIMIT 1")?
+        .query_row(params![generation], |row| row.get(0))
+        .optional()?;
+    Ok(Timestamp::from_nanos(nanos.unwrap_or(0)))
+}
+
+/// The state of a node at a settled generation. Live first: rows only ever move to history.
+pub(super) fn node_at(
+    db: &Connection,
+    at: Generation,
+    node: NodeId,
+) -> rusqlite::Result<Option<NodeRow>> {
+    let live = db
+        .prepare_cached(&format!("SELECT {NODE_COLUMNS} FROM node WHERE id = ?1 AND born <= ?2"))?
+        .query_row(params![node, at], |row| node_row(row, 0))
+        .optional()?;
+    if live.is_some() {
+        return Ok(live);
+    }
+    let past: Option<(NodeRow, Generation)> = db
+        .prepare_cached(&format!(
+            "SELECT {NODE_COLUMNS}, born FROM node_h WHERE id = ?1 AND died > ?2 \
+             ORDER BY died LIMIT 1"
+        ))?
+        .query_row(params![node, at], |row| Ok((node_row(row, 0)?, row.get(13)?)))
+        .optional()?;
+    Ok(past.filter(|(_, born)| *born <= at).map(|(row, _)| row))
+}
+
+/// What a name meant at a settled generation.
+pub(super) fn entry_at(
+    db: &Connection,
+    at: Generation,
+    parent: NodeId,
+    name: &EntryName,
+) -> rusqlite::Result<Option<NodeId>> {
+    let live = db
+        .prepare_cached("SELECT node FROM entry WHERE parent = ?1 AND name = ?2 AND born <= ?3")?
+        .query_row(params![parent, name, at], |row| row.get(0))
+        .optional()?;
+    if live.is_some() {
+        return Ok(live);
+    }
+    let past: Option<(NodeId, Generation)> = db
+        .prepare_cached(
+            "SELECT node, born FROM entry_h WHERE parent = ?1 AND name = ?2 AND died > ?3 \
+             ORDER BY died LIMIT 1",
+        )?
+        .query_row(params![parent, name, at], |row| Ok((row.get(0)?, row.get(1)?)))
+        .optional()?;
+    Ok(past.filter(|(_, born)| *born <= at).map(|(node, _)| node))
+}
+
+/// The names of a node at a settled generation.
+pub(super) fn names_at(
+    db: &Connection,
+    at: Generation,
+    node: NodeId,
+) -> rusqlite::Result<Vec<(NodeId, EntryName)>> {
+    let mut statement = db.prepare_cached(
+        "SELECT parent, name FROM entry WHERE node = ?1 AND born <= ?2 UNION ALL \
+         SELECT parent, name FROM entry_h WHERE node = ?1 AND died > ?2 AND born <= ?2",
+    )?;
+    statement.query_map(params![node, at], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+}

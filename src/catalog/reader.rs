@@ -1,0 +1,133 @@
+//! Connections for queries: a few, on the first attached replica, none ever waiting for the writer.
+//!
+//! A replica whose file cannot be read is detached like one that cannot be written, and the query is
+//! asked again of the next.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use rusqlite::{Connection, ErrorCode};
+
+use super::Shared;
+use super::schema::{Use, connect};
+use crate::error::{Error, Result};
+use crate::types::{ReplicaId, ReplicaMap};
+
+/// Idle connections kept, with up to 8 MiB of cache each.
+const IDLE_MAX: usize = 4;
+
+/// The pool.
+pub(super) struct Readers {
+    files: ReplicaMap<Option<PathBuf>>,
+    gone: ReplicaMap<AtomicBool>,
+    idle: Mutex<Vec<(ReplicaId, Connection)>>,
+}
+
+impl Readers {
+    /// A pool on these files.
+    pub fn new(files: ReplicaMap<Option<PathBuf>>) -> Readers {
+        let gone = files.map(|_, file| AtomicBool::new(file.is_none()));
+        Readers { files, gone, idle: Mutex::new(Vec::new()) }
+    }
+
+    /// Closes all idle connections.
+    pub fn close(&self) {
+        self.idle.lock().clear();
+    }
+
+    fn take(&self) -> Result<(ReplicaId, Connection)> {
+        let id = self.gone.iter().find(|(_, gone)| !gone.load(Ordering::Acquire)).map(|(id, _)| id);
+        let (id, file) =
+            id.and_then(|id| Some((id, self.files[id].as_ref()?))).ok_or_else(|| {
+                Error::Damaged {
+                    what: "the catalog".into(),
+                    detail: "no replica's copy can be read".into(),
+                    remedy: "Repair the disks, then unmount and mount again",
+                }
+            })?;
+        if let Some(found) = self.idle.lock().pop()
+            && found.0 == id
+        {
+            return Ok(found);
+        }
+        match connect(file, Use::Read) {
+            Ok(db) => Ok((id, db)),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn give_back(&self, id: ReplicaId, db: Connection) {
+        let mut idle = self.idle.lock();
+        if idle.len() < IDLE_MAX && !self.gone[id].load(Ordering::Acquire) {
+            idle.push((id, db));
+        }
+    }
+}
+
+impl Shared {
+    /// Runs a query. It may be run again on another replica if the first one fails.
+    pub fn read<T>(&self, mut query: impl FnMut(&Connection) -> rusqlite::Result<T>) -> Result<T> {
+        loop {
+            let (id, db) = self.readers.take()?;
+            match query(&db) {
+                Ok(answer) => {
+                    self.readers.give_back(id, db);
+                    return Ok(answer);
+                }
+                Err(error) if !self.read_only && is_broken(&error) && self.others_than(id) => {
+                    self.detach(id, Some(error.to_string()));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Runs several queries on one state of the database.
+    pub fn read_at_once<T>(
+        &self,
+        mut query: impl FnMut(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T> {
+        self.read(|db| {
+            // After an error the connection is dropped, and the transaction with it.
+            db.prepare_cached("BEGIN")?.execute([])?;
+            let answer = query(db)?;
+            db.prepare_cached("COMMIT")?.execute([])?;
+            Ok(answer)
+        })
+    }
+
+    /// Whether a replica is out.
+    pub fn is_detached(&self, replica: ReplicaId) -> bool {
+        self.readers.gone[replica].load(Ordering::Acquire)
+    }
+
+    /// Takes a replica out; with a reason, if it failed.
+    pub fn detach(&self, replica: ReplicaId, failure: Option<String>) {
+        let was_gone = self.readers.gone[replica].swap(true, Ordering::AcqRel);
+        self.readers.idle.lock().retain(|(id, _)| *id != replica);
+        if let Some(reason) = failure
+            && !was_gone
+        {
+            log::error!("the catalog of replica {} failed: {reason}", replica.index());
+            self.failures.lock().push((replica, reason));
+        }
+    }
+
+    fn others_than(&self, replica: ReplicaId) -> bool {
+        self.readers.gone.iter().any(|(id, gone)| id != replica && !gone.load(Ordering::Acquire))
+    }
+}
+
+/// Whether an error is the file's or the disk's fault.
+fn is_broken(error: &rusqlite::Error) -> bool {
+    matches!(
+        error.sqlite_error_code(),
+        Some(
+            ErrorCode::SystemIoFailure
+                | ErrorCode::DatabaseCorrupt
+                | ErrorCode::NotADatabase
+                | ErrorCode::CannotOpen
+        )
+    )
+}

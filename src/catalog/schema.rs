@@ -1,0 +1,382 @@
+//! The catalog's tables: the on-disk format, version 1.
+//!
+//! One SQLite database in WAL mode, `application_id` "RVFS", `user_version` = [`FORMAT`], pages of
+//! 4096 bytes. History is the axis `g` (generation); an interval `[born, died)` is half-open. What is
+//! live lies in one table, what has ended in its sibling `*_h`, which only ever grows (until retention
+//! deletes from it): a row moves from live to history when it ends, never back, so whoever reads the
+//! live table first and then the history cannot miss it.
+//!
+//! | table | holds |
+//! |--|--|
+//! | `head` | one row: store, commit sequence, hash chain, generation, next ids, totals |
+//! | `meta` | settings by name |
+//! | `tick` | generation → time, one row for about 10 ms; both columns strictly ascending |
+//! | `snapshot` | named generations |
+//! | `entry`, `entry_h` | directory entries |
+//! | `node`, `node_h` | states of nodes |
+//! | `symlink` | targets, for ever the same |
+//! | `content` | sealed contents; `state` 0: reached through later ones, 1: whole in `preserved/` |
+//! | `undo` | before-images; `segment` NULL: a hole |
+//! | `xattr_set` | interned sets: count, then name and value, each as a length and its bytes (LE u32) |
+//! | `touched` | per batch (its last generation): nodes whose state, names or entries changed |
+//!
+//! Times are nanoseconds since 1970 as an integer where that is exact, else 12 bytes: seconds (BE
+//! i64), nanoseconds (BE u32). `ctime` and `btime` are NULL where they equal `mtime`.
+
+use std::path::Path;
+
+use rusqlite::config::DbConfig;
+use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, Value, ValueRef};
+use rusqlite::{Connection, ErrorCode, OpenFlags, Row, params};
+
+use super::{Head, NodeRow};
+use crate::error::{Error, Result};
+use crate::types::{Generation, Timestamp, escape};
+
+/// `application_id`: "RVFS".
+const APPLICATION_ID: i32 = 0x5256_4653;
+/// `user_version`: the version of the tables.
+pub(super) const FORMAT: i32 = 1;
+/// Prepared statements kept per connection: all that the catalog has.
+const STATEMENTS_MAX: usize = 128;
+/// How long a connection waits for another's lock, in milliseconds. Only WAL recovery takes one.
+const BUSY_MS: u64 = 10_000;
+/// What a person can do about a damaged catalog.
+pub(super) const REMEDY: &str =
+    "Mount without this replica, so that it is made anew from another, or rebuild the catalog";
+
+const TABLES: &str = "
+CREATE TABLE head(one INTEGER PRIMARY KEY CHECK(one = 1), store BLOB NOT NULL,
+    sequence INTEGER NOT NULL, chain BLOB NOT NULL, generation INTEGER NOT NULL,
+    next_node INTEGER NOT NULL, next_content INTEGER NOT NULL, next_snapshot INTEGER NOT NULL,
+    next_xattrs INTEGER NOT NULL, live_nodes INTEGER NOT NULL, live_bytes INTEGER NOT NULL,
+    past_versions INTEGER NOT NULL, undo_bytes INTEGER NOT NULL, preserved_bytes INTEGER NOT NULL);
+CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE tick(g INTEGER PRIMARY KEY, t INTEGER NOT NULL);
+CREATE INDEX tick_time ON tick(t);
+CREATE TABLE snapshot(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, g INTEGER NOT NULL,
+    time NOT NULL, automatic INTEGER NOT NULL, held INTEGER NOT NULL);
+CREATE INDEX snapshot_g ON snapshot(g, id);
+CREATE TABLE entry(parent INTEGER NOT NULL, name BLOB NOT NULL, node INTEGER NOT NULL,
+    born INTEGER NOT NULL, PRIMARY KEY(parent, name)) WITHOUT ROWID;
+CREATE INDEX entry_node ON entry(node);
+CREATE TABLE entry_h(parent INTEGER NOT NULL, died INTEGER NOT NULL, name BLOB NOT NULL,
+    born INTEGER NOT NULL, node INTEGER NOT NULL, PRIMARY KEY(parent, died, name, born)) WITHOUT ROWID;
+CREATE INDEX entry_h_name ON entry_h(parent, name, died);
+CREATE INDEX entry_h_node ON entry_h(node, died);
+CREATE TABLE node(id INTEGER PRIMARY KEY, kind INTEGER NOT NULL, mode INTEGER NOT NULL,
+    uid INTEGER NOT NULL, gid INTEGER NOT NULL, rdev INTEGER NOT NULL, size INTEGER NOT NULL,
+    blocks INTEGER NOT NULL, mtime NOT NULL, ctime, btime, xattrs INTEGER NOT NULL,
+    content INTEGER NOT NULL, born INTEGER NOT NULL);
+CREATE TABLE node_h(id INTEGER NOT NULL, died INTEGER NOT NULL, kind INTEGER NOT NULL,
+    mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL, rdev INTEGER NOT NULL,
+    size INTEGER NOT NULL, blocks INTEGER NOT NULL, mtime NOT NULL, ctime, btime,
+    xattrs INTEGER NOT NULL, content INTEGER NOT NULL, born INTEGER NOT NULL,
+    PRIMARY KEY(id, died)) WITHOUT ROWID;
+CREATE TABLE symlink(node INTEGER PRIMARY KEY, target BLOB NOT NULL);
+CREATE TABLE content(id INTEGER PRIMARY KEY, node INTEGER NOT NULL, size INTEGER NOT NULL,
+    state INTEGER NOT NULL);
+CREATE INDEX content_node ON content(node, id);
+CREATE TABLE undo(node INTEGER NOT NULL, content INTEGER NOT NULL, offset INTEGER NOT NULL,
+    length INTEGER NOT NULL, segment INTEGER, segment_offset INTEGER,
+    PRIMARY KEY(node, content, offset)) WITHOUT ROWID;
+CREATE TABLE xattr_set(id INTEGER PRIMARY KEY, hash BLOB NOT NULL, body BLOB NOT NULL);
+CREATE INDEX xattr_set_hash ON xattr_set(hash);
+CREATE TABLE touched(g INTEGER NOT NULL, node INTEGER NOT NULL, PRIMARY KEY(g, node)) WITHOUT ROWID;
+";
+/// How many tables [`TABLES`] makes: fewer in a file means that it is not whole.
+const TABLE_COUNT: i64 = 13;
+
+/// The columns of a node's state in `node` and `node_h`, as [`node_row`] takes them; `born` is the next.
+pub(super) const NODE_COLUMNS: &str =
+    "id, kind, mode, uid, gid, rdev, size, blocks, mtime, ctime, btime, xattrs, content";
+
+/// The head row in full.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct HeadRow {
+    /// What [`super::Catalog::inspect`] tells.
+    pub head: Head,
+    /// The ids to hand out next: nodes, contents, snapshots, attribute sets.
+    pub next: NextIds,
+    /// Totals, kept by the commits.
+    pub live_nodes: i64,
+    pub live_bytes: i64,
+    pub past_versions: i64,
+    pub undo_bytes: i64,
+    pub preserved_bytes: i64,
+}
+
+/// The ids to hand out next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NextIds {
+    pub node: u64,
+    pub content: u64,
+    pub snapshot: u64,
+    pub xattrs: u64,
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Use {
+    /// The one writer of a file.
+    Write,
+    /// Queries.
+    Read,
+}
+
+/// Opens an existing catalog and checks that it is one that we can read.
+pub(super) fn connect(file: &Path, for_use: Use) -> Result<Connection> {
+    match connect_plainly(file, for_use) {
+        Err(Error::Catalog(error)) => Err(name_damage(file, error)),
+        other => other,
+    }
+}
+
+fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
+    let access = match for_use {
+        Use::Write => OpenFlags::SQLITE_OPEN_READ_WRITE,
+        Use::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
+    };
+    if !file.exists() {
+        return Err(Error::NoStore(format!("there is no catalog at {}", show(file))));
+    }
+    let db = Connection::open_with_flags(file, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+    settle(&db, for_use)?;
+    let id: i32 = db.query_row("PRAGMA application_id", [], |row| row.get(0))?;
+    let format: i32 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    if id != APPLICATION_ID {
+        return Err(damaged(file, "it is not a catalog of RearviewFS".into()));
+    }
+    if format > FORMAT {
+        return Err(Error::Refused(format!(
+            "this store was written by a newer rearview (format {format}, this one knows {FORMAT}): \
+             {}. Use that or a later version",
+            show(file)
+        )));
+    }
+    let tables: i64 = db.query_row(
+        "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name IN ('head', 'meta', 'tick', \
+         'snapshot', 'entry', 'entry_h', 'node', 'node_h', 'symlink', 'content', 'undo', 'xattr_set', \
+         'touched')",
+        [],
+        |row| row.get(0),
+    )?;
+    if format < 1 || tables != TABLE_COUNT {
+        return Err(damaged(file, format!("it has {tables} of {TABLE_COUNT} tables")));
+    }
+    Ok(db)
+}
+
+/// The settings of a connection. None is stored in the file.
+fn settle(db: &Connection, for_use: Use) -> rusqlite::Result<()> {
+    db.busy_timeout(std::time::Duration::from_millis(BUSY_MS))?;
+    db.set_prepared_statement_cache_capacity(STATEMENTS_MAX);
+    // Plans do not depend on bound values: otherwise each new generation in a range prepares anew.
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+    // No mmap: a page that a dying disk cannot give would be a SIGBUS instead of an error.
+    db.execute_batch(
+        "PRAGMA mmap_size = 0; PRAGMA trusted_schema = OFF; PRAGMA foreign_keys = OFF; \
+         PRAGMA cell_size_check = ON; PRAGMA temp_store = MEMORY;",
+    )?;
+    match for_use {
+        Use::Read => db.execute_batch("PRAGMA cache_size = -8192; PRAGMA query_only = ON;"),
+        Use::Write => {
+            // A detached replica's file is not touched again, not even by closing it.
+            db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+            db.execute_batch(
+                "PRAGMA cache_size = -24576; PRAGMA journal_mode = WAL; \
+                 PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 0; \
+                 PRAGMA journal_size_limit = 67108864;",
+            )
+        }
+    }
+}
+
+/// Makes an empty catalog. The file may exist only if it is empty.
+pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<()> {
+    let mut db = Connection::open(file)?;
+    db.execute_batch(&format!(
+        "PRAGMA page_size = 4096; PRAGMA application_id = {APPLICATION_ID}; PRAGMA journal_mode = WAL; \
+         PRAGMA synchronous = FULL;"
+    ))?;
+    let transaction = db.transaction()?;
+    transaction.execute_batch(TABLES)?;
+    transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
+    transaction.execute(
+        "INSERT INTO head VALUES(1, ?1, 0, ?2, 0, 2, 1, 1, 1, 0, 0, 0, 0, 0)",
+        params![store.as_bytes(), [0u8; 32]],
+    )?;
+    transaction.execute("INSERT INTO tick VALUES(0, ?1)", params![now.as_nanos()])?;
+    transaction.commit()?;
+    db.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?;
+    db.close().map_err(|(_, error)| error)?;
+    Ok(())
+}
+
+/// Reads the head row.
+pub(super) fn read_head(db: &Connection) -> rusqlite::Result<HeadRow> {
+    db.prepare_cached(
+        "SELECT store, sequence, chain, generation, next_node, next_content, next_snapshot, \
+         next_xattrs, live_nodes, live_bytes, past_versions, undo_bytes, preserved_bytes \
+         FROM head WHERE one = 1",
+    )?
+    .query_row([], |row| {
+        let store: [u8; 16] = row.get(0)?;
+        Ok(HeadRow {
+            head: Head {
+                store: uuid::Uuid::from_bytes(store),
+                sequence: unsigned(row, 1)?,
+                chain: row.get(2)?,
+                generation: row.get(3)?,
+            },
+            next: NextIds {
+                node: unsigned(row, 4)?,
+                content: unsigned(row, 5)?,
+                snapshot: unsigned(row, 6)?,
+                xattrs: unsigned(row, 7)?,
+            },
+            live_nodes: row.get(8)?,
+            live_bytes: row.get(9)?,
+            past_versions: row.get(10)?,
+            undo_bytes: row.get(11)?,
+            preserved_bytes: row.get(12)?,
+        })
+    })
+}
+
+/// Writes the head row.
+pub(super) fn write_head(db: &Connection, row: &HeadRow) -> rusqlite::Result<()> {
+    db.prepare_cached(
+        "UPDATE head SET sequence = ?1, chain = ?2, generation = ?3, next_node = ?4, \
+         next_content = ?5, next_snapshot = ?6, next_xattrs = ?7, live_nodes = ?8, live_bytes = ?9, \
+         past_versions = ?10, undo_bytes = ?11, preserved_bytes = ?12 WHERE one = 1",
+    )?
+    .execute(params![
+        row.head.sequence as i64,
+        row.head.chain,
+        row.head.generation,
+        row.next.node as i64,
+        row.next.content as i64,
+        row.next.snapshot as i64,
+        row.next.xattrs as i64,
+        row.live_nodes,
+        row.live_bytes,
+        row.past_versions,
+        row.undo_bytes,
+        row.preserved_bytes,
+    ])?;
+    Ok(())
+}
+
+/// A count or an id: an integer that is not negative.
+pub(super) fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
+    let value: i64 = row.get(column)?;
+    u64::try_from(value).map_err(|_| rusqlite::Error::IntegralValueOutOfRange(column, value))
+}
+
+/// A node's state from [`NODE_COLUMNS`] beginning at `first`.
+pub(super) fn node_row(row: &Row<'_>, first: usize) -> rusqlite::Result<NodeRow> {
+    let mtime = row.get::<_, Time>(first + 8)?.0;
+    let or_mtime = |column| -> rusqlite::Result<Timestamp> {
+        Ok(row.get::<_, Option<Time>>(column)?.map_or(mtime, |time| time.0))
+    };
+    Ok(NodeRow {
+        id: row.get(first)?,
+        kind: row.get(first + 1)?,
+        mode: row.get(first + 2)?,
+        uid: row.get(first + 3)?,
+        gid: row.get(first + 4)?,
+        rdev: row.get::<_, i64>(first + 5)? as u64,
+        size: unsigned(row, first + 6)?,
+        blocks: unsigned(row, first + 7)?,
+        mtime,
+        ctime: or_mtime(first + 9)?,
+        btime: or_mtime(first + 10)?,
+        xattrs: row.get(first + 11)?,
+        content: row.get(first + 12)?,
+    })
+}
+
+/// A generation where a state ended; NULL where it has not.
+pub(super) fn end(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<Generation>> {
+    row.get(column)
+}
+
+/// A time as the tables hold it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Time(pub Timestamp);
+
+impl Time {
+    /// A time that is NULL where it equals `mtime`: three equal times are the rule for new files.
+    pub fn unless(time: Timestamp, mtime: Timestamp) -> Option<Time> {
+        (time != mtime).then_some(Time(time))
+    }
+}
+
+impl ToSql for Time {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        let nanos = self.0.as_nanos();
+        if Timestamp::from_nanos(nanos) == self.0 {
+            return Ok(nanos.into());
+        }
+        let mut bytes = self.0.secs.to_be_bytes().to_vec();
+        bytes.extend(self.0.nanos.to_be_bytes());
+        Ok(ToSqlOutput::Owned(Value::Blob(bytes)))
+    }
+}
+
+impl FromSql for Time {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Time> {
+        match value {
+            ValueRef::Integer(nanos) => Ok(Time(Timestamp::from_nanos(nanos))),
+            ValueRef::Blob(bytes) => {
+                let (secs, nanos) = bytes.split_at_checked(8).ok_or(FromSqlError::InvalidType)?;
+                let secs = secs.try_into().map_err(|_| FromSqlError::InvalidType)?;
+                let nanos = nanos.try_into().map_err(|_| FromSqlError::InvalidType)?;
+                let nanos = u32::from_be_bytes(nanos);
+                if nanos >= 1_000_000_000 {
+                    return Err(FromSqlError::OutOfRange(i64::from(nanos)));
+                }
+                Ok(Time(Timestamp { secs: i64::from_be_bytes(secs), nanos }))
+            }
+            _ => Err(FromSqlError::InvalidType),
+        }
+    }
+}
+
+/// A path for people.
+pub(super) fn show(file: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    escape(file.as_os_str().as_bytes())
+}
+
+/// The error for a catalog that cannot be used.
+pub(super) fn damaged(file: &Path, detail: String) -> Error {
+    Error::Damaged { what: format!("the catalog {}", show(file)), detail, remedy: REMEDY }
+}
+
+/// Gives a database error that means damage the name of the file and a remedy.
+pub(super) fn name_damage(file: &Path, error: rusqlite::Error) -> Error {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt | ErrorCode::Unknown) | None => {
+            damaged(file, error.to_string())
+        }
+        Some(_) => Error::Refused(format!("the catalog {} cannot be used: {error}", show(file))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_beyond_what_nanoseconds_hold_come_back_exactly() {
+        let db = Connection::open_in_memory().unwrap();
+        for (secs, nanos) in [(0, 0), (-1, 999_999_999), (i64::MAX, 1), (i64::MIN, 0), (1 << 40, 7)]
+        {
+            let time = Time(Timestamp { secs, nanos });
+            let back: Time = db.query_row("SELECT ?1", params![time], |row| row.get(0)).unwrap();
+            assert_eq!(back, time);
+        }
+    }
+}

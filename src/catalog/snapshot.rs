@@ -1,0 +1,176 @@
+//! Snapshots: named generations.
+
+use rusqlite::{OptionalExtension, Row, params};
+
+use super::query::time_of;
+use super::schema::Time;
+use super::{Catalog, Change, Durability, Snapshot};
+use crate::error::{Error, Result};
+use crate::types::{EntryName, Generation, escape};
+
+/// The longest name, in bytes: room for what the snapshot folder adds to it.
+const NAME_BYTES_MAX: usize = 200;
+/// Names told when one is not found.
+const NEAREST_MAX: usize = 3;
+const COLUMNS: &str = "id, name, g, time, automatic, held";
+
+impl Catalog {
+    /// All snapshots, oldest first (by generation, then id).
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        self.settle_snapshots()?;
+        self.shared.read(|db| {
+            let sql = format!("SELECT {COLUMNS} FROM snapshot ORDER BY g, id");
+            db.prepare_cached(&sql)?.query_map([], snapshot_row)?.collect()
+        })
+    }
+
+    /// The snapshot of this name.
+    pub fn snapshot(&self, name: &str) -> Result<Option<Snapshot>> {
+        self.settle_snapshots()?;
+        self.shared.read(|db| {
+            db.prepare_cached(&format!("SELECT {COLUMNS} FROM snapshot WHERE name = ?1"))?
+                .query_row(params![name], snapshot_row)
+                .optional()
+        })
+    }
+
+    /// The newest snapshot.
+    pub fn latest_snapshot(&self) -> Result<Option<Snapshot>> {
+        self.settle_snapshots()?;
+        self.shared.read(|db| {
+            let sql = format!("SELECT {COLUMNS} FROM snapshot ORDER BY g DESC, id DESC LIMIT 1");
+            db.prepare_cached(&sql)?.query_row([], snapshot_row).optional()
+        })
+    }
+
+    /// Names the generation `at`. `Refused` for a name that is taken or not allowed. Committed
+    /// (`Written`) when it returns.
+    pub fn create_snapshot(&self, name: &str, at: Generation, automatic: bool) -> Result<Snapshot> {
+        check_name(name)?;
+        let _names = self.shared.snapshots.lock();
+        self.check_free(name)?;
+        let newest = self.generation();
+        let generation = self.settled(at)?;
+        let now = (self.shared.now)();
+        // The newest tree is the tree of now, however long ago its last change was.
+        let time = if generation >= newest {
+            now.max(self.shared.waiting.queue.lock().clock.last())
+        } else {
+            self.shared.read(|db| time_of(db, generation))?
+        };
+        let id = self.next_snapshot();
+        let held = false;
+        let snapshot = Snapshot { id, name: name.into(), generation, time, automatic, held };
+        self.put_snapshot(snapshot)
+    }
+
+    /// Forgets a snapshot. `NotFound` names the nearest names; `InUse` if it is held.
+    pub fn delete_snapshot(&self, name: &str) -> Result<Snapshot> {
+        let _names = self.shared.snapshots.lock();
+        let snapshot = self.existing(name)?;
+        if snapshot.held {
+            let shown = escape(name.as_bytes());
+            return Err(Error::InUse(format!("snapshot '{shown}' is held: release it first")));
+        }
+        self.push(vec![Change::SnapshotRemove(snapshot.id)])?;
+        self.flush(Durability::Written)?;
+        Ok(snapshot)
+    }
+
+    /// Renames a snapshot.
+    pub fn rename_snapshot(&self, from: &str, to: &str) -> Result<Snapshot> {
+        check_name(to)?;
+        let _names = self.shared.snapshots.lock();
+        let snapshot = self.existing(from)?;
+        if from == to {
+            return Ok(snapshot);
+        }
+        self.check_free(to)?;
+        self.put_snapshot(Snapshot { name: to.into(), ..snapshot })
+    }
+
+    /// Holds or releases a snapshot.
+    pub fn hold_snapshot(&self, name: &str, held: bool) -> Result<Snapshot> {
+        let _names = self.shared.snapshots.lock();
+        let snapshot = self.existing(name)?;
+        if snapshot.held == held {
+            return Ok(snapshot);
+        }
+        self.put_snapshot(Snapshot { held, ..snapshot })
+    }
+
+    fn put_snapshot(&self, snapshot: Snapshot) -> Result<Snapshot> {
+        self.push(vec![Change::SnapshotPut(snapshot.clone())])?;
+        self.flush(Durability::Written)?;
+        Ok(snapshot)
+    }
+
+    fn check_free(&self, name: &str) -> Result<()> {
+        if self.snapshot(name)?.is_some() {
+            let shown = escape(name.as_bytes());
+            return Err(Error::Refused(format!("there is a snapshot '{shown}' already")));
+        }
+        Ok(())
+    }
+
+    fn existing(&self, name: &str) -> Result<Snapshot> {
+        if let Some(snapshot) = self.snapshot(name)? {
+            return Ok(snapshot);
+        }
+        let mut near: Vec<_> = self
+            .snapshots()?
+            .into_iter()
+            .map(|other| (strsim::damerau_levenshtein(name, &other.name), other.name))
+            .collect();
+        near.sort();
+        let near: Vec<_> =
+            near.iter().take(NEAREST_MAX).map(|(_, name)| escape(name.as_bytes())).collect();
+        let hint = match near.is_empty() {
+            true => "there are no snapshots".to_string(),
+            false => format!("nearest names: {}", near.join(", ")),
+        };
+        Err(Error::NotFound(format!("no snapshot '{}'; {hint}", escape(name.as_bytes()))))
+    }
+
+    /// Commits changes of snapshots that wait. Others may go on waiting: a lookup below `.snapshots`
+    /// must not cost a busy store a commit.
+    fn settle_snapshots(&self) -> Result<()> {
+        match self.shared.overlay(|batch| (!batch.snapshots.is_empty()).then_some(())) {
+            Some(()) => self.settle_pending(),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Refuses names that would be hidden, ambiguous or unprintable in the snapshot folder.
+fn check_name(name: &str) -> Result<()> {
+    let bad = if name.len() > NAME_BYTES_MAX {
+        "it is longer than 200 bytes"
+    } else if name.starts_with(['.', '@']) {
+        "it begins with '.' or '@'"
+    } else if name == "latest" {
+        "'latest' always means the newest snapshot"
+    } else if name.chars().any(char::is_control) {
+        "it has a control character in it"
+    } else if EntryName::new(name).is_err() {
+        "it is empty or has a '/' in it"
+    } else {
+        return Ok(());
+    };
+    Err(Error::Refused(format!(
+        "a snapshot cannot be named '{}': {bad}. Allowed are 1 to 200 bytes of text without '/' and \
+         control characters, not beginning with '.' or '@', and not 'latest'",
+        escape(name.as_bytes())
+    )))
+}
+
+fn snapshot_row(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
+    Ok(Snapshot {
+        id: row.get(0)?,
+        name: row.get(1)?,
+        generation: row.get(2)?,
+        time: row.get::<_, Time>(3)?.0,
+        automatic: row.get(4)?,
+        held: row.get(5)?,
+    })
+}

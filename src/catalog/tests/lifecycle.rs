@@ -1,0 +1,255 @@
+//! Opening, closing, copying, failing, and the overlay.
+
+use super::*;
+
+#[test]
+fn the_overlay_and_the_database_answer_alike() {
+    let scratch = Scratch::new(2);
+    let catalog = scratch.open_rooted();
+    let check = |catalog: &Catalog| {
+        assert_eq!(catalog.lookup(ROOT, &name("a")).unwrap(), None);
+        assert_eq!(catalog.lookup(ROOT, &name("b")).unwrap(), Some((NodeId(2), Kind::File)));
+        assert_eq!(catalog.node(NodeId(2)).unwrap(), Some(file(2, 1)));
+        assert_eq!(
+            listed(catalog.list(ROOT).unwrap()),
+            [("b".to_string(), 2), ("c".to_string(), 2), ("l".to_string(), 3)]
+        );
+        assert_eq!(catalog.names(NodeId(2)).unwrap(), [(ROOT, name("b")), (ROOT, name("c"))]);
+        assert_eq!(catalog.symlink_target(NodeId(3)).unwrap(), Some(b"b".to_vec()));
+        assert_eq!(catalog.meta("policy").unwrap().as_deref(), Some("x"));
+    };
+    catalog.push(create(1, "a", file(2, 1))).unwrap();
+    catalog.push(vec![add(1, "c", 2)]).unwrap();
+    catalog.flush(Durability::Written).unwrap();
+    catalog.push(vec![remove(1, "a"), add(1, "b", 2)]).unwrap();
+    let mut link = create(1, "l", row(3, Kind::Symlink));
+    link.push(Change::SymlinkTarget { node: NodeId(3), target: b"b".to_vec() });
+    catalog.push(link).unwrap();
+    catalog.push(vec![Change::MetaPut { key: "policy", value: "x".into() }]).unwrap();
+    check(&catalog);
+    catalog.flush(Durability::Durable).unwrap();
+    check(&catalog);
+    catalog.close().unwrap();
+    assert!(catalog.push(vec![]).is_err());
+    check(&scratch.open());
+    check(&Catalog::open_read_only(&scratch.files[1]).unwrap());
+}
+
+#[test]
+fn replicas_have_one_chain() {
+    let scratch = Scratch::new(2);
+    let catalog = scratch.open_rooted();
+    for round in 0..20 {
+        catalog.push(create(1, &format!("f{round}"), file(10 + round, 1))).unwrap();
+        catalog.flush(Durability::Written).unwrap();
+    }
+    let heads: Vec<_> = scratch.files.iter().map(|file| Catalog::inspect(file).unwrap()).collect();
+    assert_eq!(heads[0], heads[1]);
+    assert!(heads[0].sequence >= 20);
+    assert_eq!(heads[0].generation, Generation(21));
+}
+
+#[test]
+fn a_catalog_whose_writer_died_is_inspected_copied_and_opened() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    let id = catalog.next_node();
+    catalog.push(create(1, "f", file(id.0, 1))).unwrap();
+    catalog.flush(Durability::Durable).unwrap();
+    // What a dead process leaves: the database and its WAL as they are.
+    let dead = scratch.files[0].with_file_name("dead.db");
+    let copy = scratch.files[0].with_file_name("copy.db");
+    std::fs::copy(&scratch.files[0], &dead).unwrap();
+    std::fs::copy(wal(&scratch.files[0]), wal(&dead)).unwrap();
+    let head = Catalog::inspect(&dead).unwrap();
+    assert_eq!(head.generation, Generation(2));
+    Catalog::copy(&dead, &copy).unwrap();
+    assert!(!wal(&copy).exists());
+    assert_eq!(Catalog::inspect(&copy).unwrap(), head);
+    for file in [dead, copy] {
+        let again = Catalog::open(ReplicaMap::new(vec![Some(file)]), false).unwrap();
+        assert_eq!(again.lookup(ROOT, &name("f")).unwrap(), Some((id, Kind::File)));
+        assert!(again.next_node().0 > id.0 + 1000, "ids that may be in use are skipped");
+    }
+}
+
+fn wal(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_os_string();
+    name.push("-wal");
+    name.into()
+}
+
+#[test]
+fn a_copy_replaces_an_older_catalog_and_its_wal() {
+    let scratch = Scratch::new(2);
+    let one = Catalog::open(ReplicaMap::new(vec![Some(scratch.files[0].clone())]), true).unwrap();
+    one.push(vec![Change::NodePut(dir(1))]).unwrap();
+    one.close().unwrap();
+    let other = Catalog::open(ReplicaMap::new(vec![Some(scratch.files[1].clone())]), true).unwrap();
+    for _ in 0..5 {
+        other.push(vec![Change::NodePut(dir(1))]).unwrap();
+        other.flush(Durability::Written).unwrap();
+    }
+    drop(other);
+    assert!(Catalog::open(scratch.map(), true).is_err(), "differing catalogs are not opened");
+    Catalog::copy(&scratch.files[0], &scratch.files[1]).unwrap();
+    assert_eq!(
+        Catalog::inspect(&scratch.files[0]).unwrap(),
+        Catalog::inspect(&scratch.files[1]).unwrap()
+    );
+    scratch.open().close().unwrap();
+}
+
+#[test]
+fn garbage_is_refused_by_name() {
+    let scratch = Scratch::new(1);
+    let path = scratch.files[0].with_file_name("garbage.db");
+    assert!(matches!(Catalog::inspect(&path), Err(Error::NoStore(_))));
+    for garbage in [vec![], vec![7; 100], vec![7; 100_000], b"SQLite format 3\0".to_vec()] {
+        std::fs::write(&path, garbage).unwrap();
+        let files = || ReplicaMap::new(vec![Some(path.clone())]);
+        for error in [Catalog::inspect(&path).err(), Catalog::open(files(), true).err()] {
+            let error = error.unwrap();
+            assert!(matches!(error, Error::Damaged { .. }), "{error}");
+            assert!(error.to_string().contains("garbage.db"), "{error}");
+        }
+    }
+    let whole = std::fs::read(&scratch.files[0]).unwrap();
+    for at in (0..whole.len()).step_by(97) {
+        let mut bad = whole.clone();
+        bad[at..].iter_mut().take(8).for_each(|byte| *byte ^= 0xa5);
+        std::fs::write(&path, bad).unwrap();
+        // Any answer will do, but an answer it must be.
+        let _ = Catalog::inspect(&path);
+        if let Ok(catalog) = Catalog::open_read_only(&path) {
+            let _ = (catalog.list(ROOT), catalog.totals(), catalog.snapshots());
+        }
+    }
+}
+
+#[test]
+fn a_newer_format_is_refused_with_its_reason() {
+    let scratch = Scratch::new(1);
+    let db = rusqlite::Connection::open(&scratch.files[0]).unwrap();
+    db.execute_batch("PRAGMA user_version = 99").unwrap();
+    drop(db);
+    let error = Catalog::open(scratch.map(), true).err().unwrap().to_string();
+    assert!(error.contains("newer rearview (format 99"), "{error}");
+}
+
+#[test]
+fn rows_out_of_range_are_errors_and_no_panics() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    catalog.push(create(1, "f", file(2, 1))).unwrap();
+    catalog.close().unwrap();
+    let db = rusqlite::Connection::open(&scratch.files[0]).unwrap();
+    db.execute_batch(
+        "UPDATE node SET kind = -4, mode = 'x' WHERE id = 2; UPDATE entry SET born = -1;
+         INSERT INTO entry VALUES(1, 'a/b', 2, 1)",
+    )
+    .unwrap();
+    drop(db);
+    let catalog = scratch.open();
+    assert!(catalog.node(NodeId(2)).is_err());
+    assert!(catalog.list(ROOT).is_err());
+    assert!(catalog.versions(NodeId(2)).is_err());
+    let _ = catalog.diff(Generation(0), catalog.generation(), &RelPath::root());
+}
+
+#[test]
+fn a_failing_replica_is_dropped_and_the_last_one_latches() {
+    let scratch = Scratch::new(2);
+    let catalog = scratch.open_rooted();
+    catalog.flush(Durability::Written).unwrap();
+    let break_replica = |index: usize| {
+        let db = rusqlite::Connection::open(&scratch.files[index]).unwrap();
+        db.execute_batch("DROP TABLE touched").unwrap();
+    };
+    break_replica(0);
+    catalog.push(create(1, "f", file(2, 1))).unwrap();
+    catalog.flush(Durability::Durable).unwrap();
+    let failed = catalog.failed_replicas();
+    assert_eq!(failed.len(), 1);
+    assert_eq!(failed[0].0.index(), 0);
+    assert_eq!(listed(catalog.list(ROOT).unwrap()).len(), 1, "read from the other replica");
+    break_replica(1);
+    catalog.push(create(1, "g", file(3, 1))).unwrap();
+    assert!(catalog.flush(Durability::Written).is_err());
+    assert!(catalog.push(create(1, "h", file(4, 1))).is_err());
+    assert!(catalog.flush(Durability::Written).is_err());
+    assert!(catalog.close().is_err());
+}
+
+#[test]
+fn a_detached_replica_stays_as_it_was() {
+    let scratch = Scratch::new(2);
+    let catalog = scratch.open_rooted();
+    catalog.flush(Durability::Written).unwrap();
+    let before = Catalog::inspect(&scratch.files[0]).unwrap();
+    catalog.detach(scratch.map().ids().next().unwrap());
+    catalog.push(create(1, "f", file(2, 1))).unwrap();
+    catalog.flush(Durability::Durable).unwrap();
+    assert_eq!(Catalog::inspect(&scratch.files[0]).unwrap(), before);
+    assert_eq!(Catalog::inspect(&scratch.files[1]).unwrap().generation, Generation(2));
+    assert!(catalog.failed_replicas().is_empty());
+    assert_eq!(catalog.lookup(ROOT, &name("f")).unwrap(), Some((NodeId(2), Kind::File)));
+}
+
+#[test]
+fn a_reader_beside_the_mount_sees_commits_and_refuses_to_write() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    catalog.flush(Durability::Written).unwrap();
+    let reader = Catalog::open_read_only(&scratch.files[0]).unwrap();
+    let at = catalog.push(create(1, "f", file(2, 1))).unwrap();
+    catalog.flush(Durability::Written).unwrap();
+    assert_eq!(reader.generation(), at);
+    assert_eq!(reader.lookup_at(at, ROOT, &name("f")).unwrap(), Some(file(2, 1)));
+    assert!(matches!(reader.push(vec![]), Err(Error::Refused(_))));
+    assert!(reader.create_snapshot("x", at, false).is_err());
+    reader.flush(Durability::Durable).unwrap();
+    reader.close().unwrap();
+}
+
+#[test]
+fn equal_sets_of_attributes_have_one_id() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    let mut set = Xattrs::default();
+    assert_eq!(catalog.intern_xattrs(&set).unwrap(), XattrSetId::NONE);
+    set.0.insert(b"user.a".to_vec(), b"1".to_vec());
+    let id = catalog.intern_xattrs(&set).unwrap();
+    assert_eq!(catalog.intern_xattrs(&set).unwrap(), id);
+    assert_eq!(*catalog.xattrs(id).unwrap(), set);
+    catalog.close().unwrap();
+    let catalog = scratch.open();
+    assert_eq!(catalog.intern_xattrs(&set).unwrap(), id);
+    assert_eq!(*catalog.xattrs(id).unwrap(), set);
+    assert!(catalog.xattrs(XattrSetId(99)).is_err());
+}
+
+#[test]
+fn lookups_never_miss_an_entry_while_batches_are_committed() {
+    let scratch = Scratch::new(2);
+    let catalog = Arc::new(scratch.open_rooted());
+    catalog.push(create(1, "a", file(2, 1))).unwrap();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let reader = {
+        let (catalog, stop) = (catalog.clone(), stop.clone());
+        std::thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                assert!(catalog.node(NodeId(2)).unwrap().is_some());
+                assert_eq!(catalog.names(NodeId(2)).unwrap().len(), 1);
+                assert_eq!(catalog.list(ROOT).unwrap().len(), 1);
+            }
+        })
+    };
+    for round in 0..300 {
+        let (from, to) = if round % 2 == 0 { ("a", "b") } else { ("b", "a") };
+        catalog.push(vec![remove(1, from), add(1, to, 2)]).unwrap();
+        catalog.flush(Durability::Written).unwrap();
+    }
+    stop.store(true, Ordering::Relaxed);
+    reader.join().unwrap();
+}

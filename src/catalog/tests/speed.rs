@@ -1,0 +1,119 @@
+//! Query plans, and a measurement to be run by hand.
+
+use std::time::Instant;
+
+use super::*;
+
+/// The SQL in the sources of this module: every string literal that begins with a verb of SQL.
+fn statements() -> Vec<String> {
+    let sources = [
+        include_str!("../live.rs"),
+        include_str!("../query.rs"),
+        include_str!("../snapshot.rs"),
+        include_str!("../report.rs"),
+        include_str!("../diff.rs"),
+        include_str!("../apply.rs"),
+        include_str!("../xattr.rs"),
+        include_str!("../open.rs"),
+    ];
+    let mut found = Vec::new();
+    for part in sources.iter().flat_map(|source| source.split('"')) {
+        if ["SELECT ", "INSERT ", "DELETE ", "UPDATE "].iter().any(|verb| part.starts_with(verb)) {
+            let joined: Vec<_> = part.split("\\\n").map(str::trim_start).collect();
+            let columns = "id, name, g, time, automatic, held";
+            found.push(
+                joined
+                    .join("")
+                    .replace("{NODE_COLUMNS}", schema::NODE_COLUMNS)
+                    .replace("{COLUMNS}", columns),
+            );
+        }
+    }
+    found
+}
+
+#[test]
+fn no_query_reads_a_whole_table() {
+    let scratch = Scratch::new(1);
+    let db = rusqlite::Connection::open(&scratch.files[0]).unwrap();
+    let statements = statements();
+    assert!(statements.len() > 30, "the sources are searched: {}", statements.len());
+    // These list all there is.
+    let lists = ["SELECT count(*) FROM snapshot", "FROM snapshot ORDER BY g"];
+    for sql in statements {
+        let mut statement = db.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
+        for index in 1..=statement.parameter_count() {
+            statement.raw_bind_parameter(index, 1).unwrap();
+        }
+        let mut rows = statement.raw_query();
+        while let Some(row) = rows.next().unwrap() {
+            let step: String = row.get(3).unwrap();
+            let scan = step.starts_with("SCAN") && !step.contains("CONSTANT");
+            // A subquery's rows are walked as they come.
+            let inner = step == "SCAN shown" || step.starts_with("SCAN (");
+            assert!(!scan || inner || lists.iter().any(|list| sql.contains(list)), "{sql}: {step}");
+        }
+    }
+}
+
+/// `cargo test --release --lib speed -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn pushes_per_second_and_bytes_per_version() {
+    const FILES: u64 = 400_000;
+    let dir_path = tempfile::tempdir_in("/dev/shm").unwrap();
+    let files: Vec<_> = (0..2).map(|index| dir_path.path().join(format!("{index}.db"))).collect();
+    Catalog::create(&files[0], uuid::Uuid::new_v4()).unwrap();
+    Catalog::copy(&files[0], &files[1]).unwrap();
+    let map = ReplicaMap::new(files.iter().cloned().map(Some).collect());
+    let catalog = Catalog::open(map, true).unwrap();
+    catalog.push(create(1, "d", dir(1))).unwrap();
+    let size = || {
+        catalog.shared.checkpoint(true);
+        std::fs::metadata(&files[0]).unwrap().len()
+    };
+    let start = Instant::now();
+    let mut parent = 1;
+    for index in 0..FILES {
+        let id = catalog.next_node().0;
+        if index % 50 == 0 {
+            catalog.push(create(1, &format!("dir{index}"), dir(id))).unwrap();
+            parent = id;
+        } else {
+            let row = NodeRow { mtime: Timestamp::now(), ..file(id, 1) };
+            catalog.push(create(parent, &format!("some-file-{index}.rs"), row)).unwrap();
+        }
+    }
+    let pushed = start.elapsed();
+    catalog.flush(Durability::Written).unwrap();
+    let took = start.elapsed();
+    let born = size();
+    println!("create: {:.0} changes/s", 2.0 * FILES as f64 / took.as_secs_f64());
+    println!("  pushes alone {pushed:?}, {} bytes a file", born / FILES);
+    let start = Instant::now();
+    for index in 0..FILES {
+        let row = NodeRow { mtime: Timestamp::now(), ..file(2 + index, 2) };
+        catalog.push(vec![Change::NodePut(row)]).unwrap();
+    }
+    catalog.flush(Durability::Written).unwrap();
+    println!("new version: {:.0} changes/s", FILES as f64 / start.elapsed().as_secs_f64());
+    println!("  {} bytes a version", (size() - born) / FILES);
+    let start = Instant::now();
+    for index in 0..1000 {
+        catalog.push(vec![Change::NodePut(file(2, 3 + index))]).unwrap();
+        catalog.flush(Durability::Written).unwrap();
+    }
+    println!("push and flush: {:?}", start.elapsed() / 1000);
+    for at in [FILES / 2, FILES] {
+        let start = Instant::now();
+        for index in 0..100_000 {
+            catalog.node_at(Generation(at), NodeId(2 + index * 3 % FILES)).unwrap();
+        }
+        println!("node_at {at}: {:?}", start.elapsed() / 100_000);
+    }
+    let start = Instant::now();
+    for index in 0..100_000 {
+        catalog.node(NodeId(2 + index * 3 % FILES)).unwrap();
+    }
+    println!("node: {:?}", start.elapsed() / 100_000);
+}

@@ -1,0 +1,158 @@
+//! Interned sets of extended attributes: equal sets have one id.
+//!
+//! A set's body is its count, then each name and value as a length and its bytes (little-endian u32).
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use rusqlite::{OptionalExtension, params};
+
+use super::{Catalog, Change};
+use crate::error::{Error, Result};
+use crate::types::{XattrSetId, Xattrs};
+
+/// Sets kept in memory: a tree has few distinct ones.
+const CACHED_MAX: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
+/// Sets that were used lately, and the ids of those that no database has yet.
+pub(super) struct Interned {
+    by_id: Mutex<LruCache<XattrSetId, Arc<Xattrs>>>,
+    /// Held while a set gets its id, so that equal sets get one.
+    by_hash: Mutex<LruCache<[u8; 32], XattrSetId>>,
+    /// Sets of this mount by hash: the database may not have them yet. Few, for all of them are new.
+    made: Mutex<HashMap<[u8; 32], XattrSetId>>,
+}
+
+impl Interned {
+    /// Nothing cached.
+    pub fn new() -> Interned {
+        Interned {
+            by_id: Mutex::new(LruCache::new(CACHED_MAX)),
+            by_hash: Mutex::new(LruCache::new(CACHED_MAX)),
+            made: Mutex::new(HashMap::new()),
+        }
+    }
+}
+
+impl Catalog {
+    /// The id of a set of extended attributes; a new one is pushed.
+    pub fn intern_xattrs(&self, set: &Xattrs) -> Result<XattrSetId> {
+        if set.0.is_empty() {
+            return Ok(XattrSetId::NONE);
+        }
+        let hash = *blake3::hash(&encode(set)).as_bytes();
+        let interned = &self.shared.xattrs;
+        let mut by_hash = interned.by_hash.lock();
+        if let Some(&id) = by_hash.get(&hash) {
+            return Ok(id);
+        }
+        let made = interned.made.lock().get(&hash).copied();
+        let known = match made {
+            Some(id) => Some(id),
+            None => self.shared.read(|db| {
+                db.prepare_cached("SELECT id FROM xattr_set WHERE hash = ?1 ORDER BY id LIMIT 1")?
+                    .query_row(params![hash], |row| row.get(0))
+                    .optional()
+            })?,
+        };
+        let id = match known {
+            Some(id) => id,
+            None => {
+                let id = self.shared.next_xattrs();
+                let set = Arc::new(set.clone());
+                self.push(vec![Change::XattrSetAdd { id, set: set.clone() }])?;
+                interned.by_id.lock().put(id, set);
+                interned.made.lock().insert(hash, id);
+                id
+            }
+        };
+        by_hash.put(hash, id);
+        Ok(id)
+    }
+
+    /// A set of extended attributes.
+    pub fn xattrs(&self, id: XattrSetId) -> Result<Arc<Xattrs>> {
+        if id == XattrSetId::NONE {
+            return Ok(Arc::default());
+        }
+        if let Some(set) = self.shared.xattrs.by_id.lock().get(&id) {
+            return Ok(set.clone());
+        }
+        let pending = self.shared.overlay(|batch| batch.xattrs.get(&id).cloned());
+        let set = match pending {
+            Some(set) => set,
+            None => Arc::new(self.stored_xattrs(id)?),
+        };
+        self.shared.xattrs.by_id.lock().put(id, set.clone());
+        Ok(set)
+    }
+
+    fn stored_xattrs(&self, id: XattrSetId) -> Result<Xattrs> {
+        let body: Option<Vec<u8>> = self.shared.read(|db| {
+            db.prepare_cached("SELECT body FROM xattr_set WHERE id = ?1")?
+                .query_row(params![id], |row| row.get(0))
+                .optional()
+        })?;
+        body.as_deref().and_then(decode).ok_or_else(|| Error::Damaged {
+            what: "the catalog".into(),
+            detail: format!("its set {id} of extended attributes is missing or not whole"),
+            remedy: super::schema::REMEDY,
+        })
+    }
+}
+
+/// The body of a set, see the module.
+pub(super) fn encode(set: &Xattrs) -> Vec<u8> {
+    let mut body = (set.0.len() as u32).to_le_bytes().to_vec();
+    for part in set.0.iter().flat_map(|(name, value)| [name, value]) {
+        body.extend((part.len() as u32).to_le_bytes());
+        body.extend(part);
+    }
+    body
+}
+
+/// The inverse of [`encode`]; `None` for what it cannot have written.
+pub(super) fn decode(body: &[u8]) -> Option<Xattrs> {
+    let mut rest = body;
+    let count = take_u32(&mut rest)?;
+    let mut set = Xattrs::default();
+    for _ in 0..count {
+        let name = take_part(&mut rest)?;
+        let value = take_part(&mut rest)?;
+        set.0.insert(name, value);
+    }
+    (rest.is_empty() && set.0.len() as u64 == u64::from(count)).then_some(set)
+}
+
+fn take_u32(rest: &mut &[u8]) -> Option<u32> {
+    let (head, tail) = rest.split_at_checked(4)?;
+    *rest = tail;
+    Some(u32::from_le_bytes(head.try_into().ok()?))
+}
+
+fn take_part(rest: &mut &[u8]) -> Option<Vec<u8>> {
+    let length = take_u32(rest)? as usize;
+    let (part, tail) = rest.split_at_checked(length)?;
+    *rest = tail;
+    Some(part.to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_survives_the_round_trip_and_no_prefix_of_it_is_accepted() {
+        let mut set = Xattrs::default();
+        set.0.insert(b"user.a".to_vec(), vec![]);
+        set.0.insert(b"user.b".to_vec(), vec![1, 2, 3]);
+        let body = encode(&set);
+        assert_eq!(decode(&body), Some(set));
+        for length in 0..body.len() {
+            assert_eq!(decode(&body[..length]), None);
+        }
+    }
+}

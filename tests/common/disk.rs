@@ -1,0 +1,90 @@
+//! Small real filesystems in files: ext4, XFS and btrfs on loop devices, in memory.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::{mounts_at, run};
+
+/// A filesystem of its own, unmounted and detached when dropped.
+pub struct LoopFs {
+    scratch: tempfile::TempDir,
+    device: String,
+    root: PathBuf,
+}
+
+impl LoopFs {
+    /// An ext4 of `mebibytes`.
+    #[track_caller]
+    pub fn ext4(mebibytes: u64) -> LoopFs {
+        LoopFs::make("ext4", mebibytes, &["-q", "-F", "-m", "0"])
+    }
+
+    /// An XFS of `mebibytes` (at least 300).
+    #[track_caller]
+    pub fn xfs(mebibytes: u64) -> LoopFs {
+        LoopFs::make("xfs", mebibytes, &["-q", "-f"])
+    }
+
+    /// A btrfs of `mebibytes` (at least 110).
+    #[track_caller]
+    pub fn btrfs(mebibytes: u64) -> LoopFs {
+        LoopFs::make("btrfs", mebibytes, &["-q", "-f"])
+    }
+
+    #[track_caller]
+    fn make(kind: &str, mebibytes: u64, options: &[&str]) -> LoopFs {
+        super::need(&[&format!("mkfs.{kind}"), "losetup"]);
+        let scratch = super::scratch();
+        let image = scratch.path().join("image");
+        let file = std::fs::File::create(&image).expect("an image can be made");
+        file.set_len(mebibytes << 20).expect("an image can be sized");
+        run(Command::new(format!("mkfs.{kind}")).args(options).arg(&image)).ok();
+        let device = run(Command::new("losetup").args(["-f", "--show"]).arg(&image)).ok();
+        let device = device.trim().to_owned();
+        let root = scratch.path().join("root");
+        std::fs::create_dir(&root).expect("a mountpoint can be made");
+        run(Command::new("mount").args(["-t", kind, &device]).arg(&root)).ok();
+        LoopFs { scratch, device, root }
+    }
+
+    /// Where it is mounted.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Takes it away, as pulling the plug of a disk nobody uses does.
+    #[track_caller]
+    pub fn unmount(&self) {
+        run(Command::new("umount").arg(&self.root)).ok();
+    }
+
+    /// Brings it back after [`LoopFs::unmount`].
+    #[track_caller]
+    pub fn mount(&self) {
+        run(Command::new("mount").arg(&self.device).arg(&self.root)).ok();
+    }
+
+    /// Remounts it read-only: the next write to it fails.
+    #[track_caller]
+    pub fn read_only(&self) {
+        run(Command::new("mount").args(["-o", "remount,ro"]).arg(&self.root)).ok();
+    }
+}
+
+impl Drop for LoopFs {
+    fn drop(&mut self) {
+        let mut left = None;
+        if !mounts_at(&self.root).is_empty() {
+            let done = run(Command::new("umount").arg(&self.root));
+            if done.code != 0 {
+                let users = run(Command::new("fuser").arg("-vm").arg(&self.root));
+                run(Command::new("umount").arg("-l").arg(&self.root));
+                left = Some(format!("{}\nusers: {}", done.told(), users.told()));
+            }
+        }
+        run(Command::new("losetup").args(["-d", &self.device]));
+        if let (Some(text), false) = (left, std::thread::panicking()) {
+            panic!("{:?} could not be unmounted: {text}", self.scratch.path());
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! A store mounted by the real binary, taken down again whatever happens.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::run::{Done, binary, rearview, run, run_within};
+use super::{daemon_of, mounts_at, tree, wait_until};
+
+/// A mounted store with its backings.
+pub struct Mounted {
+    scratch: tempfile::TempDir,
+    /// The backings, in the order of the command line.
+    pub backings: Vec<PathBuf>,
+    /// Where the store is mounted.
+    pub mnt: PathBuf,
+    options: Vec<OsString>,
+    mounted: bool,
+}
+
+impl Mounted {
+    /// Two empty backings in memory, mounted for all users.
+    #[track_caller]
+    pub fn new() -> Mounted {
+        Mounted::with_replicas(2)
+    }
+
+    /// As many empty backings, mounted.
+    #[track_caller]
+    pub fn with_replicas(count: usize) -> Mounted {
+        let mut store = Mounted::unmounted(count);
+        store.mount().ok();
+        store
+    }
+
+    /// Two empty backings, mounted with `-o options`.
+    #[track_caller]
+    pub fn with_options(options: &str) -> Mounted {
+        let mut store = Mounted::unmounted(2);
+        store.options = vec!["-o".into(), options.into()];
+        store.mount().ok();
+        store
+    }
+
+    /// A store on the given backings, mounted.
+    #[track_caller]
+    pub fn over(backings: Vec<PathBuf>) -> Mounted {
+        let mut store = Mounted::unmounted(0);
+        store.backings = backings;
+        store.mount().ok();
+        store
+    }
+
+    /// As many empty backings and a mountpoint, nothing mounted yet.
+    #[track_caller]
+    pub fn unmounted(count: usize) -> Mounted {
+        super::need(&["fusermount3", "fuser"]);
+        let scratch = super::scratch();
+        let backings: Vec<PathBuf> =
+            (0..count).map(|i| scratch.path().join(format!("backing{i}"))).collect();
+        for backing in &backings {
+            std::fs::create_dir(backing).expect("a backing can be made");
+        }
+        let mnt = scratch.path().join("mnt");
+        std::fs::create_dir(&mnt).expect("a mountpoint can be made");
+        let options = vec!["-o".into(), "allow_other,dev,suid".into()];
+        Mounted { scratch, backings, mnt, options, mounted: false }
+    }
+
+    /// The options of the next mount, in place of `-o allow_other,dev,suid`.
+    pub fn set_options(&mut self, words: &[&str]) {
+        self.options = words.iter().map(OsString::from).collect();
+    }
+
+    /// A path in the mount.
+    pub fn path(&self, below: &str) -> PathBuf {
+        self.mnt.join(below)
+    }
+
+    /// A folder beside the mount and the backings, for what a test keeps elsewhere.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        self.scratch.path().join(name)
+    }
+
+    /// Mounts with all backings.
+    #[track_caller]
+    pub fn mount(&mut self) -> Done {
+        let backings = self.backings.clone();
+        self.mount_only(&backings)
+    }
+
+    /// Mounts with some of the backings.
+    #[track_caller]
+    pub fn mount_only(&mut self, backings: &[PathBuf]) -> Done {
+        let mut command = Command::new(binary());
+        command.arg("mount").args(&self.options).args(backings).arg(&self.mnt);
+        let done = run_within(&mut command, 120);
+        self.mounted = done.code == 0;
+        if self.mounted {
+            assert!(self.is_mounted(), "mount said 0 but nothing is mounted: {}", done.told());
+        }
+        done
+    }
+
+    /// Whether the kernel has our mount.
+    pub fn is_mounted(&self) -> bool {
+        mounts_at(&self.mnt).iter().any(|(_, kind)| kind.starts_with("fuse"))
+    }
+
+    /// Unmounts with `rearview umount`; when it returns, the daemon has closed the store.
+    #[track_caller]
+    pub fn unmount(&mut self) {
+        let done = rearview([OsString::from("umount"), self.mnt.clone().into()]);
+        if done.code != 0 {
+            let users = run(Command::new("fuser").arg("-vm").arg(&self.mnt));
+            panic!("{}\nusers: {}", done.told(), users.told());
+        }
+        self.assert_gone();
+        self.mounted = false;
+    }
+
+    /// Notes that something else than [`Mounted::unmount`] ended the mount, waits until the daemon
+    /// is gone, and fails on leftovers.
+    #[track_caller]
+    pub fn ended_elsewhere(&mut self) {
+        wait_until("the daemon ends after its unmount", 60, || daemon_of(&self.mnt).is_none());
+        self.assert_gone();
+        self.mounted = false;
+    }
+
+    /// Unmounts and mounts again.
+    #[track_caller]
+    pub fn remount(&mut self) {
+        self.unmount();
+        self.mount().ok();
+    }
+
+    #[track_caller]
+    fn assert_gone(&self) {
+        assert!(mounts_at(&self.mnt).is_empty(), "still mounted: {:?}", mounts_at(&self.mnt));
+        assert_eq!(daemon_of(&self.mnt), None, "the daemon outlives its mount");
+    }
+
+    /// The process serving the mount.
+    #[track_caller]
+    pub fn daemon(&self) -> u32 {
+        daemon_of(&self.mnt).expect("a daemon serves the mount")
+    }
+
+    /// Takes a snapshot by the command.
+    #[track_caller]
+    pub fn snapshot(&self, name: &str) {
+        let words: [OsString; 4] =
+            ["snapshot".into(), "create".into(), self.mnt.clone().into(), name.into()];
+        rearview(words).ok();
+    }
+
+    /// The path of a snapshot.
+    pub fn past(&self, name: &str) -> PathBuf {
+        self.mnt.join(".snapshots").join(name)
+    }
+
+    /// Runs `rearview` with `words` from the root of the mount.
+    #[track_caller]
+    pub fn rearview(&self, words: &[&str]) -> Done {
+        super::run::rearview_in(&self.mnt, words)
+    }
+
+    /// Fails unless all backings hold the same tree.
+    #[track_caller]
+    pub fn assert_replicas_identical(&self) {
+        let first = tree::read_tree(&self.backings[0]);
+        for other in &self.backings[1..] {
+            let second = tree::read_tree(other);
+            tree::assert_trees("the replicas", &first, &second);
+        }
+    }
+
+    /// Fails unless the mount shows what the first backing holds, then unmounts and compares all.
+    #[track_caller]
+    pub fn finish(mut self) {
+        let live = tree::read_tree(&self.mnt);
+        self.unmount();
+        tree::assert_trees("mount and backing", &live, &tree::read_tree(&self.backings[0]));
+        self.assert_replicas_identical();
+    }
+
+    /// Fails if, after `work`, the daemon has more files open than before (the kernel lets go of
+    /// what it cached when told to, so that is done first).
+    #[track_caller]
+    pub fn assert_no_open_file_leak(&self, work: impl FnOnce()) {
+        let daemon = self.daemon();
+        let before = super::open_files(daemon);
+        work();
+        let _ = std::fs::write("/proc/sys/vm/drop_caches", "2");
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        // Databases and pools may open a few once; a leak grows with the work.
+        while super::open_files(daemon) > before + 24 {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "{before} files open before, {} after: {:?}",
+                super::open_files(daemon),
+                super::open_file_names(daemon)
+            );
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if mounts_at(&self.mnt).is_empty() && daemon_of(&self.mnt).is_none() {
+            return;
+        }
+        let done = run_within(Command::new(binary()).arg("umount").arg(&self.mnt), 60);
+        if mounts_at(&self.mnt).is_empty() && daemon_of(&self.mnt).is_none() {
+            return;
+        }
+        let users = run(Command::new("fuser").arg("-vm").arg(&self.mnt));
+        run(Command::new("umount").arg("-l").arg(&self.mnt));
+        let pid = daemon_of(&self.mnt).and_then(|pid| i32::try_from(pid).ok());
+        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        let text = format!("left behind: {}\nusers: {}", done.told(), users.told());
+        assert!(std::thread::panicking(), "{text}");
+        eprintln!("{text}");
+    }
+}
+
+/// The path of `mnt` as words for a command line.
+pub fn word(path: &Path) -> String {
+    path.to_str().expect("paths of tests are UTF-8").to_owned()
+}
