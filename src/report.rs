@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::catalog::{Catalog, DiffKind, Snapshot, Totals};
 use crate::error::{Error, Result};
-use crate::time::{Zone, parse_instant};
+use crate::time::{Zone, local, parse_instant};
 use crate::types::{Generation, Kind, RelPath, Timestamp, escape};
 
 pub mod log;
@@ -274,7 +274,7 @@ pub fn resolve_moment(
 /// The moment of a wall-clock time.
 pub fn moment_at(catalog: &Catalog, time: Timestamp, now: Timestamp) -> Result<Moment> {
     if time > now {
-        return Err(Error::Refused(format!("{} lies in the future", time_text(time))));
+        return Err(Error::Refused(format!("{} lies in the future", local(time))));
     }
     match catalog.generation_at(time)? {
         Some(generation) => Ok(Moment { name: None, time, generation }),
@@ -282,8 +282,8 @@ pub fn moment_at(catalog: &Catalog, time: Timestamp, now: Timestamp) -> Result<M
             let oldest = catalog.time_of(catalog.oldest()?)?;
             Err(Error::NotFound(format!(
                 "{} is before the beginning of this history, {}",
-                time_text(time),
-                time_text(oldest)
+                local(time),
+                local(oldest)
             )))
         }
     }

@@ -74,21 +74,16 @@ fn relative(path: &Path, root: &Path) -> Result<RelPath> {
 }
 
 impl Located {
-    /// Asks the daemon. `NotFound` with the way to mount if there is none.
+    /// Asks the daemon; `NoStore` with the way to mount if there is none.
     pub fn ask(&self, request: &Request) -> Result<Response> {
-        let backing = self.first_backing();
         match client::connect_any(&self.backings) {
             Ok(mut stream) => client::converse(&mut stream, request),
-            Err(Error::NotFound(_)) if self.mountpoint.is_none() => Err(Error::NoStore(format!(
-                "the store in {} is not mounted: rearview mount {} … MOUNTPOINT",
-                show(&backing),
-                show(&backing)
-            ))),
+            Err(Error::NotFound(_)) => Err(self.not_mounted()),
             Err(error) => Err(error),
         }
     }
 
-    /// Asks the daemon, or, if the store is not mounted, its catalog.
+    /// Asks the daemon, or, if there is none, the catalog in the backing.
     pub fn ask_or_look(
         &self,
         request: &Request,
@@ -96,9 +91,25 @@ impl Located {
     ) -> Result<Response> {
         match client::connect_any(&self.backings) {
             Ok(mut stream) => client::converse(&mut stream, request),
-            Err(Error::NotFound(_)) if self.mountpoint.is_none() => look(&self.catalog()?),
+            Err(Error::NotFound(_)) => look(&self.catalog()?),
             Err(error) => Err(error),
         }
+    }
+
+    fn not_mounted(&self) -> Error {
+        let backings: Vec<String> = self.backings.iter().map(|path| show(path)).collect();
+        let backings = backings.join(" ");
+        Error::NoStore(match &self.mountpoint {
+            Some(mountpoint) => format!(
+                "the daemon of the mount on {} is gone; mount again: rearview mount {backings} {}",
+                show(mountpoint),
+                show(mountpoint)
+            ),
+            // The backing is one of several, and only the user knows where the others are.
+            None => format!(
+                "the store in {backings} is not mounted: rearview mount {backings} … MOUNTPOINT"
+            ),
+        })
     }
 
     /// The catalog of an unmounted store.
