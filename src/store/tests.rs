@@ -246,8 +246,10 @@ fn adoption_records_and_copies_every_kind_of_object() {
     store.close().unwrap();
     drop(store);
     bench.assert_equal(&["a", "b"]);
-    let (sparse, copy) =
-        (fs::metadata(bench.path("a/sparse")).unwrap(), fs::metadata(bench.path("b/sparse")).unwrap());
+    let (sparse, copy) = (
+        fs::metadata(bench.path("a/sparse")).unwrap(),
+        fs::metadata(bench.path("b/sparse")).unwrap(),
+    );
     assert!(copy.blocks() <= sparse.blocks() + 64, "holes stay holes: {}", copy.blocks());
     // Either alone is the store.
     let store = bench.open(&["b"]).unwrap();
@@ -373,10 +375,7 @@ fn history_files_are_filled_too() {
     write(&bench.path("b/.rearview/undo/0000000000000001.seg"), b"undo X");
     drop(bench.open(&["a", "b"]).unwrap());
     bench.settle(&["a", "b"]);
-    assert_eq!(
-        fs::read(bench.path("b/.rearview/undo/0000000000000001.seg")).unwrap(),
-        b"undo 1"
-    );
+    assert_eq!(fs::read(bench.path("b/.rearview/undo/0000000000000001.seg")).unwrap(), b"undo 1");
 }
 
 #[test]
