@@ -485,7 +485,7 @@ mod tests {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             let exempt = ["help", "umount"].contains(&command.get_name());
             assert!(!leaf || exempt || help.contains("Example"), "{}", command.get_name());
-            command.get_subcommands().for_each(check);
+            command.get_subcommands().filter(|sub| sub.get_name() != "help").for_each(check);
         }
         let mut command = Cli::command();
         command.build();

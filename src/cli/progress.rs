@@ -18,6 +18,23 @@ pub fn on_stderr(stop: Arc<AtomicBool>) -> Progress {
     }
 }
 
+/// As [`on_stderr`], but says nothing where nobody watches.
+pub fn on_terminal(stop: Arc<AtomicBool>) -> Progress {
+    if std::io::stderr().is_terminal() {
+        on_stderr(stop)
+    } else {
+        Progress::new(Arc::new(Nobody), stop)
+    }
+}
+
+struct Nobody;
+
+impl ProgressSink for Nobody {
+    fn begin(&self, _phase: &str, _items: u64, _bytes: u64) {}
+    fn advance(&self, _items: u64, _bytes: u64) {}
+    fn end(&self) {}
+}
+
 struct Bar(Mutex<Option<Drawn>>);
 
 struct Drawn {
