@@ -128,6 +128,24 @@ impl Member {
         }
     }
 
+    /// Marks the clean end. `behind` are members that did not reach it.
+    fn close(&mut self, head: &Head, opened_at: &Head, behind: &[Uuid]) -> Result<()> {
+        for peer in &mut self.marker.peers {
+            if behind.contains(&peer.replica) && peer.state == PeerState::Ok {
+                peer.state = PeerState::Stale;
+                peer.reason = "the last mount did not end cleanly on it".into();
+            }
+            // Nothing happened without them: they are as good as those that were here.
+            if head == opened_at && self.left_behind.contains(&peer.replica) {
+                peer.state = PeerState::Ok;
+                peer.reason.clear();
+            }
+        }
+        self.marker.clean = Some(CleanMark::of(head));
+        self.marker.opened = None;
+        self.write_marker()
+    }
+
     fn as_peer(&self, state: PeerState) -> Peer {
         Peer {
             replica: self.marker.replica,
@@ -357,9 +375,11 @@ fn fill_others(
     for index in (0..members.len()).filter(|&index| !current[index]) {
         let member = &mut members[index];
         // From here on until the end it is no whole copy, whatever its catalog says.
-        member.marker.phase = Phase::Filling;
-        member.marker.clean = None;
-        member.write_marker()?;
+        if member.marker.phase != Phase::Filling {
+            member.marker.phase = Phase::Filling;
+            member.marker.clean = None;
+            member.write_marker()?;
+        }
         let since = [winner_since, since(member)].into_iter().flatten().min();
         let report = fill::fill(&source, &member.site, since, progress)?;
         log::info!("{}: {report:?}", member.site.path.display());
@@ -458,28 +478,39 @@ fn replica_set(members: &[Member]) -> Result<ReplicaSet> {
 
 impl Store {
     /// Ends the mount cleanly: everything durable, then the markers say so. After it only dropping
-    /// the store, which releases the locks, is left. Idempotent.
+    /// the store, which releases the locks, is left. A replica on which that fails is noted as stale by
+    /// the others; it is an error only if it fails on all. Idempotent.
     pub fn close(&self) -> Result<()> {
         self.catalog.close()?;
+        for (replica, reason) in self.catalog.failed_replicas() {
+            self.mark_stale(replica, &reason)?;
+        }
         let mut members = self.members.lock();
         // First all data of all replicas, then the first mark: a mark never outruns its data.
-        for member in members.iter().filter(|member| !member.stale) {
-            let path = &member.site.path;
-            member.site.backing.sync_all().context("make durable", path)?;
-        }
-        for member in members.iter_mut().filter(|member| !member.stale) {
-            let head = Catalog::inspect(&member.catalog_file())?;
-            let unchanged = head == self.opened_at;
-            for peer in &mut member.marker.peers {
-                // Nothing happened without them: they are as good as those that were here.
-                if unchanged && member.left_behind.contains(&peer.replica) {
-                    peer.state = PeerState::Ok;
-                    peer.reason.clear();
+        let mut heads = Vec::new();
+        let mut failure = None;
+        for (index, member) in members.iter().enumerate().filter(|(_, member)| !member.stale) {
+            let synced = member.site.backing.sync_all().context("make durable", &member.site.path);
+            match synced.and_then(|()| Catalog::inspect(&member.catalog_file())) {
+                Ok(head) => heads.push((index, head)),
+                Err(error) => {
+                    log::error!("{}: {error}", member.site.path.display());
+                    failure = Some(error);
                 }
             }
-            member.marker.clean = Some(CleanMark::of(&head));
-            member.marker.opened = None;
-            member.write_marker()?;
+        }
+        let Some(head) = heads.iter().map(|(_, head)| head).max_by_key(|head| head.sequence) else {
+            return failure.map_or(Ok(()), Err);
+        };
+        let head = head.clone();
+        let whole: Vec<usize> =
+            heads.iter().filter(|(_, own)| *own == head).map(|(index, _)| *index).collect();
+        let behind: Vec<Uuid> = (0..members.len())
+            .filter(|index| !whole.contains(index))
+            .map(|index| members[index].marker.replica)
+            .collect();
+        for index in whole {
+            members[index].close(&head, &self.opened_at, &behind)?;
         }
         Ok(())
     }

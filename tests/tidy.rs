@@ -11,14 +11,17 @@ const LINES_MAX: usize = 600;
 const COLUMNS_MAX: usize = 100;
 
 /// The layer of every top-level module. A module uses only lower layers and its own folder.
-const LAYERS: [(u32, &[&str]); 7] = [
+const LAYERS: [(u32, &[&str]); 10] = [
     (0, &["types", "error", "sys", "progress", "time"]),
     (1, &["replica", "catalog"]),
     (2, &["history"]),
-    (3, &["volume", "store", "past"]),
-    (4, &["fs"]),
-    (5, &["fuse", "control", "mountpoint"]),
-    (6, &["daemon", "cli", "main", "lib"]),
+    (3, &["store"]),
+    (4, &["volume"]),
+    (5, &["past"]),
+    (6, &["fs", "report"]),
+    (7, &["mountpoint"]),
+    (8, &["fuse", "control"]),
+    (9, &["daemon", "cli", "main", "lib"]),
 ];
 
 fn root() -> PathBuf {
@@ -134,7 +137,7 @@ fn modules_use_only_lower_layers() {
                     let Some(used_layer) = layer_of(&used) else { continue };
                     // Layer 0 is one family (an error names types), and its members are small.
                     let family = own_layer == 0 && used_layer == 0;
-                    let top = own_layer == 6;
+                    let top = own_layer == 9;
                     if used != own && used_layer >= own_layer && !family && !top {
                         let line = index + 1;
                         problems.push(format!("{name}:{line}: {own} may not use {used}"));

@@ -167,6 +167,11 @@ impl Catalog {
             head.next.xattrs += SKIPPED_IDS;
         }
         let shared = Arc::new(new_shared(files, writers, &head, tick, now, false));
+        if clean {
+            // A clean end was durable: a mount that changes nothing leaves the head as it is, so that a
+            // replica which missed only such mounts has missed nothing.
+            shared.waiting.queue.lock().durable = head.head.generation;
+        }
         let committer = std::thread::Builder::new()
             .name("rv-commit".into())
             .spawn({

@@ -98,8 +98,11 @@ pub fn acquire(site: &Site, owner: &Owner) -> Result<StoreLock> {
         }
     }
     let text = toml::to_string(owner).expect("strings and numbers are TOML");
-    site.backing.truncate(&file, 0).context("write the lock", &path)?;
-    site.backing.write_at(&file, text.as_bytes(), 0).context("write the lock", &path)?;
+    // The record is for people: a full disk must not keep the store from being mounted.
+    let written = site.backing.write_at(&file, text.as_bytes(), 0);
+    if let Err(error) = written.and_then(|()| site.backing.truncate(&file, text.len() as u64)) {
+        log::warn!("write {}: {error}", path.display());
+    }
     Ok(StoreLock { _file: file })
 }
 

@@ -96,21 +96,33 @@ impl Site {
     }
 
     /// Replaces one of our own small files, durably.
+    ///
+    /// Two files take turns, so that on a full disk no block and no inode has to be found for it.
     pub fn write_private(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let dir = self.dir(&private(""))?;
         let path = self.private_path(name);
-        let scratch = own_name(&format!("{name}.new"));
+        let spare = own_name(&format!("{name}.new"));
         let name = own_name(name);
-        ignore_missing(self.backing.unlink(&dir, &scratch)).context("replace", &path)?;
-        let file =
-            self.backing.create(&dir, &scratch, 0o600, own_creds()).context("create", &path)?;
-        self.backing.write_at(&file, bytes, 0).context("write", &path)?;
-        // Were the rename durable before the bytes are, a power cut could leave an empty file.
-        self.backing.sync(&file, false).context("sync", &path)?;
-        self.backing
-            .rename(&dir, &scratch, &dir, &name, RenameMode::Replace)
-            .context("rename", &path)?;
-        self.backing.sync(&dir, false).context("sync the directory of", &path)
+        let backing = &self.backing;
+        let file = match backing.open_file(&dir, &spare, Access::ReadWrite) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                backing.create(&dir, &spare, 0o600, own_creds())
+            }
+            other => other,
+        }
+        .context("create the successor of", &path)?;
+        backing.write_at(&file, bytes, 0).context("write", &path)?;
+        backing.truncate(&file, bytes.len() as u64).context("write", &path)?;
+        // Were the rename durable before the bytes are, a power cut could leave a torn file.
+        backing.sync(&file, false).context("sync", &path)?;
+        let swapped = backing.rename(&dir, &spare, &dir, &name, RenameMode::Exchange);
+        match swapped {
+            // The first of its kind, or a filesystem that cannot exchange.
+            Err(_) => backing.rename(&dir, &spare, &dir, &name, RenameMode::Replace),
+            Ok(()) => Ok(()),
+        }
+        .context("rename", &path)?;
+        backing.sync(&dir, false).context("sync the directory of", &path)
     }
 
     /// Makes the private directory and those in it, where they are missing.

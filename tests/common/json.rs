@@ -9,7 +9,8 @@ use super::Done;
 pub fn parsed(done: Done) -> Value {
     let told = done.told();
     let value: Value = serde_json::from_str(&done.ok()).unwrap_or_else(|e| panic!("{e}: {told}"));
-    assert!(value.get("version").is_some(), "no version: {told}");
+    let version = value.pointer("/output_version/major");
+    assert!(version.is_some_and(Value::is_number), "no version: {told}");
     value
 }
 

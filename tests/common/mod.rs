@@ -92,9 +92,10 @@ pub fn daemon_of(mount_point: &Path) -> Option<u32> {
         };
         let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { continue };
         let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-        let ours = words.first().is_some_and(|first| {
-            first.ends_with(b"rearview") || first.ends_with(b"mount.fuse.rearview")
-        });
+        // A daemon in the background was started anew by its path in /proc: its program tells.
+        let program = std::fs::read_link(entry.path().join("exe")).unwrap_or_default();
+        let program = program.file_name().unwrap_or_default().as_bytes().to_owned();
+        let ours = program == b"rearview" || program.starts_with(b"rearview ");
         let serves =
             words.iter().any(|word| *word == b"mount" || word.ends_with(b"mount.fuse.rearview"));
         if ours && serves && words.contains(&wanted) && !is_zombie(pid) {
