@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::catalog::{Catalog, DiffKind, Snapshot, Totals};
 use crate::error::{Error, Result};
+use crate::store::marker::{Marker, Peer, PeerState};
 use crate::time::{Zone, local, parse_instant};
 use crate::types::{Generation, Kind, RelPath, Timestamp, escape};
 
@@ -180,6 +181,33 @@ pub struct ReplicaReport {
     pub space_bytes: u64,
     /// Bytes available on it.
     pub available_bytes: u64,
+}
+
+/// The replicas that a store knows of beside those in `present`: what one of its markers says.
+pub fn absent_replicas(marker: &Marker, present: &[ReplicaReport]) -> Vec<ReplicaReport> {
+    let missing = |peer: &&Peer| {
+        let uuid = peer.replica.to_string();
+        present.iter().all(|replica| replica.uuid != uuid)
+    };
+    let report = |peer: &Peer| ReplicaReport {
+        label: peer.label.clone(),
+        path: PathText { path: peer.path.clone(), path_bytes: None },
+        uuid: peer.replica.to_string(),
+        state: match peer.state {
+            PeerState::Ok => "absent",
+            PeerState::Stale => "stale",
+            PeerState::Filling => "filling",
+        }
+        .into(),
+        healthy: false,
+        since: None,
+        error: (!peer.reason.is_empty()).then(|| peer.reason.clone()),
+        read_errors: 0,
+        write_errors: 0,
+        space_bytes: 0,
+        available_bytes: 0,
+    };
+    marker.peers.iter().filter(missing).map(report).collect()
 }
 
 /// The state of a store.
