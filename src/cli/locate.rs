@@ -8,7 +8,7 @@ use crate::control::{DaemonInfo, Request, Response, client};
 use crate::error::{Error, Result};
 use crate::mountpoint::table::{self, MountEntry};
 use crate::mountpoint::{self, show};
-use crate::types::{PRIVATE_DIR, RelPath};
+use crate::types::{PRIVATE_DIR, RelPath, escape};
 
 /// The file by which a backing is known.
 const MARKER: &str = "store.toml";
@@ -45,9 +45,18 @@ pub fn locate(path: &Path) -> Result<Located> {
 
 fn locate_in(table: &[MountEntry], path: &Path) -> Result<Option<Located>> {
     if let Some(entry) = table::containing(table, path) {
+        let backings = entry.backings();
+        if backings.is_empty() || backings.iter().any(|backing| !backing.is_absolute()) {
+            return Err(Error::Refused(format!(
+                "the mount on {} has the source '{}' (-o fsname), which does not tell its \
+                 backings: name a path in a backing instead",
+                show(&entry.target),
+                escape(&entry.source)
+            )));
+        }
         return Ok(Some(Located {
             mountpoint: Some(entry.target.clone()),
-            backings: entry.backings(),
+            backings,
             path: relative(path, &entry.target)?,
         }));
     }
@@ -164,6 +173,12 @@ mod tests {
         assert_eq!(located.path.to_string(), "/src/gone.txt");
         let root = locate_in(&table, Path::new("/mnt/rv")).unwrap().unwrap();
         assert!(root.path.is_root());
+    }
+
+    #[test]
+    fn a_mount_with_a_name_of_its_own_says_so() {
+        let table = table::parse(b"40 22 0:50 / /m rw - fuse.rearview data rw\n");
+        assert!(locate_in(&table, Path::new("/m/x")).unwrap_err().to_string().contains("fsname"));
     }
 
     #[test]
