@@ -113,7 +113,7 @@ pub enum Command {
     Completions(CompletionsArgs),
     /// Print the manual page, or write all manual pages into a directory
     #[command(
-        after_help = "Examples:\n  rearview man | man -l -\n  rearview man --dir /usr/local/share/man/man1"
+        after_help = MAN_EXAMPLES
     )]
     Man(ManArgs),
 }
@@ -141,6 +141,10 @@ const COMPLETION_EXAMPLES: &str = "\
 Examples:
   rearview completions bash > /etc/bash_completion.d/rearview
   rearview completions zsh > ~/.zfunc/_rearview";
+const MAN_EXAMPLES: &str = "\
+Examples:
+  rearview man | man -l -
+  rearview man --dir /usr/local/share/man/man1";
 const SNAPSHOT_EXAMPLES: &str = "\
 Examples:
   rearview snapshot create before-cleanup

@@ -1,10 +1,11 @@
 //! The control socket: how commands speak to the daemon of a mounted store.
 //!
-//! Every backing has the socket `.rearview/control.sock`. Only root and the user that the daemon runs
-//! as may speak; both the directory's mode and the peer's credentials see to it. One connection
-//! carries one request and one response. Each is a frame: four bytes of length, little-endian, then
-//! that many bytes of JSON with the protocol's version. Both lengths have a limit, all waiting a
-//! deadline, and a frame that is not understood is answered with an error, never acted upon.
+//! Every backing has the socket `.rearview/control.sock`. Only root and the user that the daemon
+//! runs as may speak; both the directory's mode and the peer's credentials see to it. One
+//! connection carries one request and one response. Each is a frame: four bytes of length,
+//! little-endian, then that many bytes of JSON with the protocol's version. Both lengths have a
+//! limit, all waiting a deadline, and a frame that is not understood is answered with an error,
+//! never acted upon.
 
 use std::io::{Read, Write};
 use std::path::PathBuf;

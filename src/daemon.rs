@@ -1,9 +1,9 @@
 //! One mount from its beginning to its end.
 //!
-//! The beginning: mountpoint, store (filled where a replica is new or behind), volume, control socket,
-//! mount. The end, in this order: the kernel lets go of the mount; requests on the control socket are
-//! answered and it closes; the volume seals and commits everything and marks the store clean. If we
-//! die before that last step, the next mount recovers.
+//! The beginning: mountpoint, store (filled where a replica is new or behind), volume, control
+//! socket, mount. The end, in this order: the kernel lets go of the mount; requests on the control
+//! socket are answered and it closes; the volume seals and commits everything and marks the store
+//! clean. If we die before that last step, the next mount recovers.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -48,8 +48,8 @@ pub struct MountPlan {
     pub label: Option<String>,
 }
 
-/// Serves a mount until it ends. `ready` is called once it answers; `progress` makes the reporter of
-/// long work from the flag that stops it.
+/// Serves a mount until it ends. `ready` is called once it answers; `progress` makes the reporter
+/// of long work from the flag that stops it.
 pub fn serve(
     plan: &MountPlan,
     progress: impl FnOnce(Arc<std::sync::atomic::AtomicBool>) -> Progress,

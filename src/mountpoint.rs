@@ -1,8 +1,8 @@
 //! Where a store is mounted: what a mountpoint must be, and the way from a path to its mount.
 //!
-//! A mountpoint may be neither a backing, nor contain one, nor lie in one: the daemon would wait for
-//! itself. A dead mount (its daemon was killed) is cleared once and only if it is ours; a mount that
-//! merely does not answer is left alone.
+//! A mountpoint may be neither a backing, nor contain one, nor lie in one: the daemon would wait
+//! for itself. A dead mount (its daemon was killed) is cleared once and only if it is ours; a mount
+//! that merely does not answer is left alone.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -43,7 +43,8 @@ pub fn probe(path: &Path, timeout: Duration) -> Pulse {
     let (sender, receiver) = crossbeam_channel::bounded(1);
     let asked = path.to_path_buf();
     let thread = std::thread::Builder::new().name("probe".into()).spawn(move || {
-        // What the kernel remembers of a dead mount's root is no sign of life: the daemon must be asked.
+        // What the kernel remembers of a dead mount's root is no sign of life: the daemon must be
+        // asked.
         let flags = AtFlags::STATX_FORCE_SYNC;
         let answer = rustix::fs::statx(CWD, &asked, flags, StatxFlags::BASIC_STATS);
         // The receiver is gone after the timeout; the answer interests nobody then.
@@ -110,8 +111,8 @@ impl Prepared {
     }
 }
 
-/// Makes sure that `path` can be mounted on. A missing directory is made if its parent exists; a dead
-/// mount of ours is cleared.
+/// Makes sure that `path` can be mounted on. A missing directory is made if its parent exists; a
+/// dead mount of ours is cleared.
 pub fn prepare(path: &Path, backings: &[PathBuf], nonempty: bool) -> Result<Prepared> {
     let mut target = resolve(path)?;
     if mounted_ours(&target)? {

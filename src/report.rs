@@ -1,12 +1,13 @@
-//! What the commands report, in the form that scripts get (`--json`) and the control socket carries;
-//! and the questions to a catalog behind the reports, the same for a mounted and an unmounted store.
+//! What the commands report, in the form that scripts get (`--json`) and the control socket
+//! carries; and the questions to a catalog behind the reports, the same for a mounted and an
+//! unmounted store.
 //!
 //! Paths are bytes. In a report a path is text where it is UTF-8; where it is not, the text is
 //! escaped and the bytes stand beside it in hexadecimal.
 
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{Catalog, DiffKind, Snapshot, Totals};
+use crate::catalog::{Catalog, DiffKind, Difference, Snapshot, Totals};
 use crate::error::{Error, Result};
 use crate::store::marker::{Marker, Peer, PeerState};
 use crate::time::{Zone, local, parse_instant};
@@ -133,9 +134,9 @@ pub struct DifferenceReport {
 /// The differences between two moments.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiffReport {
-    /// The older moment.
+    /// The first moment.
     pub from: MomentReport,
-    /// The newer moment.
+    /// The second moment.
     pub to: MomentReport,
     /// What differs, by path.
     pub differences: Vec<DifferenceReport>,
@@ -251,8 +252,8 @@ impl From<&Moment> for MomentReport {
     }
 }
 
-/// A moment as a user wrote it. What the text means as a time is found on the user's side, where the
-/// user's time zone is known; what it means as a name, where the snapshots are.
+/// A moment as a user wrote it. What the text means as a time is found on the user's side, where
+/// the user's time zone is known; what it means as a name, where the snapshots are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MomentText {
     /// A snapshot, `latest`, `now`, or a time.
@@ -341,21 +342,43 @@ pub fn nearest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'
     scored.into_iter().take(NEAREST_MAX).map(|(_, name)| name).collect()
 }
 
-/// The differences between two moments below `under`; the older moment first, whatever the order asked.
+/// The differences from moment `a` to moment `b` below `under`. If `b` is the older one, what was
+/// added since is shown as removed.
 pub fn diff(catalog: &Catalog, a: &Moment, b: &Moment, under: &RelPath) -> Result<DiffReport> {
-    let (from, to) = if a.generation <= b.generation { (a, b) } else { (b, a) };
-    let differences = catalog.diff(from.generation, to.generation, under)?;
-    let report = |difference: &crate::catalog::Difference| DifferenceReport {
+    let differences = if a.generation <= b.generation {
+        catalog.diff(a.generation, b.generation, under)?
+    } else {
+        let forward = catalog.diff(b.generation, a.generation, under)?;
+        let mut back: Vec<Difference> = forward.into_iter().map(reverse).collect();
+        back.sort_by(|a, b| a.path.cmp(&b.path));
+        back
+    };
+    let report = |difference: &Difference| DifferenceReport {
         change: difference.kind,
         kind: difference.node_kind,
         path: PathText::from(&difference.path),
         to: difference.to.as_ref().map(PathText::from),
     };
     Ok(DiffReport {
-        from: from.into(),
-        to: to.into(),
+        from: a.into(),
+        to: b.into(),
         differences: differences.iter().map(report).collect(),
     })
+}
+
+/// The same difference seen from the other side.
+fn reverse(difference: Difference) -> Difference {
+    let Difference { kind, node_kind, path, to } = difference;
+    let kind = match kind {
+        DiffKind::Added => DiffKind::Removed,
+        DiffKind::Removed => DiffKind::Added,
+        DiffKind::Modified => DiffKind::Modified,
+        DiffKind::Renamed => DiffKind::Renamed,
+    };
+    match to {
+        Some(to) => Difference { kind, node_kind, path: to, to: Some(path) },
+        None => Difference { kind, node_kind, path, to: None },
+    }
 }
 
 /// All snapshots, oldest first.
@@ -379,6 +402,21 @@ mod tests {
         assert_eq!(PathText::new(b"a\xff").path_bytes.as_deref(), Some("61ff"));
         assert_eq!(from_hex("6"), None);
         assert_eq!(from_hex("zz"), None);
+    }
+
+    #[test]
+    fn backwards_what_was_added_is_removed() {
+        let path = |text: &str| RelPath::parse(text).unwrap();
+        let difference = |kind, at: &str, to: Option<&str>| Difference {
+            kind,
+            node_kind: Kind::File,
+            path: path(at),
+            to: to.map(path),
+        };
+        let added = difference(DiffKind::Added, "x", None);
+        assert_eq!(reverse(added), difference(DiffKind::Removed, "x", None));
+        let renamed = difference(DiffKind::Renamed, "x", Some("y"));
+        assert_eq!(reverse(renamed), difference(DiffKind::Renamed, "y", Some("x")));
     }
 
     #[test]

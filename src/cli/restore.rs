@@ -1,6 +1,6 @@
-//! `rearview restore` and `undelete`: plain copying within the mount, from the folders of the past to
-//! the live tree, as the user who asks. So it needs no right that `cp` would not need, and is itself
-//! a change with history.
+//! `rearview restore` and `undelete`: plain copying within the mount, from the folders of the past
+//! to the live tree, as the user who asks. So it needs no right that `cp` would not need, and is
+//! itself a change with history.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};

@@ -43,9 +43,9 @@ pub fn run(command: SnapshotCommand) -> Result<Exit> {
     }
 }
 
-/// Parts `[PATH] NAME...`. The first word is the path if there are `full` words, or if it can only be
-/// meant as one: no snapshot's name has a slash; and outside of any store a bare word that leads into
-/// one is no name either.
+/// Parts `[PATH] NAME...`. The first word is the path if there are `full` words, or if it can only
+/// be meant as one: no snapshot's name has a slash; and outside of any store a bare word that leads
+/// into one is no name either.
 fn split(words: &[OsString], full: usize) -> Result<(Located, Vec<String>)> {
     let here = locate(Path::new("."));
     let first_is_path = words.first().is_some_and(|first| {

@@ -13,7 +13,8 @@ use super::{
 use crate::error::{Error, IoContext, Result};
 use crate::types::PRIVATE_DIR;
 
-/// How long a daemon may work on one request. Long: a diff over years, a snapshot behind a full disk.
+/// How long a daemon may work on one request. Long: a diff over years, a snapshot behind a full
+/// disk.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Connects to the daemon that has `backing` mounted. `NotFound` if there is none.

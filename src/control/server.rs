@@ -1,4 +1,5 @@
-//! The daemon's side of the control socket: a listener for each backing, a few threads for requests.
+//! The daemon's side of the control socket: a listener for each backing, a few threads for
+//! requests.
 
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
@@ -48,8 +49,9 @@ struct Conversations {
 }
 
 impl Server {
-    /// Listens in every backing of `backings` that can be written. The caller holds the store's lock,
-    /// so a socket found there is a dead daemon's. Fails only if no backing can have a socket.
+    /// Listens in every backing of `backings` that can be written. The caller holds the store's
+    /// lock, so a socket found there is a dead daemon's. Fails only if no backing can have a
+    /// socket.
     pub fn start(backings: &[PathBuf], handler: Arc<dyn Handler>) -> Result<Server> {
         let conversations = Arc::new(Conversations::default());
         let mut listeners = Vec::new();

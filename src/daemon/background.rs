@@ -1,9 +1,9 @@
-//! A mount in the background: the command starts itself anew in a session of its own and waits until
-//! that process says that the mount answers, or why it does not.
+//! A mount in the background: the command starts itself anew in a session of its own and waits
+//! until that process says that the mount answers, or why it does not.
 //!
-//! A new process image instead of fork: threads may run already, and a forked copy of a process with
-//! threads is not sound. The child's standard output is the pipe to the parent and carries one frame
-//! of the control protocol; its standard error stays the user's until the mount is ready.
+//! A new process image instead of fork: threads may run already, and a forked copy of a process
+//! with threads is not sound. The child's standard output is the pipe to the parent and carries one
+//! frame of the control protocol; its standard error stays the user's until the mount is ready.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -24,8 +24,8 @@ use crate::types::PRIVATE_DIR;
 /// The log's name in `.rearview` of the first backing.
 const LOG_NAME: &str = "log";
 
-/// Starts the process that serves the mount, by the words of its command line, and waits until it is
-/// ready. Signals are passed on to it meanwhile.
+/// Starts the process that serves the mount, by the words of its command line, and waits until it
+/// is ready. Signals are passed on to it meanwhile.
 pub fn start(arguments: &[OsString]) -> Result<DaemonInfo> {
     let mut child = Command::new("/proc/self/exe")
         .args(arguments)

@@ -144,7 +144,7 @@ mod tests {
 
     const SAMPLE: &[u8] = b"\
 22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p2 rw\n\
-40 22 0:50 / /home/a\\040b rw,nosuid,nodev shared:9 master:2 - fuse.rearview /x/a:/x/b\\134:c rw,user_id=0\n\
+40 22 0:50 / /home/a\\040b rw,nosuid shared:9 master:2 - fuse.rearview /x/a:/x/b\\134:c rw\n\
 41 40 0:51 / /home/a\\040b/tmp rw - tmpfs tmpfs rw\n\
 42 22 0:52 / /mnt rw - ext4 /dev/sdb rw\n\
 43 42 0:53 / /mnt rw - fuse.rearview /y rw\n\

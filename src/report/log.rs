@@ -1,7 +1,8 @@
 //! The history of one path: what it was, when it changed, and how it came and went.
 //!
-//! A path's history follows the name first (an editor that saves by renaming a new file over the old
-//! one makes a new node each time), and the oldest node that had the name back through its renames.
+//! A path's history follows the name first (an editor that saves by renaming a new file over the
+//! old one makes a new node each time), and the oldest node that had the name back through its
+//! renames.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,8 +1,8 @@
 //! Finding the last moment at which something that was deleted was still whole.
 //!
-//! `rm -r dir` empties a directory before it removes it, so the last state of `dir` is an empty one.
-//! What a user wants back is the tree as it was before the removing began: the newest moment at
-//! which anything in it was still added or changed. After that moment there were only removals.
+//! `rm -r dir` empties a directory before it removes it, so the last state of `dir` is an empty
+//! one. What a user wants back is the tree as it was before the removing began: the newest moment
+//! at which anything in it was still added or changed. After that moment there were only removals.
 
 use super::log::nodes_of;
 use crate::catalog::{Catalog, NameInterval};
@@ -61,8 +61,8 @@ fn newest_change(catalog: &Catalog, name: &NameInterval) -> Result<Generation> {
         let versions = catalog.versions(node)?;
         let is_dir = versions.first().is_some_and(|version| version.row.kind == Kind::Dir);
         if !is_dir {
-            // A directory's times change by the removals themselves; a file's change by its writers.
-            // Its link count, too, is no change of ours: only content and rights count.
+            // A directory's times change by the removals themselves; a file's change by its
+            // writers. Its link count, too, is no change of ours: only content and rights count.
             let within = versions.iter().filter(|version| version.born < end);
             newest = within.map(|version| version.born).fold(newest, Generation::max);
             continue;

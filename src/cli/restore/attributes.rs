@@ -45,7 +45,8 @@ pub fn copy(from: Place<'_>, stat: &Stat, to: Place<'_>) -> Result<()> {
     let owned = copy_owner(stat, to)?;
     copy_xattrs(from, to)?;
     if !is_symlink {
-        // After the owner, whose change clears set-id bits, and after the ACL, whose mask is in the mode.
+        // After the owner, whose change clears set-id bits, and after the ACL, whose mask is in the
+        // mode.
         let mut mode = stat.st_mode & 0o7777;
         if !owned && stat.st_mode & libc::S_IFMT == libc::S_IFREG {
             mode &= !SUID_BITS;
@@ -105,7 +106,8 @@ fn copy_xattrs(from: Place<'_>, to: Place<'_>) -> Result<()> {
         }
         match rustix::fs::lsetxattr(&path, name.as_c_str(), value, XattrFlags::empty()) {
             Ok(()) => {}
-            // Attributes of the system are root's; elsewhere than in a mount of ours there may be none.
+            // Attributes of the system are root's; elsewhere than in a mount of ours there may be
+            // none.
             Err(Errno::PERM | Errno::OPNOTSUPP) if !is_essential(name) => {}
             Err(errno) => return Err(errno),
         }
@@ -119,8 +121,8 @@ fn copy_xattrs(from: Place<'_>, to: Place<'_>) -> Result<()> {
     Ok(())
 }
 
-/// An ACL that could not be set would give or take rights: that is a failure. Others are a loss that
-/// the place restored to makes unavoidable.
+/// An ACL that could not be set would give or take rights: that is a failure. Others are a loss
+/// that the place restored to makes unavoidable.
 fn is_essential(name: &CString) -> bool {
     name.as_bytes().starts_with(b"system.posix_acl")
 }

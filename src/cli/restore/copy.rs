@@ -1,8 +1,8 @@
-//! Copying a past tree into a live one: new files are written beside their place and renamed into it,
-//! so that a name always means the whole old or the whole new file.
+//! Copying a past tree into a live one: new files are written beside their place and renamed into
+//! it, so that a name always means the whole old or the whole new file.
 //!
-//! Nothing is ever removed: what the past did not have stays. A failure of one item is noted and the
-//! others go on.
+//! Nothing is ever removed: what the past did not have stays. A failure of one item is noted and
+//! the others go on.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -92,8 +92,8 @@ impl<'a> Copier<'a> {
         Copier { overwrite, dry_run, progress, items, unchanged: 0, links }
     }
 
-    /// Restores `from` and all below it as `to`, which is shown as `path`. `to` is `None` where a dry
-    /// run has not made the directory. Fails only when the user stops it.
+    /// Restores `from` and all below it as `to`, which is shown as `path`. `to` is `None` where a
+    /// dry run has not made the directory. Fails only when the user stops it.
     pub fn restore(
         &mut self,
         from: Place<'_>,
@@ -246,8 +246,8 @@ impl<'a> Copier<'a> {
             _ => false,
         };
         let made = if linked { Ok(()) } else { make(from, stat, beside) };
-        // If we die before the rename, the old file is whole and the temporary one is litter that the
-        // next restore of this name clears; after it, the new one is whole.
+        // If we die before the rename, the old file is whole and the temporary one is litter that
+        // the next restore of this name clears; after it, the new one is whole.
         let placed =
             made.and_then(|()| Ok(rustix::fs::renameat(to.dir, &temporary, to.dir, to.name)?));
         if placed.is_err() || linked {
