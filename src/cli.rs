@@ -83,6 +83,7 @@ pub struct Cli {
 pub enum Command {
     /// Mount one to eight backing directories as one filesystem
     #[command(after_help = MOUNT_EXAMPLES)]
+    #[command(override_usage = "rearview mount [OPTIONS] BACKING... MOUNTPOINT")]
     Mount(MountArgs),
     /// Unmount, and wait until the backings are complete
     #[command(visible_alias = "unmount")]

@@ -58,10 +58,14 @@ pub fn serve(
     log_panics();
     raise_descriptor_limit();
     let signals = SignalWatch::start()?;
-    let target = mountpoint::prepare(&plan.mountpoint, &plan.backings, plan.options.nonempty)?;
+    device::check(&plan.options)?;
+    let place = mountpoint::prepare(&plan.mountpoint, &plan.backings, plan.options.nonempty)?;
     let progress = progress(signals.stop_flag());
-    let volume = open_volume(plan, &target, &progress)?;
-    let served = serve_volume(plan, &target, &volume, &signals, ready);
+    let volume = open_volume(plan, &place.target, &progress).inspect_err(|_| place.undo())?;
+    let served = serve_volume(plan, &place.target, &volume, &signals, ready);
+    if served.is_err() {
+        place.undo();
+    }
     // Whatever went wrong, what the volume holds must reach the backings.
     signals.ending();
     let closed = volume.close();

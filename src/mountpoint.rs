@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, IoContext, Result};
@@ -42,7 +43,9 @@ pub fn probe(path: &Path, timeout: Duration) -> Pulse {
     let (sender, receiver) = crossbeam_channel::bounded(1);
     let asked = path.to_path_buf();
     let thread = std::thread::Builder::new().name("probe".into()).spawn(move || {
-        let answer = rustix::fs::statat(rustix::fs::CWD, &asked, rustix::fs::AtFlags::empty());
+        // What the kernel remembers of a dead mount's root is no sign of life: the daemon must be asked.
+        let flags = AtFlags::STATX_FORCE_SYNC;
+        let answer = rustix::fs::statx(CWD, &asked, flags, StatxFlags::BASIC_STATS);
         // The receiver is gone after the timeout; the answer interests nobody then.
         let _ = sender.send(answer.err());
     });
@@ -88,9 +91,28 @@ pub fn resolve_existing(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Makes sure that `path` can be mounted on, and returns it resolved. A missing directory is made if
-/// its parent exists; a dead mount of ours is cleared.
-pub fn prepare(path: &Path, backings: &[PathBuf], nonempty: bool) -> Result<PathBuf> {
+/// A directory that can be mounted on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prepared {
+    /// The directory, resolved.
+    pub target: PathBuf,
+    /// Whether it was made for the mount.
+    pub made: bool,
+}
+
+impl Prepared {
+    /// Takes the directory away again if it was made for a mount that did not come about.
+    pub fn undo(&self) {
+        // It fails if something was put there meanwhile, and that is what it should do.
+        if self.made && std::fs::remove_dir(&self.target).is_ok() {
+            log::info!("removed the mountpoint {} again", show(&self.target));
+        }
+    }
+}
+
+/// Makes sure that `path` can be mounted on. A missing directory is made if its parent exists; a dead
+/// mount of ours is cleared.
+pub fn prepare(path: &Path, backings: &[PathBuf], nonempty: bool) -> Result<Prepared> {
     let mut target = resolve(path)?;
     if mounted_ours(&target)? {
         clear_or_refuse(&target)?;
@@ -103,6 +125,7 @@ pub fn prepare(path: &Path, backings: &[PathBuf], nonempty: bool) -> Result<Path
     for backing in backings {
         refuse_overlap(&target, backing)?;
     }
+    let mut made = false;
     match std::fs::symlink_metadata(&target) {
         Ok(meta) if !meta.is_dir() => {
             return Err(Error::Refused(format!(
@@ -113,6 +136,7 @@ pub fn prepare(path: &Path, backings: &[PathBuf], nonempty: bool) -> Result<Path
         Ok(_) => {}
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             std::fs::create_dir(&target).map_err(|error| cannot_make(&target, error))?;
+            made = true;
             log::info!("made the mountpoint {}", show(&target));
         }
         Err(error) => return Err(error).context("look at the mountpoint", target),
@@ -120,7 +144,7 @@ pub fn prepare(path: &Path, backings: &[PathBuf], nonempty: bool) -> Result<Path
     if !nonempty {
         refuse_entries(&target)?;
     }
-    Ok(target)
+    Ok(Prepared { target, made })
 }
 
 fn cannot_make(target: &Path, error: std::io::Error) -> Error {
@@ -250,8 +274,10 @@ mod tests {
     fn a_missing_mountpoint_is_made_only_in_an_existing_directory() {
         let dir = tempfile::tempdir().unwrap();
         let backing = dir.path().join("b");
-        let target = prepare(&dir.path().join("new"), std::slice::from_ref(&backing), false);
-        assert!(target.unwrap().is_dir());
+        let new = prepare(&dir.path().join("new"), std::slice::from_ref(&backing), false).unwrap();
+        assert!(new.target.is_dir() && new.made);
+        new.undo();
+        assert!(!new.target.exists());
         assert!(refusal(&dir.path().join("x/y"), &backing).contains("neither"));
         assert!(!dir.path().join("x").exists());
     }

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::catalog::{Catalog, DiffKind, Snapshot, Totals};
 use crate::error::{Error, Result};
-use crate::time::{Zone, parse_instant};
+use crate::store::marker::{Marker, Peer, PeerState};
+use crate::time::{Zone, local, parse_instant};
 use crate::types::{Generation, Kind, RelPath, Timestamp, escape};
 
 pub mod log;
@@ -182,6 +183,33 @@ pub struct ReplicaReport {
     pub available_bytes: u64,
 }
 
+/// The replicas that a store knows of beside those in `present`: what one of its markers says.
+pub fn absent_replicas(marker: &Marker, present: &[ReplicaReport]) -> Vec<ReplicaReport> {
+    let missing = |peer: &&Peer| {
+        let uuid = peer.replica.to_string();
+        present.iter().all(|replica| replica.uuid != uuid)
+    };
+    let report = |peer: &Peer| ReplicaReport {
+        label: peer.label.clone(),
+        path: PathText { path: peer.path.clone(), path_bytes: None },
+        uuid: peer.replica.to_string(),
+        state: match peer.state {
+            PeerState::Ok => "absent",
+            PeerState::Stale => "stale",
+            PeerState::Filling => "filling",
+        }
+        .into(),
+        healthy: false,
+        since: None,
+        error: (!peer.reason.is_empty()).then(|| peer.reason.clone()),
+        read_errors: 0,
+        write_errors: 0,
+        space_bytes: 0,
+        available_bytes: 0,
+    };
+    marker.peers.iter().filter(missing).map(report).collect()
+}
+
 /// The state of a store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusReport {
@@ -274,7 +302,7 @@ pub fn resolve_moment(
 /// The moment of a wall-clock time.
 pub fn moment_at(catalog: &Catalog, time: Timestamp, now: Timestamp) -> Result<Moment> {
     if time > now {
-        return Err(Error::Refused(format!("{} lies in the future", time_text(time))));
+        return Err(Error::Refused(format!("{} lies in the future", local(time))));
     }
     match catalog.generation_at(time)? {
         Some(generation) => Ok(Moment { name: None, time, generation }),
@@ -282,8 +310,8 @@ pub fn moment_at(catalog: &Catalog, time: Timestamp, now: Timestamp) -> Result<M
             let oldest = catalog.time_of(catalog.oldest()?)?;
             Err(Error::NotFound(format!(
                 "{} is before the beginning of this history, {}",
-                time_text(time),
-                time_text(oldest)
+                local(time),
+                local(oldest)
             )))
         }
     }

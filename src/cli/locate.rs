@@ -8,7 +8,7 @@ use crate::control::{DaemonInfo, Request, Response, client};
 use crate::error::{Error, Result};
 use crate::mountpoint::table::{self, MountEntry};
 use crate::mountpoint::{self, show};
-use crate::types::{PRIVATE_DIR, RelPath};
+use crate::types::{PRIVATE_DIR, RelPath, escape};
 
 /// The file by which a backing is known.
 const MARKER: &str = "store.toml";
@@ -45,9 +45,18 @@ pub fn locate(path: &Path) -> Result<Located> {
 
 fn locate_in(table: &[MountEntry], path: &Path) -> Result<Option<Located>> {
     if let Some(entry) = table::containing(table, path) {
+        let backings = entry.backings();
+        if backings.is_empty() || backings.iter().any(|backing| !backing.is_absolute()) {
+            return Err(Error::Refused(format!(
+                "the mount on {} has the source '{}' (-o fsname), which does not tell its \
+                 backings: name a path in a backing instead",
+                show(&entry.target),
+                escape(&entry.source)
+            )));
+        }
         return Ok(Some(Located {
             mountpoint: Some(entry.target.clone()),
-            backings: entry.backings(),
+            backings,
             path: relative(path, &entry.target)?,
         }));
     }
@@ -74,21 +83,16 @@ fn relative(path: &Path, root: &Path) -> Result<RelPath> {
 }
 
 impl Located {
-    /// Asks the daemon. `NotFound` with the way to mount if there is none.
+    /// Asks the daemon; `NoStore` with the way to mount if there is none.
     pub fn ask(&self, request: &Request) -> Result<Response> {
-        let backing = self.first_backing();
         match client::connect_any(&self.backings) {
             Ok(mut stream) => client::converse(&mut stream, request),
-            Err(Error::NotFound(_)) if self.mountpoint.is_none() => Err(Error::NoStore(format!(
-                "the store in {} is not mounted: rearview mount {} … MOUNTPOINT",
-                show(&backing),
-                show(&backing)
-            ))),
+            Err(Error::NotFound(_)) => Err(self.not_mounted()),
             Err(error) => Err(error),
         }
     }
 
-    /// Asks the daemon, or, if the store is not mounted, its catalog.
+    /// Asks the daemon, or, if there is none, the catalog in the backing.
     pub fn ask_or_look(
         &self,
         request: &Request,
@@ -96,9 +100,25 @@ impl Located {
     ) -> Result<Response> {
         match client::connect_any(&self.backings) {
             Ok(mut stream) => client::converse(&mut stream, request),
-            Err(Error::NotFound(_)) if self.mountpoint.is_none() => look(&self.catalog()?),
+            Err(Error::NotFound(_)) => look(&self.catalog()?),
             Err(error) => Err(error),
         }
+    }
+
+    fn not_mounted(&self) -> Error {
+        let backings: Vec<String> = self.backings.iter().map(|path| show(path)).collect();
+        let backings = backings.join(" ");
+        Error::NoStore(match &self.mountpoint {
+            Some(mountpoint) => format!(
+                "the daemon of the mount on {} is gone; mount again: rearview mount {backings} {}",
+                show(mountpoint),
+                show(mountpoint)
+            ),
+            // The backing is one of several, and only the user knows where the others are.
+            None => format!(
+                "the store in {backings} is not mounted: rearview mount {backings} … MOUNTPOINT"
+            ),
+        })
     }
 
     /// The catalog of an unmounted store.
@@ -153,6 +173,12 @@ mod tests {
         assert_eq!(located.path.to_string(), "/src/gone.txt");
         let root = locate_in(&table, Path::new("/mnt/rv")).unwrap().unwrap();
         assert!(root.path.is_root());
+    }
+
+    #[test]
+    fn a_mount_with_a_name_of_its_own_says_so() {
+        let table = table::parse(b"40 22 0:50 / /m rw - fuse.rearview data rw\n");
+        assert!(locate_in(&table, Path::new("/m/x")).unwrap_err().to_string().contains("fsname"));
     }
 
     #[test]

@@ -3,11 +3,15 @@
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
 
 use crate::progress::{Progress, ProgressSink};
+
+/// How often work without a known total gives a sign of life.
+const UNKNOWN_EVERY: Duration = Duration::from_secs(10);
 
 /// Draws on standard error, and stops the work when `stop` is set.
 pub fn on_stderr(stop: Arc<AtomicBool>) -> Progress {
@@ -80,6 +84,8 @@ struct Lines(Mutex<Option<Counted>>);
 
 struct Counted {
     phase: String,
+    /// When a sign of life was last given, where no total is known.
+    told_at: Instant,
     by_bytes: bool,
     total: u64,
     done: u64,
@@ -101,18 +107,22 @@ impl Counted {
 
 impl ProgressSink for Lines {
     fn begin(&self, phase: &str, items: u64, bytes: u64) {
-        eprintln!("rearview: {phase}");
         let by_bytes = bytes > 0;
         let total = if by_bytes { bytes } else { items };
         let phase = phase.to_string();
-        *self.0.lock() = Some(Counted { phase, by_bytes, total, done: 0, tenths_told: 0 });
+        let told_at = Instant::now();
+        let counted = Counted { phase, told_at, by_bytes, total, done: 0, tenths_told: 0 };
+        *self.0.lock() = Some(counted);
     }
 
     fn advance(&self, items: u64, bytes: u64) {
-        if let Some(counted) = self.0.lock().as_mut()
-            && let Some(tenths) = counted.add(items, bytes)
-        {
+        let mut counted = self.0.lock();
+        let Some(counted) = counted.as_mut() else { return };
+        if let Some(tenths) = counted.add(items, bytes) {
             eprintln!("rearview: {}: {} %", counted.phase, tenths * 10);
+        } else if counted.total == 0 && counted.told_at.elapsed() >= UNKNOWN_EVERY {
+            counted.told_at = Instant::now();
+            eprintln!("rearview: {}: {} so far", counted.phase, counted.done);
         }
     }
 
@@ -128,7 +138,8 @@ mod tests {
     #[test]
     fn each_tenth_is_told_once() {
         let phase = String::new();
-        let mut counted = Counted { phase, by_bytes: false, total: 20, done: 0, tenths_told: 0 };
+        let (told_at, by_bytes, total) = (Instant::now(), false, 20);
+        let mut counted = Counted { phase, told_at, by_bytes, total, done: 0, tenths_told: 0 };
         let told: Vec<u64> = (0..20).filter_map(|_| counted.add(1, 0)).collect();
         assert_eq!(told, (1..=10).collect::<Vec<_>>());
         assert_eq!(counted.add(100, 0), None);

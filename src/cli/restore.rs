@@ -18,7 +18,7 @@ use crate::control::Request;
 use crate::error::{Error, IoContext, Result};
 use crate::mountpoint::show;
 use crate::report::{self, PathText};
-use crate::time::{Zone, parse_instant};
+use crate::time::{Zone, local, parse_instant};
 use crate::types::{RelPath, Timestamp};
 use attributes::Place;
 use copy::{Copier, Deed, Stopped};
@@ -149,14 +149,14 @@ impl Mount {
         let now = Timestamp::now();
         match parse_instant(moment, now, Zone::Local) {
             Ok(time) if time > now => {
-                Err(Error::Refused(format!("{} lies in the future", report::time_text(time))))
+                Err(Error::Refused(format!("{} lies in the future", local(time))))
             }
             Ok(time) => {
                 let at = snapdir.join(AT_DIR).join(format!("@{}", unix_text(time)));
                 std::fs::metadata(&at).map_err(|_| {
                     Error::NotFound(format!(
                         "{} is before the beginning of this history",
-                        report::time_text(time)
+                        local(time)
                     ))
                 })?;
                 Ok(at)

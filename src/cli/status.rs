@@ -43,11 +43,20 @@ fn unmounted(catalog: &Catalog, backing: &std::path::Path) -> Result<StatusRepor
         space_bytes: space.as_ref().map_or(0, |space| space.f_blocks * space.f_frsize),
         available_bytes: space.as_ref().map_or(0, |space| space.f_bavail * space.f_frsize),
     };
+    let mut replicas = vec![replica];
+    // Unmounted, the others are neither here nor missing: where they were is all that is known.
+    for mut other in report::absent_replicas(&info.marker, &replicas) {
+        if other.state == "absent" {
+            other.state = "not looked at".into();
+            other.healthy = true;
+        }
+        replicas.push(other);
+    }
     Ok(StatusReport {
         store: info.marker.store.to_string(),
         mountpoint: None,
-        degraded: false,
-        replicas: vec![replica],
+        degraded: replicas.iter().any(|replica| !replica.healthy),
+        replicas,
         totals: catalog.totals()?,
         oldest: report::time_text(catalog.time_of(catalog.oldest()?)?),
         generation: catalog.generation().0,

@@ -68,7 +68,15 @@ impl Service {
 
     fn status(&self) -> Result<StatusReport> {
         let status = self.fs.volume().status()?;
-        Ok(status_report(&status, Some(self.info.mountpoint.clone())))
+        let mut report = status_report(&status, self.info.mountpoint.clone());
+        // The marker of a replica in use knows those that are not here.
+        let online = status.replicas.iter().find(|replica| replica.health.state == State::Online);
+        if let Some(online) = online {
+            let marker = crate::store::inspect(&online.path)?.marker;
+            report.replicas.extend(report::absent_replicas(&marker, &report.replicas));
+        }
+        report.degraded = report.replicas.iter().any(|replica| !replica.healthy);
+        Ok(report)
     }
 }
 
@@ -110,12 +118,12 @@ fn rel_path(path: &PathText) -> Result<RelPath> {
     Ok(RelPath::parse(bytes)?)
 }
 
-fn status_report(status: &VolumeStatus, mountpoint: Option<PathText>) -> StatusReport {
+fn status_report(status: &VolumeStatus, mountpoint: PathText) -> StatusReport {
     let replicas: Vec<_> = status.replicas.iter().map(replica_report).collect();
     StatusReport {
         store: status.uuid.to_string(),
-        mountpoint,
-        degraded: replicas.iter().any(|replica| !replica.healthy),
+        mountpoint: Some(mountpoint),
+        degraded: false,
         replicas,
         totals: status.totals,
         oldest: report::time_text(status.oldest),

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,6 +14,9 @@ use crate::types::Timestamp;
 
 /// The log's size at which it is put aside.
 const LOG_BYTES_MAX: u64 = 4 << 20;
+
+/// What this module does to the user's folders is told even to those who did not ask for more.
+const NOTICES: &str = "rearviewfs::mountpoint";
 
 /// Directs the messages of this process.
 #[derive(Clone)]
@@ -40,16 +44,19 @@ pub fn to_stderr(verbose: u8) -> LogHandle {
         1 => log::LevelFilter::Info,
         _ => log::LevelFilter::Debug,
     };
-    init(level, Sink::Stderr)
+    init(level, level, Sink::Stderr)
 }
 
 /// Sends a daemon's messages to standard error, with times if `stamped`.
 pub fn for_daemon(verbose: u8, stamped: bool) -> LogHandle {
     let level = if verbose == 0 { log::LevelFilter::Info } else { log::LevelFilter::Debug };
-    init(level, if stamped { Sink::Stamped } else { Sink::Stderr })
+    // A person at a terminal is told what concerns them; the log file gets the rest later.
+    let shown = if verbose == 0 { log::LevelFilter::Warn } else { level };
+    init(level, shown, if stamped { Sink::Stamped } else { Sink::Stderr })
 }
 
-fn init(level: log::LevelFilter, sink: Sink) -> LogHandle {
+/// `shown` bounds what a person at standard error gets of it.
+fn init(level: log::LevelFilter, shown: log::LevelFilter, sink: Sink) -> LogHandle {
     let handle = LogHandle(Arc::new(Mutex::new(sink)));
     let shared = handle.clone();
     let mut builder = env_logger::Builder::new();
@@ -58,6 +65,9 @@ fn init(level: log::LevelFilter, sink: Sink) -> LogHandle {
     builder.target(env_logger::Target::Pipe(Box::new(handle.clone())));
     builder.format(move |out, record| {
         if matches!(*shared.0.lock(), Sink::Stderr) {
+            if record.level() > shown && record.target() != NOTICES {
+                return Ok(());
+            }
             return writeln!(out, "rearview: {}", record.args());
         }
         let time = crate::report::time_text(Timestamp { nanos: 0, ..Timestamp::now() });
@@ -91,7 +101,7 @@ impl Write for LogHandle {
 
 impl CappedFile {
     fn open(path: &Path) -> io::Result<CappedFile> {
-        let file = File::options().create(true).append(true).open(path)?;
+        let file = File::options().create(true).append(true).mode(0o600).open(path)?;
         let bytes = file.metadata()?.len();
         Ok(CappedFile { path: path.to_path_buf(), file, bytes })
     }

@@ -13,7 +13,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Access, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::net;
@@ -24,6 +24,34 @@ use crate::types::escape;
 
 const DEVICE: &str = "/dev/fuse";
 const HELPER: &str = "fusermount3";
+/// The helper's settings.
+const CONFIG: &str = "/etc/fuse.conf";
+
+/// Refuses early what [`mount`] would refuse only after the store was opened and filled.
+pub fn check(options: &MountOptions) -> Result<()> {
+    rustix::fs::access(DEVICE, Access::READ_OK | Access::WRITE_OK).map_err(missing_device)?;
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    if options.allow_other && !others_allowed(&std::fs::read(CONFIG).unwrap_or_default()) {
+        return Err(others_not_allowed());
+    }
+    let mut version = Command::new(HELPER);
+    version.arg("-V").stdout(Stdio::null()).stderr(Stdio::null());
+    version.status().map(|_| ()).map_err(missing_helper)
+}
+
+/// Whether the helper's settings let ordinary users open their mounts to others.
+fn others_allowed(config: &[u8]) -> bool {
+    config.split(|&byte| byte == b'\n').any(|line| line.trim_ascii() == b"user_allow_other")
+}
+
+fn others_not_allowed() -> Error {
+    Error::Refused(format!(
+        "the option allow_other is for root only, unless root puts the line 'user_allow_other' \
+         into {CONFIG}"
+    ))
+}
 
 /// Mounts on `target` and returns the connection to the kernel. `source` is what the table shows.
 pub fn mount(target: &Path, source: &[u8], options: &MountOptions) -> Result<OwnedFd> {
@@ -36,7 +64,7 @@ pub fn mount(target: &Path, source: &[u8], options: &MountOptions) -> Result<Own
 
 fn mount_as_root(target: &Path, source: &[u8], options: &MountOptions) -> Result<OwnedFd> {
     let device = rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|errno| missing_device(errno))?;
+        .map_err(missing_device)?;
     let mut data = format!(
         "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions",
         std::os::fd::AsRawFd::as_raw_fd(&device)
@@ -138,11 +166,7 @@ fn missing_helper(error: std::io::Error) -> Error {
 fn helper_failure(target: &Path, stderr: &[u8]) -> Error {
     let text = escape(stderr.trim_ascii());
     if text.contains("user_allow_other") {
-        return Error::Refused(
-            "the option allow_other is for root only, unless root puts the line \
-             'user_allow_other' into /etc/fuse.conf"
-                .to_string(),
-        );
+        return others_not_allowed();
     }
     Error::Refused(format!("cannot mount on {}: {text}", super::show(target)))
 }
@@ -254,6 +278,12 @@ mod tests {
         drop(child.stdin.take());
         child.wait().unwrap();
         assert!(found.iter().any(|text| text.contains(&format!("({pid})"))), "{found:?}");
+    }
+
+    #[test]
+    fn a_commented_setting_allows_nothing() {
+        assert!(others_allowed(b"# x\n user_allow_other \n"));
+        assert!(!others_allowed(b"#user_allow_other\n# user_allow_other\n"));
     }
 
     #[test]
