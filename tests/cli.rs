@@ -37,7 +37,7 @@ fn snapshots_are_created_listed_renamed_held_and_deleted() {
     rearview(["snapshot", "delete", &mnt, "three"]).ok();
     assert_eq!(names(&store), ["one"]);
     assert!(!store.past("three").exists());
-    rearview(["snapshot", "create", &mnt, "one"]).fails(1, &["one", "exists"]);
+    rearview(["snapshot", "create", &mnt, "one"]).fails(1, &["'one'", "already"]);
     store.finish();
 }
 
