@@ -1,9 +1,10 @@
 //! Opening, creating, adopting and filling a store.
 //!
-//! Owns the markers and locks of a mounted store's backings and the order in which a mount comes up:
-//! look at all paths ([`identify`]), lock, judge which replica wins ([`lineage`]), finish what the last
-//! mount left ([`import`]), make the others equal to the winner ([`fill`]), note durably who takes part,
-//! and open the catalog. A clean store scans nothing. Whatever step a mount dies in, the next one finishes it:
+//! Owns the markers and locks of a mounted store's backings and the order in which a mount comes
+//! up: look at all paths ([`identify`]), lock, judge which replica wins ([`lineage`]), finish what
+//! the last mount left ([`import`]), make the others equal to the winner ([`fill`]), note durably
+//! who takes part, and open the catalog. A clean store scans nothing. Whatever step a mount dies
+//! in, the next one finishes it:
 //!
 //! - `phase = adopting` until the tree of the first replica is in its catalog and both are durable;
 //! - `phase = filling` until a copy is whole and durable: it is never the source of anything;
@@ -216,8 +217,8 @@ fn create(candidates: &[Candidate], source: usize, options: &OpenOptions) -> Res
         let marker = Marker::new(store, label_of(&site, options), created.clone(), phase);
         members.push(Member { site, marker, _lock: lock, left_behind: Vec::new(), stale: false });
     }
-    // First the source's marker, without peers: were one of them named before it has its own marker,
-    // a mount that dies between would look like a disk that is not there.
+    // First the source's marker, without peers: were one of them named before it has its own
+    // marker, a mount that dies between would look like a disk that is not there.
     members[source].write_marker()?;
     for index in (0..members.len()).filter(|&index| index != source) {
         members[index].marker.peers = vec![members[source].as_peer(PeerState::Ok)];
@@ -298,16 +299,16 @@ fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> 
         Verdict::Fork(a, b) => {
             return Err(Error::Refused(format!(
                 "{} and {} were used separately and both changed: neither can replace the other \
-                 unasked. Nothing was touched. Mount the one to keep alone; for the other, move its \
-                 files elsewhere and give the empty directory, which is then filled",
+                 unasked. Nothing was touched. Mount the one to keep alone; for the other, move \
+                 its files elsewhere and give the empty directory, which is then filled",
                 shown(a),
                 shown(b)
             )));
         }
         Verdict::OnlyPartial => {
             return Err(Error::Refused(format!(
-                "{} is not a whole copy: filling it was interrupted. Mount it together with a whole \
-                 backing of the store",
+                "{} is not a whole copy: filling it was interrupted. Mount it together with a \
+                 whole backing of the store",
                 shown(0)
             )));
         }
@@ -318,8 +319,8 @@ fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> 
                     "it is missing or unreadable here, and no other given backing has a good one"
                         .into(),
                 remedy: "Mount with another backing of the store if there is one. The files in the \
-                         backing are whole and can be read without rearview: to begin a new history \
-                         with them, move .rearview elsewhere",
+                         backing are whole and can be read without rearview: to begin a new \
+                         history with them, move .rearview elsewhere",
             });
         }
     };
@@ -433,7 +434,8 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
     Ok(Store { uuid, replicas, catalog, members: Mutex::new(members), opened_at: head })
 }
 
-/// The peers that any present replica knows and that are not present. The winner's word counts first.
+/// The peers that any present replica knows and that are not present. The winner's word counts
+/// first.
 fn absent_peers(members: &[Member], winner: usize) -> Vec<Peer> {
     let mut absent: BTreeMap<Uuid, Peer> = BTreeMap::new();
     let others = (0..members.len()).filter(|&index| index != winner);
@@ -478,8 +480,8 @@ fn replica_set(members: &[Member]) -> Result<ReplicaSet> {
 
 impl Store {
     /// Ends the mount cleanly: everything durable, then the markers say so. After it only dropping
-    /// the store, which releases the locks, is left. A replica on which that fails is noted as stale by
-    /// the others; it is an error only if it fails on all. Idempotent.
+    /// the store, which releases the locks, is left. A replica on which that fails is noted as
+    /// stale by the others; it is an error only if it fails on all. Idempotent.
     pub fn close(&self) -> Result<()> {
         self.catalog.close()?;
         for (replica, reason) in self.catalog.failed_replicas() {
@@ -527,8 +529,7 @@ impl Store {
         for member in members.iter_mut().filter(|member| !member.stale) {
             if let Some(peer) = member.marker.peers.iter_mut().find(|peer| peer.replica == stale) {
                 peer.state = PeerState::Stale;
-                peer.reason = crate::types::escape(reason.as_bytes());
-                peer.reason.truncate(peer.reason.floor_char_boundary(1000));
+                peer.reason = crate::types::escape(reason.as_bytes()).chars().take(1000).collect();
             }
             match member.write_marker() {
                 Ok(()) => noted = true,

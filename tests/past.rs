@@ -462,7 +462,7 @@ fn walking_the_past_opens_no_files_for_ever() {
     for round in 0..20 {
         store.snapshot(&format!("more{round}"));
     }
-    store.assert_no_open_file_leak(|| {
+    store.assert_no_open_file_leak(|_| {
         for round in 0..20 {
             read_tree(&store.past(&format!("more{round}")));
         }

@@ -1,13 +1,13 @@
 //! Comparing the live trees of two backings, byte for byte.
 //!
 //! Compared: names, kinds, contents, permission bits, owners, modification times to the nanosecond,
-//! device numbers, extended attributes (ACLs are among them), symlink targets, and which names are hard
-//! links of one object.
+//! device numbers, extended attributes (ACLs are among them), symlink targets, and which names are
+//! hard links of one object.
 //!
-//! **Not compared**, and why: access times (reads are answered by one replica), change and birth times
-//! and inode numbers (each filesystem gives its own), link counts of directories and allocated blocks
-//! (they differ between filesystems), labels that the host's security policy sets, a filesystem's own
-//! `lost+found`, and our private directory.
+//! **Not compared**, and why: access times (reads are answered by one replica), change and birth
+//! times and inode numbers (each filesystem gives its own), link counts of directories and
+//! allocated blocks (they differ between filesystems), labels that the host's security policy sets,
+//! a filesystem's own `lost+found`, and our private directory.
 
 use std::collections::HashMap;
 use std::fmt;

@@ -58,7 +58,8 @@ impl<'a> Copier<'a> {
         self.bytes_written
     }
 
-    /// Makes a copy of an object that is no directory, with all its attributes, under a scratch name.
+    /// Makes a copy of an object that is no directory, with all its attributes, under a scratch
+    /// name.
     pub fn make(
         &mut self,
         from: &Handle,
@@ -171,8 +172,8 @@ impl<'a> Copier<'a> {
         )))
     }
 
-    /// Sets everything but content: owner, extended attributes, rights and times, in this order, for a
-    /// change of owner clears set-id bits and capabilities, and all of them move the times.
+    /// Sets everything but content: owner, extended attributes, rights and times, in this order,
+    /// for a change of owner clears set-id bits and capabilities, and all of them move the times.
     pub fn set_attributes(&self, node: &Handle, path: &RelPath, object: &Object) -> Result<()> {
         let backing = &self.target.backing;
         let stat = &object.stat;
@@ -258,8 +259,8 @@ pub fn blame(target: &Site, action: &'static str, path: &RelPath, error: io::Err
     let errno = Errno::from_io_error(&error);
     if matches!(errno, Some(Errno::NOSPC | Errno::DQUOT)) {
         return Error::Refused(format!(
-            "{} is full: {error} at {}. Free some space, or give a larger disk; the next mount goes \
-             on from here",
+            "{} is full: {error} at {}. Free some space, or give a larger disk; the next mount \
+             goes on from here",
             target.path.display(),
             shown.display()
         ));

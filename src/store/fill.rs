@@ -1,10 +1,10 @@
 //! Filling: making the live tree and history of one backing equal to another's.
 //!
-//! Used for new replicas, for those that lag, and after an unclean end. Objects are compared by their
-//! attributes; what is equal stays. A file is written under a scratch name, whole, and then renamed into
-//! place, so a fill that is killed leaves only whole files and goes on from there. **Nothing is deleted**:
-//! what the target has and the source has not, and what gets replaced, is moved to
-//! `.rearview/quarantine/<UTC time>/` under its own path.
+//! Used for new replicas, for those that lag, and after an unclean end. Objects are compared by
+//! their attributes; what is equal stays. A file is written under a scratch name, whole, and then
+//! renamed into place, so a fill that is killed leaves only whole files and goes on from there.
+//! **Nothing is deleted**: what the target has and the source has not, and what gets replaced, is
+//! moved to `.rearview/quarantine/<UTC time>/` under its own path.
 //!
 //! Durable when it returns; no single file is synced before.
 //!
@@ -44,8 +44,9 @@ pub struct FillReport {
 
 /// Makes `target` equal to `source`: the live tree and the history, but not the catalog.
 ///
-/// `changed_since`: a file that was changed on either side after this moment is compared byte by byte,
-/// because equal size and times prove nothing for what was being written when the system went down.
+/// `changed_since`: a file that was changed on either side after this moment is compared byte by
+/// byte, because equal size and times prove nothing for what was being written when the system went
+/// down.
 pub fn fill(
     source: &Site,
     target: &Site,

@@ -122,8 +122,8 @@ fn absent(given: &Path) -> Result<Candidate> {
     Ok(Candidate { path: parent.join(name), site: None, found: Found::Absent })
 }
 
-/// A private directory without a marker must have nothing of worth in it, or a lost marker would turn
-/// a replica with history into "a folder with files".
+/// A private directory without a marker must have nothing of worth in it, or a lost marker would
+/// turn a replica with history into "a folder with files".
 fn check_no_remains(site: &Site) -> Result<()> {
     let Ok(dir) = site.backing.open_dir(&private("")) else { return Ok(()) };
     let listed = site.backing.list(&dir).context("list", site.private_path(""))?;
@@ -141,7 +141,8 @@ fn check_no_remains(site: &Site) -> Result<()> {
             return Err(Error::Damaged {
                 what: format!("the store in {}", site.path.display()),
                 detail: format!(
-                    "its marker {PRIVATE_DIR}/{MARKER_FILE} is missing, but {PRIVATE_DIR}/{} is there",
+                    "its marker {PRIVATE_DIR}/{MARKER_FILE} is missing, but {PRIVATE_DIR}/{} is \
+                     there",
                     entry.name
                 ),
                 remedy: "Put the marker back from a backup; or, if another backing of the store is \
@@ -234,8 +235,8 @@ fn check_joining(candidates: &[Candidate], markers: &[&Marker], store_at: &Path)
             .find(|peer| peer.path == place && !present.contains(&peer.replica));
         if let Some(peer) = expected {
             return Err(Error::Refused(format!(
-                "{} has no store marker, but replica '{}' of the store in {} was last there: is its \
-                 disk mounted? (to give that replica up, use another directory)",
+                "{} has no store marker, but replica '{}' of the store in {} was last there: is \
+                 its disk mounted? (to give that replica up, use another directory)",
                 one.path.display(),
                 crate::types::escape(peer.label.as_bytes()),
                 store_at.display()

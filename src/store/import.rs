@@ -1,12 +1,13 @@
 //! Taking a live tree into the catalog: adoption, and what an unclean end left unrecorded.
 //!
-//! One algorithm for both: the difference between the tree on the backing and the catalog's live tree is
-//! pushed as changes. So it can be killed at any time: the next run continues with what is still different.
+//! One algorithm for both: the difference between the tree on the backing and the catalog's live
+//! tree is pushed as changes. So it can be killed at any time: the next run continues with what is
+//! still different.
 //!
-//! How objects are recognised, in this order: another name of a hard-linked object already met; the node
-//! that the catalog has under this name, if its kind fits; for files, a node that lost its name and has
-//! the same size, times, mode and owner as exactly one file without a node (or with a changed one): it was
-//! renamed. Everything else is new.
+//! How objects are recognised, in this order: another name of a hard-linked object already met; the
+//! node that the catalog has under this name, if its kind fits; for files, a node that lost its
+//! name and has the same size, times, mode and owner as exactly one file without a node (or with a
+//! changed one): it was renamed. Everything else is new.
 //!
 //! Not done here: reading file contents (size and modification time tell whether one changed), and
 //! history beside the live tree, which was recovered before.
@@ -362,8 +363,8 @@ impl Import<'_> {
         Ok(())
     }
 
-    /// Whether before-images of the newest content exist: then it was being overwritten, and the file's
-    /// bytes are a later content even where size and time are the old ones.
+    /// Whether before-images of the newest content exist: then it was being overwritten, and the
+    /// file's bytes are a later content even where size and time are the old ones.
     fn is_partly_overwritten(&self, row: &NodeRow) -> Result<bool> {
         if row.content == ContentId::EMPTY {
             return Ok(false);

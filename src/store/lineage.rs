@@ -1,8 +1,9 @@
 //! Which replica wins: the pure judgement over what the replicas' markers and catalogs say.
 //!
-//! Before the first write without a replica, the present ones note it as stale, durably. So of two that
-//! were apart: only one moved on, and says so of the other; or both did, and say so of each other. The
-//! first is a lagging replica and is filled; the second is a fork, and nobody but the user can judge.
+//! Before the first write without a replica, the present ones note it as stale, durably. So of two
+//! that were apart: only one moved on, and says so of the other; or both did, and say so of each
+//! other. The first is a lagging replica and is filled; the second is a fork, and nobody but the
+//! user can judge.
 //!
 //! | what is seen                                            | what it is                |
 //! |---------------------------------------------------------|---------------------------|

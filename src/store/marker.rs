@@ -1,7 +1,8 @@
-//! The marker of a backing: `.rearview/store.toml`, by which a replica is known wherever it is mounted.
+//! The marker of a backing: `.rearview/store.toml`, by which a replica is known wherever it is
+//! mounted.
 //!
-//! TOML, followed by one last line `# checksum <32 hex digits>`: the first half of the BLAKE3 hash of all
-//! that stands before it, so that a torn or edited marker is told apart from a whole one.
+//! TOML, followed by one last line `# checksum <32 hex digits>`: the first half of the BLAKE3 hash
+//! of all that stands before it, so that a torn or edited marker is told apart from a whole one.
 //! ```toml
 //! magic = "rearview-store"
 //! format = 1
@@ -25,8 +26,8 @@
 //! state = "ok"                # ok | stale | filling
 //! reason = ""                 # why it is stale
 //! ```
-//! A marker comes from a disk that anybody may have written: it is bounded, checked, and never trusted
-//! for more than it says.
+//! A marker comes from a disk that anybody may have written: it is bounded, checked, and never
+//! trusted for more than it says.
 
 use std::path::Path;
 
@@ -226,7 +227,8 @@ impl Marker {
         }
         if preamble.format > FORMAT {
             return Err(Error::Refused(format!(
-                "{} has the newer format {}; this program knows up to {FORMAT}: use a newer rearview",
+                "{} has the newer format {}; this program knows up to {FORMAT}: use a newer \
+                 rearview",
                 path.display(),
                 preamble.format
             )));

@@ -1,7 +1,8 @@
-//! A backing while a store is being opened: its path for people, its handle for work, and the files of
-//! its private directory.
+//! A backing while a store is being opened: its path for people, its handle for work, and the files
+//! of its private directory.
 //!
-//! Everything goes through [`Backing`], so a symlink planted in the private directory leads nowhere.
+//! Everything goes through [`Backing`], so a symlink planted in the private directory leads
+//! nowhere.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -184,8 +185,8 @@ impl Site {
         )
     }
 
-    /// The entries of a directory of the live tree, ordered by name. What is ours and a filesystem's
-    /// own `lost+found` are no part of the tree.
+    /// The entries of a directory of the live tree, ordered by name. What is ours and a
+    /// filesystem's own `lost+found` are no part of the tree.
     pub fn live_entries(&self, dir: &Handle, path: &RelPath) -> Result<Vec<DirEntry>> {
         let mut entries = self.backing.list(dir).context("list", self.at(path))?;
         if path.is_root() {
@@ -202,7 +203,8 @@ impl Site {
         Ok(entries)
     }
 
-    /// Whether `lost+found` is the one that mkfs made: root's own, closed to others, with nothing in it.
+    /// Whether `lost+found` is the one that mkfs made: root's own, closed to others, with nothing
+    /// in it.
     fn is_lost_found(&self, root: &Handle, name: &EntryName) -> bool {
         let Ok(stat) = self.backing.stat_at(root, name) else { return false };
         if stat.kind != Kind::Dir || stat.uid != 0 || stat.mode & 0o077 != 0 {

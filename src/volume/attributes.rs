@@ -155,6 +155,7 @@ impl Volume {
         caller: &Caller,
     ) -> Result<Stat> {
         let _cut = self.cut.read();
+        let entries = if changes.size == Some(0) { self.lock_parent(node)? } else { None };
         let mut state = node.lock();
         if let Some(size) = changes.size {
             if node.kind != Kind::File {
@@ -162,7 +163,7 @@ impl Volume {
             }
             self.open_state(node, &mut state)?;
             self.open_handles(node, &mut state, Access::ReadWrite)?;
-            self.truncate_locked(node, &mut state, size)?;
+            self.truncate_locked(node, &mut state, size, entries.as_ref())?;
             self.clear_privileges(node, &mut state, caller)?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {

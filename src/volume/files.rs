@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
+use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::history::ranges::ByteRange;
 use crate::history::{self, preserved_dir, preserved_name};
-use crate::replica::backing::{Access, Backing, Handle, Seek};
+use crate::replica::backing::{Access, Backing, Handle, RenameMode, Seek, SetTime};
 use crate::replica::{Handles, PrivateDir};
-use crate::types::{ContentId, EntryName, ReplicaId};
+use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use super::nodes::{Node, Open, State};
 use super::{Caller, Volume};
@@ -21,6 +22,12 @@ const ZERO_BYTES: usize = 1 << 20;
 /// A copy within a file system is done in steps of this size, so that none holds the locks for long.
 const COPY_BYTES_MAX: u64 = 64 << 20;
 
+/// A directory whose entries are locked.
+pub(super) struct LockedParent<'a> {
+    id: NodeId,
+    _entries: MutexGuard<'a, ()>,
+}
+
 impl Volume {
     /// Opens a file; `truncate` also empties it. Every open is ended by [`Volume::release`].
     pub fn open_file(
@@ -31,12 +38,13 @@ impl Volume {
         caller: &Caller,
     ) -> Result<()> {
         let _cut = self.cut.read();
+        let entries = if truncate { self.lock_parent(node)? } else { None };
         let mut state = node.lock();
         self.open_state(node, &mut state)?;
         let access = if writable || truncate { Access::ReadWrite } else { Access::Read };
         self.open_handles(node, &mut state, access)?;
         if truncate {
-            self.truncate_locked(node, &mut state, 0)?;
+            self.truncate_locked(node, &mut state, 0, entries.as_ref())?;
             self.clear_privileges(node, &mut state, caller)?;
         }
         let open = state.open.as_mut().expect("opened above");
@@ -266,14 +274,22 @@ impl Volume {
         Ok(())
     }
 
-    /// Sets a file's size. The caller holds the node's lock and opened the file for writing.
+    /// Locks the entries of the directory by which a file is reached, before the file itself.
+    pub(super) fn lock_parent(&self, node: &Arc<Node>) -> Result<Option<LockedParent<'_>>> {
+        let Some((parent, _)) = node.place(self.catalog())? else { return Ok(None) };
+        Ok(Some(LockedParent { id: parent, _entries: self.lock_dir(parent) }))
+    }
+
+    /// Sets a file's size. The caller locked its directory's entries if it is to be emptied, then the
+    /// node, and opened the file for writing.
     pub(super) fn truncate_locked(
         &self,
         node: &Arc<Node>,
         state: &mut State,
         size: u64,
+        entries: Option<&LockedParent<'_>>,
     ) -> Result<()> {
-        if size == 0 && self.move_aside(node, state)? {
+        if size == 0 && self.move_aside(node, state, entries)? {
             self.mark_unsealed(node, state, true);
             state.open.as_mut().expect("the caller opened the file").emptied = true;
             return Ok(());
@@ -287,8 +303,18 @@ impl Volume {
     }
 
     /// Empties a file without copying it: the old one is moved into `preserved/` and an empty one with
-    /// the same attributes takes its name, which is never missing. `false` where that cannot be done.
-    fn move_aside(&self, node: &Arc<Node>, state: &mut State) -> Result<bool> {
+    /// the same attributes takes its name, which is never missing. The directory's times stay, for no
+    /// program made an entry. `false` where that cannot be done.
+    fn move_aside(
+        &self,
+        node: &Arc<Node>,
+        state: &mut State,
+        entries: Option<&LockedParent<'_>>,
+    ) -> Result<bool> {
+        let Some(parent) = entries.map(|entries| entries.id) else { return Ok(false) };
+        if node.place(self.catalog())?.is_none_or(|(own, _)| own != parent) {
+            return Ok(false);
+        }
         let open = state.open.as_ref().expect("the caller opened the file");
         if state.orphan || open.sealed.content == ContentId::EMPTY || open.sealed.size == 0 {
             return Ok(false);
@@ -312,6 +338,7 @@ impl Volume {
         let tmp = replicas.private(PrivateDir::Tmp)?;
         let kept = replicas.private(preserved_dir(node.id))?;
         let kept_name = preserved_name(node.id, content);
+        let times = replicas.read("stat", |id, b| b.stat(dir.get(id)?))?;
         let made = replicas.apply("replace", |id, b| {
             let tmp = tmp.get(id)?;
             // A leftover of a mount that died here.
@@ -332,8 +359,9 @@ impl Volume {
                 &kept_name,
                 dir.get(id)?,
                 &name,
-                crate::replica::backing::RenameMode::Replace,
+                RenameMode::Replace,
             )?;
+            b.set_times(dir.get(id)?, SetTime::To(times.atime), SetTime::To(times.mtime))?;
             Ok(file)
         })?;
         state.stamp = self.nodes.next_stamp();
@@ -342,9 +370,6 @@ impl Volume {
         let open = state.open.as_mut().expect("as above");
         open.write = Some(Arc::new(Handles::from(made)));
         open.saved.insert(whole);
-        if let Some((parent, _)) = node.place(self.catalog())? {
-            self.mark_dir(parent);
-        }
         Ok(true)
     }
 
