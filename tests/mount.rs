@@ -331,7 +331,9 @@ fn a_stale_mount_is_cleared_and_the_store_recovers() {
     signal(store.daemon(), Signal::KILL);
     wait_until("the daemon is dead", 20, || daemon_of(&store.mnt).is_none());
     let dead = fs::read_dir(&store.mnt).expect_err("a dead mount is an error, not empty");
-    assert_eq!(Errno::from_io_error(&dead), Some(Errno::NOTCONN));
+    // The very first call may still see the connection break.
+    let errno = Errno::from_io_error(&dead);
+    assert!(matches!(errno, Some(Errno::NOTCONN | Errno::CONNABORTED)), "{dead}");
     store.mount().ok();
     assert_eq!(fs::read_to_string(store.path("late")).unwrap(), "written just before");
     assert_trees("live", &was, &read_tree(&store.path("work")));
