@@ -65,6 +65,8 @@ pub struct Found {
     pub stat: Stat,
     /// How long that holds.
     pub keep: Keep,
+    /// Tells a reused inode number of the past from its former bearer (FUSE's "generation").
+    pub incarnation: u64,
 }
 
 /// One line of a directory listing.
@@ -526,10 +528,11 @@ impl Wish {
 }
 
 fn found_live(stat: Stat) -> Found {
-    Found { stat, keep: Keep::WhileMounted }
+    // Node ids are never reused.
+    Found { stat, keep: Keep::WhileMounted, incarnation: 0 }
 }
 
 fn found_past(entry: crate::past::Entry) -> Found {
     let keep = if entry.lasting { Keep::Always } else { Keep::Never };
-    Found { stat: entry.stat, keep }
+    Found { stat: entry.stat, keep, incarnation: entry.incarnation }
 }

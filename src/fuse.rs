@@ -3,187 +3,48 @@
 //! Translates, never decides. A handler that panics answers `EIO` (an unanswered reply does so when
 //! dropped) and leaves its thread alive.
 
+mod convert;
+mod session;
+
 use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use fuser::{
-    BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, SessionACL, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use crate::error::{Error, Result};
-use crate::fs::{Fh, Filesystem, Found, Keep, Wish};
+use crate::fs::{Fh, Filesystem, Wish};
 use crate::past::Past;
-use crate::replica::backing::{Creds, RenameMode, Seek, SetTime, Stat};
-use crate::types::{EntryName, Kind, Timestamp};
-use crate::volume::{Caller, Changes, Newborn};
+use crate::replica::backing::{RenameMode, Seek};
+use crate::types::Kind;
+use crate::volume::{Changes, Newborn};
 
-/// The kernel keeps what cannot change for this long: longer than any mount.
-const TTL_ALWAYS: Duration = Duration::from_secs(10 * 365 * 86400);
-/// The live tree changes through this mount only, and the kernel notes its own changes.
-const TTL_MOUNTED: Duration = Duration::from_secs(86400);
+pub use session::{ServeOptions, Session, serve};
+
+use convert::{
+    TTL_MOUNTED, answer_empty, answer_entry, answer_xattr, attr, caller, errno, file_type, name,
+    negative, set_time, ttl,
+};
+
 /// Requests the kernel may have under way in the background; more than its default of 12, above
 /// which writeback is skipped as "congested".
 const MAX_BACKGROUND: u16 = 512;
 
-/// How the kernel's requests are served.
-#[derive(Clone, Copy, Debug)]
-pub struct ServeOptions {
-    /// Threads; at least two, since a snapshot flushes files by way of the mount.
-    pub threads: usize,
-}
-
-/// A mount that is being served.
-pub struct Session {
-    background: fuser::BackgroundSession,
-}
-
-/// Serves the mount of an opened `/dev/fuse`. When it returns, the kernel's handshake is done.
-pub fn serve(fs: Arc<Filesystem>, device: OwnedFd, options: &ServeOptions) -> Result<Session> {
-    let mut config = Config::default();
-    config.n_threads = Some(options.threads.max(2));
-    config.clone_fd = true;
-    // The kernel itself keeps other users out unless the mount allows them. The library's own check
-    // would refuse requests that the kernel makes on its own behalf.
-    config.acl = SessionACL::All;
-    let session = fuser::Session::from_fd(Fuse { fs }, device, SessionACL::All, config)
-        .and_then(fuser::Session::spawn)
-        .map_err(|error| Error::Refused(format!("the kernel's FUSE handshake failed: {error}")))?;
-    Ok(Session { background: session })
-}
-
-impl Session {
-    /// Waits until the filesystem is unmounted and every request is answered.
-    pub fn join(self) -> Result<()> {
-        self.background.join().map_err(Error::from_io)
-    }
-}
-
 struct Fuse {
     fs: Arc<Filesystem>,
-}
-
-fn errno(error: &Error) -> Errno {
-    match error {
-        Error::Posix(_) => {}
-        other => log::warn!("{other}"),
-    }
-    Errno::from_i32(error.to_errno().raw_os_error())
 }
 
 /// Runs a handler so that a panic costs one request, not the thread.
 fn guarded(handler: impl FnOnce()) {
     if catch_unwind(AssertUnwindSafe(handler)).is_err() {
         log::error!("a request failed by a bug of ours; it was answered with EIO");
-    }
-}
-
-fn caller(req: &Request, umask: u32) -> Caller {
-    let creds = Creds { uid: req.uid(), gid: req.gid(), umask: umask & 0o777 };
-    Caller { creds, pid: req.pid() }
-}
-
-fn name(name: &OsStr) -> Result<EntryName> {
-    Ok(EntryName::new(name.as_bytes())?)
-}
-
-fn ttl(keep: Keep) -> Duration {
-    match keep {
-        Keep::Always => TTL_ALWAYS,
-        Keep::WhileMounted => TTL_MOUNTED,
-        Keep::Never => Duration::ZERO,
-    }
-}
-
-fn file_type(kind: Kind) -> FileType {
-    match kind {
-        Kind::File => FileType::RegularFile,
-        Kind::Dir => FileType::Directory,
-        Kind::Symlink => FileType::Symlink,
-        Kind::Fifo => FileType::NamedPipe,
-        Kind::Socket => FileType::Socket,
-        Kind::CharDev => FileType::CharDevice,
-        Kind::BlockDev => FileType::BlockDevice,
-    }
-}
-
-fn attr(stat: &Stat) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(stat.ino),
-        size: stat.size,
-        blocks: stat.blocks,
-        atime: SystemTime::from(stat.atime),
-        mtime: SystemTime::from(stat.mtime),
-        ctime: SystemTime::from(stat.ctime),
-        crtime: SystemTime::from(stat.btime),
-        kind: file_type(stat.kind),
-        perm: (stat.mode & 0o7777) as u16,
-        nlink: stat.nlink,
-        uid: stat.uid,
-        gid: stat.gid,
-        // The kernel's encoding equals the low 32 bits of makedev's.
-        rdev: stat.rdev as u32,
-        blksize: 4096,
-        flags: 0,
-    }
-}
-
-/// The kernel keeps this as "there is no such name".
-fn negative() -> FileAttr {
-    let zero = Timestamp::default();
-    let mut attr = attr(&Stat {
-        kind: Kind::File,
-        mode: 0,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        nlink: 0,
-        size: 0,
-        blocks: 0,
-        ino: 0,
-        atime: zero,
-        mtime: zero,
-        ctime: zero,
-        btime: zero,
-    });
-    attr.ino = INodeNo(0);
-    attr
-}
-
-/// The time of a `setattr`. The library decodes a time before 1970 as if the nanoseconds counted
-/// backwards; this takes back what it did, so that the kernel's own numbers are used.
-fn set_time(time: Option<TimeOrNow>) -> Option<SetTime> {
-    Some(match time? {
-        TimeOrNow::Now => SetTime::Now,
-        TimeOrNow::SpecificTime(time) => match time.duration_since(SystemTime::UNIX_EPOCH) {
-            Ok(_) => SetTime::To(Timestamp::from(time)),
-            Err(before) => {
-                let before = before.duration();
-                let secs = -(before.as_secs() as i64);
-                SetTime::To(Timestamp { secs, nanos: before.subsec_nanos() })
-            }
-        },
-    })
-}
-
-fn answer_entry(reply: ReplyEntry, found: Result<Found>) {
-    match found {
-        Ok(found) => reply.entry(&ttl(found.keep), &attr(&found.stat), Generation(0)),
-        Err(error) => reply.error(errno(&error)),
-    }
-}
-
-fn answer_empty(reply: ReplyEmpty, outcome: Result<()>) {
-    match outcome {
-        Ok(()) => reply.ok(),
-        Err(error) => reply.error(errno(&error)),
     }
 }
 
@@ -574,7 +435,7 @@ impl fuser::Filesystem for Fuse {
                         OsStr::from_bytes(&line.name),
                         &ttl(found.keep),
                         &attr(&found.stat),
-                        Generation(0),
+                        Generation(found.incarnation),
                     );
                     if full {
                         if !dot {
@@ -724,15 +585,5 @@ impl fuser::Filesystem for Fuse {
                 Err(error) => reply.error(errno(&error)),
             }
         });
-    }
-}
-
-/// Answers the size where the caller asks for it, else the value if it fits.
-fn answer_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>>) {
-    match value {
-        Ok(value) if size == 0 => reply.size(value.len() as u32),
-        Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
-        Ok(value) => reply.data(&value),
-        Err(error) => reply.error(errno(&error)),
     }
 }

@@ -38,10 +38,13 @@ const BLOCK_BYTES: u64 = 4096;
 /// The most bytes of a before-image held in memory at once.
 const COPY_BYTES: u64 = 1 << 20;
 
+/// An extent map with the node's stamp at its making.
+type StampedMap = (u64, Arc<Extents>);
+
 /// The preserved contents and before-images of a mounted store.
 pub struct History {
     undo: UndoLog,
-    maps: Mutex<LruCache<(NodeId, ContentId), (u64, Arc<Extents>)>>,
+    maps: Mutex<LruCache<(NodeId, ContentId), StampedMap>>,
     reflink: bool,
 }
 

@@ -133,7 +133,7 @@ impl Volume {
         }));
         let volume = Arc::new(Volume {
             history,
-            nodes: Nodes::new(),
+            nodes: Nodes::with_root(),
             options,
             cut: RwLock::new(()),
             dirs: (0..DIR_STRIPES).map(|_| Mutex::new(())).collect(),

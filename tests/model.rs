@@ -4,7 +4,9 @@
 //! `MODEL_CASES` sets how many sequences are run (default: a few hundred).
 
 mod model {
+    pub mod compare;
     pub mod drive;
+    pub mod names;
     pub mod ops;
     pub mod reference;
 }

@@ -96,10 +96,7 @@ impl Volume {
     ) -> Result<T> {
         let node = match self.nodes.get(id) {
             Some(node) => Some(node),
-            None => match self.catalog().node(id)? {
-                Some(row) => Some(self.nodes.load(id, row.kind)),
-                None => None,
-            },
+            None => self.catalog().node(id)?.map(|row| self.nodes.load(id, row.kind)),
         };
         let outcome = {
             let state = node.as_ref().map(|node| node.lock());

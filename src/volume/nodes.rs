@@ -166,8 +166,8 @@ pub struct Nodes {
 }
 
 impl Nodes {
-    /// The table with the root in it.
-    pub fn new() -> Nodes {
+    /// The table with the root in it, which is never dropped.
+    pub fn with_root() -> Nodes {
         let nodes = Nodes {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             stamps: AtomicU64::new(1),

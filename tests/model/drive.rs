@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -11,42 +10,42 @@ use rearviewfs::error::Error;
 use rearviewfs::fs::{Fh, Filesystem, FsOptions, SnapDir, Wish};
 use rearviewfs::history::History;
 use rearviewfs::progress::Progress;
-use rearviewfs::replica::backing::{Creds, RenameMode, SetTime};
+use rearviewfs::replica::backing::{Creds, SetTime};
 use rearviewfs::store::{self, OpenOptions};
-use rearviewfs::types::{EntryName, Generation, Kind, NodeId, Timestamp};
+use rearviewfs::types::{EntryName, Generation, Kind, Timestamp};
 use rearviewfs::volume::{Caller, Changes, Newborn, Volume, VolumeOptions};
 
 use super::ops::Op;
-use super::reference::{Body, Dump, Reference, Shown};
+use super::reference::{Body, Dump, Reference};
 
-type Outcome<T = ()> = Result<T, String>;
+pub type Outcome<T = ()> = Result<T, String>;
 
 const READ_WRITE: Wish = Wish { readable: true, writable: true, truncate: false };
 
 /// A remembered moment with what it must show for ever.
-struct Moment {
-    generation: Generation,
-    dump: Dump,
+pub struct Moment {
+    pub generation: Generation,
+    pub dump: Dump,
 }
 
 /// The filesystem under test beside its reference.
 pub struct Driver {
     dir: tempfile::TempDir,
     fs: Option<Arc<Filesystem>>,
-    reference: Reference,
+    pub(super) reference: Reference,
     handles: Vec<(Fh, usize)>,
-    snapshots: BTreeMap<String, Dump>,
-    moments: Vec<Moment>,
+    pub(super) snapshots: BTreeMap<String, Dump>,
+    pub(super) moments: Vec<Moment>,
     names: usize,
 }
 
-fn caller() -> Caller {
+pub(super) fn caller() -> Caller {
     let uid = rustix::process::geteuid().as_raw();
     let gid = rustix::process::getegid().as_raw();
     Caller { creds: Creds { uid, gid, umask: 0 }, pid: std::process::id() }
 }
 
-fn entry(name: &str) -> EntryName {
+pub(super) fn entry(name: &str) -> EntryName {
     EntryName::new(name).expect("a plain name")
 }
 
@@ -55,7 +54,7 @@ fn text(number: u8) -> String {
     if number == 5 { "\u{e4} name\n".to_string() } else { format!("n{number}") }
 }
 
-fn fail<T>(what: &str) -> impl FnOnce(Error) -> Outcome<T> + '_ {
+pub(super) fn fail<T>(what: &str) -> impl FnOnce(Error) -> Outcome<T> + '_ {
     move |error| Err(format!("{what}: {error}"))
 }
 
@@ -105,32 +104,32 @@ impl Driver {
         vec![self.dir.path().join("a"), self.dir.path().join("b")]
     }
 
-    fn fs(&self) -> &Filesystem {
+    pub(super) fn fs(&self) -> &Filesystem {
         self.fs.as_ref().expect("mounted")
     }
 
-    fn catalog(&self) -> &Catalog {
+    pub(super) fn catalog(&self) -> &Catalog {
         self.fs().volume().catalog()
     }
 
-    fn ino(&self, node: usize) -> u64 {
+    pub(super) fn ino(&self, node: usize) -> u64 {
         self.reference.nodes[node].ino
     }
 
-    fn pick(&self, from: &[usize], index: usize) -> Option<usize> {
+    pub(super) fn pick(&self, from: &[usize], index: usize) -> Option<usize> {
         if from.is_empty() { None } else { Some(from[index % from.len()]) }
     }
 
-    fn dir(&self, index: usize) -> usize {
+    pub(super) fn dir(&self, index: usize) -> usize {
         let dirs = self.reference.dirs();
         dirs[index % dirs.len()]
     }
 
-    fn child(&self, dir: usize, name: &str) -> Option<usize> {
+    pub(super) fn child(&self, dir: usize, name: &str) -> Option<usize> {
         self.reference.entries(dir).get(name).copied()
     }
 
-    fn is_dir(&self, node: usize) -> bool {
+    pub(super) fn is_dir(&self, node: usize) -> bool {
         matches!(self.reference.nodes[node].now.body, Body::Dir(_))
     }
 
@@ -387,126 +386,6 @@ impl Driver {
         Ok(())
     }
 
-    fn unlink(&mut self, dir: usize, name: &str) -> Outcome {
-        let dir = self.dir(dir);
-        let answer = self.fs().unlink(self.ino(dir), &entry(name));
-        match self.child(dir, name) {
-            None if answer.as_ref().is_err_and(|e| e.is(rustix::io::Errno::NOENT)) => Ok(()),
-            Some(node) if self.is_dir(node) => match answer {
-                Err(error) if error.is(rustix::io::Errno::ISDIR) => Ok(()),
-                other => Err(format!("unlink of a directory answered {other:?}")),
-            },
-            Some(node) => {
-                answer.or_else(fail("unlink"))?;
-                self.lost_name(dir, name, node);
-                Ok(())
-            }
-            None => Err(format!("unlink of nothing answered {answer:?}")),
-        }
-    }
-
-    fn lost_name(&mut self, dir: usize, name: &str, node: usize) {
-        self.reference.leave(dir, name);
-        self.reference.nodes[node].links -= 1;
-    }
-
-    fn rmdir(&mut self, dir: usize, name: &str) -> Outcome {
-        let dir = self.dir(dir);
-        let answer = self.fs().rmdir(self.ino(dir), &entry(name));
-        match self.child(dir, name) {
-            Some(node) if self.is_dir(node) && self.reference.entries(node).is_empty() => {
-                answer.or_else(fail("rmdir"))?;
-                self.reference.leave(dir, name);
-                Ok(())
-            }
-            _ if answer.is_err() => Ok(()),
-            _ => Err("rmdir removed what it must not".into()),
-        }
-    }
-
-    fn rename(&mut self, from: (usize, &str), to: (usize, &str), mode: u8) -> Outcome {
-        let (dir, to_dir) = (self.dir(from.0), self.dir(to.0));
-        let mode = match mode {
-            0 => RenameMode::NoReplace,
-            1 => RenameMode::Exchange,
-            _ => RenameMode::Replace,
-        };
-        let source = self.child(dir, from.1);
-        let target = self.child(to_dir, to.1);
-        let loops = |node: Option<usize>, into: usize| {
-            node.is_some_and(|node| self.is_dir(node) && self.reference.contains(node, into))
-        };
-        // The kernel refuses these before it asks the filesystem.
-        if loops(source, to_dir) || loops(target, dir) {
-            return Ok(());
-        }
-        let kinds = (source.map(|n| self.is_dir(n)), target.map(|n| self.is_dir(n)));
-        if mode == RenameMode::Replace && matches!(kinds, (Some(a), Some(b)) if a != b) {
-            return Ok(());
-        }
-        let answer =
-            self.fs().rename(self.ino(dir), &entry(from.1), self.ino(to_dir), &entry(to.1), mode);
-        match (source, target, mode) {
-            (None, ..) | (_, Some(_), RenameMode::NoReplace) | (_, None, RenameMode::Exchange) => {
-                if answer.is_ok() {
-                    Err("a rename that must fail succeeded".into())
-                } else {
-                    Ok(())
-                }
-            }
-            (Some(source), Some(target), RenameMode::Replace)
-                if target != source
-                    && self.is_dir(target)
-                    && !self.reference.entries(target).is_empty() =>
-            {
-                if answer.is_ok() {
-                    Err("a full directory was replaced".into())
-                } else {
-                    Ok(())
-                }
-            }
-            (Some(source), target, mode) => {
-                answer.or_else(fail("rename"))?;
-                self.renamed((dir, from.1, source), (to_dir, to.1, target), mode);
-                Ok(())
-            }
-        }
-    }
-
-    fn renamed(
-        &mut self,
-        (dir, name, source): (usize, &str, usize),
-        (to_dir, to_name, target): (usize, &str, Option<usize>),
-        mode: RenameMode,
-    ) {
-        if target == Some(source) {
-            return;
-        }
-        self.reference.leave(dir, name);
-        if let Some(target) = target {
-            self.reference.leave(to_dir, to_name);
-            if mode == RenameMode::Exchange {
-                self.reference.enter(dir, name, target);
-            } else {
-                self.reference.nodes[target].links -= 1;
-            }
-        }
-        self.reference.enter(to_dir, to_name, source);
-    }
-
-    fn link(&mut self, file: usize, dir: usize, name: &str) -> Outcome {
-        let Some(node) = self.pick(&self.reference.files(), file) else { return Ok(()) };
-        let dir = self.dir(dir);
-        let answer = self.fs().link(self.ino(node), self.ino(dir), &entry(name));
-        if self.child(dir, name).is_some() {
-            return if answer.is_ok() { Err("a link over a name".into()) } else { Ok(()) };
-        }
-        answer.or_else(fail("link"))?;
-        self.reference.enter(dir, name, node);
-        self.reference.nodes[node].links += 1;
-        Ok(())
-    }
-
     fn attribute(&mut self, op: &Op) -> Outcome {
         let (Op::Chmod { node, .. }
         | Op::SetXattr { node, .. }
@@ -627,195 +506,5 @@ impl Driver {
         self.fs = Some(open(&paths[1..]));
         self.compare().map_err(|error| format!("with the second replica alone: {error}"))?;
         self.fs.take().expect("mounted").volume().close().or_else(fail("close"))
-    }
-
-    fn compare(&mut self) -> Outcome {
-        let live = self.dump(1)?;
-        differ("the live tree", &self.reference.dump(false), &live)?;
-        let door = self.fs().lookup(1, &entry(".snapshots")).or_else(fail("the snapshots"))?;
-        for (name, expected) in &self.snapshots {
-            let root = self
-                .fs()
-                .lookup(door.stat.ino, &entry(name))
-                .or_else(fail(&format!("snapshot {name}")))?;
-            let shown = self.dump(root.stat.ino)?;
-            differ(&format!("snapshot {name}"), expected, &shown)?;
-        }
-        for moment in &self.moments {
-            let shown = self.dump_moment(moment.generation)?;
-            differ(&format!("instant {:?}", moment.generation), &moment.dump, &shown)?;
-        }
-        Ok(())
-    }
-
-    /// The tree below an inode, as the filesystem shows it.
-    fn dump(&self, root: u64) -> Outcome<Dump> {
-        let mut dump = Dump::new();
-        let mut first = BTreeMap::new();
-        self.dump_dir(root, "", &mut dump, &mut first)?;
-        Ok(dump)
-    }
-
-    fn dump_dir(
-        &self,
-        dir: u64,
-        path: &str,
-        dump: &mut Dump,
-        first: &mut BTreeMap<u64, String>,
-    ) -> Outcome {
-        let fs = self.fs();
-        let fh = fs.open_dir(dir).or_else(fail("opendir"))?;
-        let lines = fs.list(dir, fh, true).or_else(fail("readdir"))?;
-        fs.release_dir(fh);
-        let mut lines: Vec<_> = lines.iter().skip(2).collect();
-        lines.sort_by(|a, b| a.name.cmp(&b.name));
-        for line in lines {
-            let name = String::from_utf8(line.name.clone()).expect("our names are UTF-8");
-            let path = format!("{path}/{name}");
-            let found =
-                fs.lookup(dir, &entry(&name)).or_else(fail(&format!("lookup of {path:?}")))?;
-            let stat = found.stat;
-            if stat.ino != line.ino || stat.kind != line.kind {
-                return Err(format!("{path:?}: listing and lookup disagree"));
-            }
-            fs.forget(stat.ino, 1);
-            let (kind, content) = match stat.kind {
-                Kind::File => ('f', self.read_file(stat.ino, stat.size)?),
-                Kind::Dir => ('d', Vec::new()),
-                Kind::Symlink => ('l', fs.readlink(stat.ino).or_else(fail("readlink"))?),
-                _ => ('p', Vec::new()),
-            };
-            let xattrs = fs.xattrs(stat.ino).or_else(fail("xattrs"))?;
-            let first_link = first.entry(stat.ino).or_insert_with(|| path.clone()).clone();
-            dump.insert(
-                path.clone(),
-                Shown {
-                    kind,
-                    content,
-                    mode: stat.mode,
-                    xattrs: user_xattrs(&xattrs),
-                    links: if kind == 'd' { 0 } else { stat.nlink },
-                    mtime: Some(stat.mtime.secs),
-                    first_link,
-                },
-            );
-            if kind == 'd' {
-                self.dump_dir(stat.ino, &path, dump, first)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn read_file(&self, ino: u64, size: u64) -> Outcome<Vec<u8>> {
-        let fs = self.fs();
-        let wish = Wish { readable: true, writable: false, truncate: false };
-        let fh = fs.open(ino, wish, &caller()).or_else(fail("open for reading"))?;
-        let mut bytes = vec![0; size as usize + 10];
-        let got = fs.read(ino, fh, 0, &mut bytes).or_else(fail("read"))?;
-        fs.release(fh).or_else(fail("release"))?;
-        bytes.truncate(got);
-        Ok(bytes)
-    }
-
-    /// The tree at a generation, from the catalog and the contents.
-    fn dump_moment(&self, at: Generation) -> Outcome<Dump> {
-        let mut dump = Dump::new();
-        let mut first = BTreeMap::new();
-        self.dump_moment_dir(at, NodeId::ROOT, "", &mut dump, &mut first)?;
-        Ok(dump)
-    }
-
-    fn dump_moment_dir(
-        &self,
-        at: Generation,
-        dir: NodeId,
-        path: &str,
-        dump: &mut Dump,
-        first: &mut BTreeMap<NodeId, String>,
-    ) -> Outcome {
-        for line in self.catalog().list_at(at, dir).or_else(fail("list_at"))? {
-            let name = String::from_utf8(line.name.as_bytes().to_vec()).expect("UTF-8");
-            let path = format!("{path}/{name}");
-            let row = self
-                .catalog()
-                .lookup_at(at, dir, &line.name)
-                .or_else(fail("lookup_at"))?
-                .ok_or_else(|| format!("{path:?} is listed but not found"))?;
-            let (kind, content) = match row.kind {
-                Kind::File => {
-                    let mut bytes = vec![0; row.size as usize];
-                    let volume = self.fs().volume();
-                    let got = volume
-                        .read_content(row.id, row.content, 0, &mut bytes)
-                        .or_else(fail(&format!("content of {path:?}")))?;
-                    bytes.truncate(got);
-                    ('f', bytes)
-                }
-                Kind::Dir => ('d', Vec::new()),
-                Kind::Symlink => {
-                    let target = self.catalog().symlink_target(row.id).or_else(fail("target"))?;
-                    ('l', target.unwrap_or_default())
-                }
-                _ => ('p', Vec::new()),
-            };
-            let xattrs = self.catalog().xattrs(row.xattrs).or_else(fail("xattrs"))?;
-            let links = self.catalog().links_at(at, row.id).or_else(fail("links_at"))?;
-            let first_link = first.entry(row.id).or_insert_with(|| path.clone()).clone();
-            dump.insert(
-                path.clone(),
-                Shown {
-                    kind,
-                    content,
-                    mode: row.mode,
-                    xattrs: user_xattrs(&xattrs),
-                    links: if kind == 'd' { 0 } else { links },
-                    mtime: Some(row.mtime.secs),
-                    first_link,
-                },
-            );
-            if kind == 'd' {
-                self.dump_moment_dir(at, row.id, &path, dump, first)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-fn user_xattrs(all: &rearviewfs::types::Xattrs) -> BTreeMap<String, Vec<u8>> {
-    all.0
-        .iter()
-        .filter(|(name, _)| name.starts_with(b"user."))
-        .map(|(name, value)| {
-            (OsStr::from_bytes(name).to_string_lossy().into_owned(), value.clone())
-        })
-        .collect()
-}
-
-/// Compares two trees; the reference's unknown times are not compared.
-fn differ(what: &str, expected: &Dump, shown: &Dump) -> Outcome {
-    for (path, want) in expected {
-        let Some(have) = shown.get(path) else {
-            return Err(format!("{what}: {path:?} is missing"));
-        };
-        let mut have = have.clone();
-        if want.mtime.is_none() {
-            have.mtime = None;
-        }
-        if &have != want {
-            let at = want.content.iter().zip(&have.content).position(|(a, b)| a != b);
-            let brief = |shown: &Shown| Shown { content: Vec::new(), ..shown.clone() };
-            return Err(format!(
-                "{what}: {path:?} differs (first differing byte {at:?}, sizes {} and {})\n\
-                 expected {:?}\nshown    {:?}",
-                want.content.len(),
-                have.content.len(),
-                brief(want),
-                brief(&have)
-            ));
-        }
-    }
-    match shown.keys().find(|path| !expected.contains_key(*path)) {
-        Some(path) => Err(format!("{what}: {path:?} is too much")),
-        None => Ok(()),
     }
 }
