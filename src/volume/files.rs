@@ -354,13 +354,7 @@ impl Volume {
             // After the rename: recovery finds the preserved file and an empty live one.
             let _ = b.unlink(kept.get(id)?, &kept_name);
             b.link(dir.get(id)?, &name, kept.get(id)?, &kept_name)?;
-            b.rename(
-                tmp,
-                &kept_name,
-                dir.get(id)?,
-                &name,
-                RenameMode::Replace,
-            )?;
+            b.rename(tmp, &kept_name, dir.get(id)?, &name, RenameMode::Replace)?;
             b.set_times(dir.get(id)?, SetTime::To(times.atime), SetTime::To(times.mtime))?;
             Ok(file)
         })?;
