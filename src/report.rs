@@ -134,9 +134,9 @@ pub struct DifferenceReport {
 /// The differences between two moments.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiffReport {
-    /// The first moment.
+    /// The earlier moment.
     pub from: MomentReport,
-    /// The second moment.
+    /// The later moment.
     pub to: MomentReport,
     /// What differs, by path.
     pub differences: Vec<DifferenceReport>,
@@ -342,17 +342,11 @@ pub fn nearest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'
     scored.into_iter().take(NEAREST_MAX).map(|(_, name)| name).collect()
 }
 
-/// The differences from moment `a` to moment `b` below `under`. If `b` is the older one, what was
-/// added since is shown as removed.
+/// The differences between two moments below `under`, told from the earlier to the later, whichever
+/// was named first.
 pub fn diff(catalog: &Catalog, a: &Moment, b: &Moment, under: &RelPath) -> Result<DiffReport> {
-    let differences = if a.generation <= b.generation {
-        catalog.diff(a.generation, b.generation, under)?
-    } else {
-        let forward = catalog.diff(b.generation, a.generation, under)?;
-        let mut back: Vec<Difference> = forward.into_iter().map(reverse).collect();
-        back.sort_by(|a, b| a.path.cmp(&b.path));
-        back
-    };
+    let (from, to) = if a.generation <= b.generation { (a, b) } else { (b, a) };
+    let differences = catalog.diff(from.generation, to.generation, under)?;
     let report = |difference: &Difference| DifferenceReport {
         change: difference.kind,
         kind: difference.node_kind,
@@ -360,25 +354,10 @@ pub fn diff(catalog: &Catalog, a: &Moment, b: &Moment, under: &RelPath) -> Resul
         to: difference.to.as_ref().map(PathText::from),
     };
     Ok(DiffReport {
-        from: a.into(),
-        to: b.into(),
+        from: from.into(),
+        to: to.into(),
         differences: differences.iter().map(report).collect(),
     })
-}
-
-/// The same difference seen from the other side.
-fn reverse(difference: Difference) -> Difference {
-    let Difference { kind, node_kind, path, to } = difference;
-    let kind = match kind {
-        DiffKind::Added => DiffKind::Removed,
-        DiffKind::Removed => DiffKind::Added,
-        DiffKind::Modified => DiffKind::Modified,
-        DiffKind::Renamed => DiffKind::Renamed,
-    };
-    match to {
-        Some(to) => Difference { kind, node_kind, path: to, to: Some(path) },
-        None => Difference { kind, node_kind, path, to: None },
-    }
 }
 
 /// All snapshots, oldest first.
@@ -402,21 +381,6 @@ mod tests {
         assert_eq!(PathText::new(b"a\xff").path_bytes.as_deref(), Some("61ff"));
         assert_eq!(from_hex("6"), None);
         assert_eq!(from_hex("zz"), None);
-    }
-
-    #[test]
-    fn backwards_what_was_added_is_removed() {
-        let path = |text: &str| RelPath::parse(text).unwrap();
-        let difference = |kind, at: &str, to: Option<&str>| Difference {
-            kind,
-            node_kind: Kind::File,
-            path: path(at),
-            to: to.map(path),
-        };
-        let added = difference(DiffKind::Added, "x", None);
-        assert_eq!(reverse(added), difference(DiffKind::Removed, "x", None));
-        let renamed = difference(DiffKind::Renamed, "x", Some("y"));
-        assert_eq!(reverse(renamed), difference(DiffKind::Renamed, "y", Some("x")));
     }
 
     #[test]
