@@ -202,7 +202,7 @@ pub enum SnapshotCommand {
     /// Make a snapshot of now, or of an earlier moment
     #[command(after_help = SNAPSHOT_EXAMPLES)]
     Create {
-        /// [PATH] [NAME]; without a name the snapshot is called by its time in UTC
+        /// A PATH if not the current directory, and a NAME; without a name the snapshot is called by its time in UTC
         #[arg(num_args = 0..=2, value_name = "PATH|NAME")]
         words: Vec<OsString>,
         /// The moment: 2h, yesterday, 2026-11-22 19:30, @1795375800, or a snapshot
@@ -228,7 +228,7 @@ pub enum SnapshotCommand {
     /// Forget snapshots; what only they show may go when space is needed
     #[command(visible_alias = "rm", after_help = "Example:\n  rearview snapshot delete monday")]
     Delete {
-        /// [PATH] NAME...
+        /// A PATH if not the current directory, then NAME...
         #[arg(required = true, num_args = 1.., value_name = "PATH|NAME")]
         words: Vec<OsString>,
         /// Print JSON
@@ -241,7 +241,7 @@ pub enum SnapshotCommand {
         after_help = "Example:\n  rearview snapshot rename monday start"
     )]
     Rename {
-        /// [PATH] FROM TO
+        /// A PATH if not the current directory, then FROM TO
         #[arg(required = true, num_args = 2..=3, value_name = "PATH|NAME")]
         words: Vec<OsString>,
         /// Print JSON
@@ -251,7 +251,7 @@ pub enum SnapshotCommand {
     /// Keep snapshots from being deleted
     #[command(after_help = "Example:\n  rearview snapshot hold before-cleanup")]
     Hold {
-        /// [PATH] NAME...
+        /// A PATH if not the current directory, then NAME...
         #[arg(required = true, num_args = 1.., value_name = "PATH|NAME")]
         words: Vec<OsString>,
         /// Print JSON
@@ -261,7 +261,7 @@ pub enum SnapshotCommand {
     /// Let held snapshots be deleted again
     #[command(after_help = "Example:\n  rearview snapshot release before-cleanup")]
     Release {
-        /// [PATH] NAME...
+        /// A PATH if not the current directory, then NAME...
         #[arg(required = true, num_args = 1.., value_name = "PATH|NAME")]
         words: Vec<OsString>,
         /// Print JSON
