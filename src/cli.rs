@@ -202,7 +202,7 @@ pub enum SnapshotCommand {
     /// Make a snapshot of now, or of an earlier moment
     #[command(after_help = SNAPSHOT_EXAMPLES)]
     Create {
-        /// A PATH if not the current directory, and a NAME; without a name the snapshot is called by its time in UTC
+        /// A PATH if not the current directory, and a NAME; without one it is called by its UTC time
         #[arg(num_args = 0..=2, value_name = "PATH|NAME")]
         words: Vec<OsString>,
         /// The moment: 2h, yesterday, 2026-11-22 19:30, @1795375800, or a snapshot
@@ -285,7 +285,7 @@ pub struct LogArgs {
 pub struct DiffArgs {
     /// A snapshot, 'now', or a time
     pub a: String,
-    /// [B] [PATH]: the second moment (default: now), and below which path to look
+    /// B and PATH, both optional: the second moment (default: now), and below which path to look
     #[arg(num_args = 0..=2, value_name = "B|PATH")]
     pub rest: Vec<OsString>,
     /// Print JSON
