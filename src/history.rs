@@ -138,6 +138,8 @@ impl History {
         let dir = replicas.private(preserved_dir(node))?;
         let name = preserved_name(node, content);
         replicas.apply("clone", |id, b| {
+            // A leftover of a mount that died before its overwrite holds the same bytes.
+            let _ = b.unlink(dir.get(id)?, &name);
             let clone = b.create(dir.get(id)?, &name, 0o600, OWN)?;
             b.clone_file(file.get(id)?, &clone)?;
             b.sync(&clone, true)

@@ -1,7 +1,8 @@
 //! The model test: random operations on the filesystem and on an in-memory reference; then the live
 //! tree, every snapshot, every remembered instant and both replicas are compared with it.
 //!
-//! `MODEL_CASES` sets how many sequences are run (default: a few hundred).
+//! `MODEL_CASES` sets how many sequences are run (default: 200), `MODEL_DIR` on which filesystem the
+//! backings lie: on one that can share blocks contents are preserved by cloning.
 
 mod model {
     pub mod compare;

@@ -99,6 +99,22 @@ fn hard_links_are_one_file() {
     store.finish();
 }
 
+/// pjdfstest cannot ask libc for the limit on a FUSE mount and skips this: ext4 allows 65,000 links.
+#[test]
+fn links_are_refused_at_the_backings_limit() {
+    let disks = [common::disk::LoopFs::ext4(96), common::disk::LoopFs::ext4(96)];
+    let backings = disks.iter().map(|disk| disk.root().join("backing")).collect();
+    let store = Mounted::over(backings);
+    fs::write(store.path("file"), "one").unwrap();
+    for number in 1..65_000 {
+        fs::hard_link(store.path("file"), store.path(&format!("link{number}"))).unwrap();
+    }
+    let refused = fs::hard_link(store.path("file"), store.path("one-more")).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(Errno::MLINK.raw_os_error()));
+    assert_eq!(fs::metadata(store.path("file")).unwrap().nlink(), 65_000);
+    store.finish();
+}
+
 #[test]
 fn inode_numbers_survive_rename_and_remount() {
     let mut store = Mounted::new();

@@ -8,6 +8,7 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -28,6 +29,7 @@ const LOG_NAME: &str = "log";
 /// is ready. Signals are passed on to it meanwhile.
 pub fn start(arguments: &[OsString]) -> Result<DaemonInfo> {
     let mut child = Command::new("/proc/self/exe")
+        .arg0("rearview")
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

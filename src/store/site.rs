@@ -11,7 +11,9 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use crate::error::{IoContext, Result};
-use crate::replica::backing::{Access, Backing, Creds, DirEntry, Handle, RenameMode, Stat};
+use crate::replica::backing::{
+    Access, Backing, Creds, DirEntry, Handle, RenameMode, SetTime, Stat,
+};
 use crate::types::{EntryName, Kind, PRIVATE_DIR, RelPath, Xattrs};
 
 /// Directories of the private directory, made with it.
@@ -128,14 +130,30 @@ impl Site {
 
     /// Makes the private directory and those in it, where they are missing.
     pub fn make_private(&self) -> Result<()> {
+        self.keeping_root_times(|root| self.make_private_in(root))
+    }
+
+    /// Does `f` with the root, whose times then are what they were: what we make for ourselves is no
+    /// change of the user's tree.
+    fn keeping_root_times(&self, f: impl FnOnce(&Handle) -> Result<()>) -> Result<()> {
         let root = self.dir(&RelPath::root())?;
-        self.make_dir(&root, PRIVATE_DIR, &self.path)?;
+        let before = self.backing.stat(&root).context("look at", &self.path)?;
+        let outcome = f(&root);
+        let (atime, mtime) = (SetTime::To(before.atime), SetTime::To(before.mtime));
+        if let Err(error) = self.backing.set_times(&root, atime, mtime) {
+            log::debug!("cannot restore the times of {}: {error}", self.path.display());
+        }
+        outcome
+    }
+
+    fn make_private_in(&self, root: &Handle) -> Result<()> {
+        self.make_dir(root, PRIVATE_DIR, &self.path)?;
         let dir = self.dir(&private(""))?;
         for name in PRIVATE_DIRS {
             self.make_dir(&dir, name, &self.path.join(PRIVATE_DIR))?;
         }
         self.backing.sync(&dir, false).context("sync", self.private_path(""))?;
-        self.backing.sync(&root, false).context("sync", &self.path)
+        self.backing.sync(root, false).context("sync", &self.path)
     }
 
     fn make_dir(&self, parent: &Handle, name: &str, parent_path: &Path) -> Result<()> {
@@ -150,15 +168,18 @@ impl Site {
     /// Tries what a store needs of the backing's filesystem: renames between the private directory
     /// and the tree, symlinks; and warns where it has no extended attributes.
     pub fn probe(&self) -> Result<()> {
-        let root = self.dir(&RelPath::root())?;
+        self.keeping_root_times(|root| self.probe_in(root))
+    }
+
+    fn probe_in(&self, root: &Handle) -> Result<()> {
         let tmp = self.dir(&private("tmp"))?;
         let name = own_name(PROBE);
         let clear = || {
             let _ = self.backing.unlink(&tmp, &name);
-            let _ = self.backing.unlink(&root, &name);
+            let _ = self.backing.unlink(root, &name);
         };
         clear();
-        let result = self.try_needs(&root, &tmp, &name);
+        let result = self.try_needs(root, &tmp, &name);
         clear();
         result
     }

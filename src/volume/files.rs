@@ -262,11 +262,16 @@ impl Volume {
         let handles = open.write.clone().expect("the caller opened the file");
         let replicas = self.replicas();
         state.stamp = self.nodes.next_stamp();
-        if untouched && self.history.clone_whole(replicas, self.catalog(), of, &handles)? {
+        // An orphan is itself the file under which its last content is preserved.
+        let cloned = untouched
+            && !state.orphan
+            && self.history.clone_whole(replicas, self.catalog(), of, &handles)?;
+        if cloned {
             let open = state.open.as_mut().expect("as above");
             open.saved.insert(whole);
             return Ok(());
         }
+        replicas.ensure_room(missing.iter().map(|part| part.end - part.start).sum())?;
         for part in missing {
             self.history.before_overwrite(replicas, self.catalog(), of, &handles, part)?;
             state.open.as_mut().expect("as above").saved.insert(part);

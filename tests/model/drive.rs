@@ -85,7 +85,12 @@ fn pattern(fill: u8, length: usize) -> Vec<u8> {
 
 impl Driver {
     pub fn new() -> Driver {
-        let base = if std::path::Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" };
+        let shm = std::path::Path::new("/dev/shm");
+        let base = match std::env::var_os("MODEL_DIR") {
+            Some(base) => PathBuf::from(base),
+            None if shm.is_dir() => shm.to_path_buf(),
+            None => std::env::temp_dir(),
+        };
         let dir = tempfile::Builder::new().prefix("rv-model").tempdir_in(base).expect("a folder");
         let mut driver = Driver {
             dir,
