@@ -147,19 +147,20 @@ fn five_snapshots_of_20_000_real_files_equal_plain_copies() {
         fs::remove_dir_all(&copy).unwrap();
         live_on(&live, &mut lottery);
     }
-    let check = |store: &Mounted| {
-        for (round, copy) in copies.iter().enumerate() {
-            let name = format!("s{}", round + 1);
-            assert_trees(&name, copy, &read_tree(&store.past(&name).join("tree")));
+    // Reading one snapshot takes a while: all of them once, after a remount; samples otherwise.
+    let check = |store: &Mounted, rounds: &[usize]| {
+        for round in rounds {
+            let name = format!("s{round}");
+            assert_trees(&name, &copies[round - 1], &read_tree(&store.past(&name).join("tree")));
         }
     };
-    check(&store);
+    check(&store, &[1, 5]);
     store.remount();
-    check(&store);
+    check(&store, &[1, 2, 3, 4, 5]);
     store.unmount();
     store.assert_replicas_identical();
     let last = store.backings[1].clone();
     store.mount_only(&[last]).ok();
-    check(&store);
+    check(&store, &[2]);
     store.unmount();
 }
