@@ -1,13 +1,14 @@
 //! The catalog: what every path was at every moment.
 //!
 //! One SQLite database, the same on every replica. Changes are pushed in the order of history, each
-//! push gets the next [`Generation`], and a committer thread writes them in batches to every replica's
-//! database. What is pushed but not yet committed is held in an overlay, so that queries of the live tree
-//! see it at once; queries of the past wait for the commit of the generation that they ask for.
+//! push gets the next [`Generation`], and a committer thread writes them in batches to every
+//! replica's database. What is pushed but not yet committed is held in an overlay, so that queries
+//! of the live tree see it at once; queries of the past wait for the commit of the generation that
+//! they ask for.
 //!
-//! **Bursts.** While the batch that holds a node's newest state is still open, a newer state of the same
-//! node with the same content replaces it and keeps its `born`: nobody has seen the one in between, for
-//! whoever looks at a generation first closes the batch ([`Catalog::freeze`]).
+//! **Bursts.** While the batch that holds a node's newest state is still open, a newer state of the
+//! same node with the same content replaces it and keeps its `born`: nobody has seen the one in
+//! between, for whoever looks at a generation first closes the batch ([`Catalog::freeze`]).
 //!
 //! The catalog never touches live files, preserved files or packs.
 
@@ -209,9 +210,9 @@ pub struct NameInterval {
     pub died: Option<Generation>,
 }
 
-/// Where the bytes of a content are: the before-images of it and of later contents of the same node,
-/// oldest content first, and the first whole content at or after it. For each byte the first place that
-/// has it counts; what none has is in the live file.
+/// Where the bytes of a content are: the before-images of it and of later contents of the same
+/// node, oldest content first, and the first whole content at or after it. For each byte the first
+/// place that has it counts; what none has is in the live file.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Sources {
     /// Before-images, ordered by (content, offset); none later than `whole`.

@@ -202,7 +202,8 @@ pub enum SnapshotCommand {
     /// Make a snapshot of now, or of an earlier moment
     #[command(after_help = SNAPSHOT_EXAMPLES)]
     Create {
-        /// A PATH if not the current directory, and a NAME; without one it is called by its UTC time
+        /// A PATH if not the current directory, and a NAME; without one it is called by its UTC
+        /// time
         #[arg(num_args = 0..=2, value_name = "PATH|NAME")]
         words: Vec<OsString>,
         /// The moment: 2h, yesterday, 2026-11-22 19:30, @1795375800, or a snapshot

@@ -1,8 +1,8 @@
 //! The filesystem as operations: live tree and past behind one set of inode numbers, without FUSE.
 //!
 //! Owns the open handles and the decision whether an inode is live or past; everything else is the
-//! volume's or the past's. The past is read-only: whatever would change it answers `EROFS`, except the
-//! three operations on `.snapshots` that make, forget and rename a snapshot.
+//! volume's or the past's. The past is read-only: whatever would change it answers `EROFS`, except
+//! the three operations on `.snapshots` that make, forget and rename a snapshot.
 
 mod barrier;
 
@@ -407,8 +407,8 @@ impl Filesystem {
         self.volume.seek(&self.file(fh)?, offset, to)
     }
 
-    /// Copies between files; the count may be short. Out of the past by reading and writing: `EXDEV`
-    /// tells the kernel to do so.
+    /// Copies between files; the count may be short. Out of the past by reading and writing:
+    /// `EXDEV` tells the kernel to do so.
     pub fn copy_range(
         &self,
         (from, from_offset): (Fh, u64),

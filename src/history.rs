@@ -1,12 +1,14 @@
 //! What was overwritten or deleted: kept before it is gone, and read back.
 //!
 //! A sealed content of a file is *chained* or *whole*. Whole: its bytes lie in
-//! `.rearview/preserved/<hh>/<node>.<content>` (a file that was moved aside or cloned). Chained: its
-//! bytes are its own before-images, then those of the node's later contents, and so on up to the first
-//! whole content, or else the live file. A before-image is written once for each byte range of a sealed
-//! content, before the live file's bytes are changed for the first time since the seal.
+//! `.rearview/preserved/<hh>/<node>.<content>` (a file that was moved aside or cloned). Chained:
+//! its bytes are its own before-images, then those of the node's later contents, and so on up to
+//! the first whole content, or else the live file. A before-image is written once for each byte
+//! range of a sealed content, before the live file's bytes are changed for the first time since the
+//! seal.
 //!
-//! Deliberately not here: when to preserve (the volume's write path), what a path was (the catalog).
+//! Deliberately not here: when to preserve (the volume's write path), what a path was (the
+//! catalog).
 
 mod extents;
 pub mod ranges;
@@ -79,9 +81,9 @@ impl History {
         })
     }
 
-    /// Preserves `range` of the sealed content that `file` still has there. When it returns, the bytes
-    /// are durable on every replica, and the live ones may be overwritten. If we die before the caller's
-    /// overwrite, a before-image that equals the live bytes is left: harmless.
+    /// Preserves `range` of the sealed content that `file` still has there. When it returns, the
+    /// bytes are durable on every replica, and the live ones may be overwritten. If we die before
+    /// the caller's overwrite, a before-image that equals the live bytes is left: harmless.
     pub fn before_overwrite(
         &self,
         replicas: &ReplicaSet,
@@ -121,9 +123,9 @@ impl History {
         Ok(())
     }
 
-    /// Preserves a sealed content whole by sharing its blocks, where every replica can; `false` where
-    /// not, and nothing was done. Durable when it returns: btrfs persists only the file that is fsynced
-    /// next, so without the clone's own sync an fsync of the live file would lose it.
+    /// Preserves a sealed content whole by sharing its blocks, where every replica can; `false`
+    /// where not, and nothing was done. Durable when it returns: btrfs persists only the file that
+    /// is fsynced next, so without the clone's own sync an fsync of the live file would lose it.
     pub fn clone_whole(
         &self,
         replicas: &ReplicaSet,
@@ -148,8 +150,8 @@ impl History {
         Ok(true)
     }
 
-    /// The extent map of a content. `stamp` changes whenever the node's before-images do, and is how
-    /// a kept map is known to be current; the caller holds the node's lock.
+    /// The extent map of a content. `stamp` changes whenever the node's before-images do, and is
+    /// how a kept map is known to be current; the caller holds the node's lock.
     pub fn extents(
         &self,
         catalog: &Catalog,
@@ -255,8 +257,8 @@ pub fn touched(range: ByteRange, sealed_size: u64) -> ByteRange {
     ByteRange { start: start.min(end), end }
 }
 
-/// Tries a clone of a small file on every replica. Only where all can is it used: history is the same
-/// on each.
+/// Tries a clone of a small file on every replica. Only where all can is it used: history is the
+/// same on each.
 fn all_can_reflink(replicas: &ReplicaSet) -> Result<bool> {
     let dir = replicas.private(PrivateDir::Tmp)?;
     for id in replicas.online().collect::<Vec<_>>() {

@@ -17,25 +17,25 @@
 //! | 0 | [`types`], [`error`], [`sys`], [`time`], [`progress`] | words of the domain |
 //!
 //! # Four walks
-//! **A write.** [`fuse`] unpacks the request → [`fs::Filesystem::write`] finds the node of the handle →
-//! [`volume::Volume::write`] locks the node, asks [`history`] to preserve the sealed bytes in the range
-//! (durable before anything is overwritten), applies the write to every replica
-//! ([`replica::ReplicaSet::apply`]) and marks the file unsealed. When a descriptor is closed, the file is
-//! *sealed*: its attributes are made equal on all replicas and its new state is pushed to the
-//! [`catalog`].
+//! **A write.** [`fuse`] unpacks the request → [`fs::Filesystem::write`] finds the node of the
+//! handle → [`volume::Volume::write`] locks the node, asks [`history`] to preserve the sealed bytes
+//! in the range (durable before anything is overwritten), applies the write to every replica
+//! ([`replica::ReplicaSet::apply`]) and marks the file unsealed. When a descriptor is closed, the
+//! file is *sealed*: its attributes are made equal on all replicas and its new state is pushed to
+//! the [`catalog`].
 //!
-//! **An unlink.** `fuse` → `fs` → [`volume::Volume::unlink`] locks directory and node, seals the file, and
-//! renames it into `.rearview/preserved/` on every replica: no byte is copied. The catalog learns
-//! that the entry ended, that the node is gone, and where its last content lies.
+//! **An unlink.** `fuse` → `fs` → [`volume::Volume::unlink`] locks directory and node, seals the
+//! file, and renames it into `.rearview/preserved/` on every replica: no byte is copied. The
+//! catalog learns that the entry ended, that the node is gone, and where its last content lies.
 //!
 //! **A read of the past.** `fuse` → `fs` sees by the inode number that it is past →
 //! [`past::Past::lookup`] asks the catalog what the name meant at that generation;
-//! [`volume::Volume::read_content`] resolves the content's extents ([`history::Extents`]) and reads each
-//! from an undo segment, a preserved file, or the live file where it was not changed since.
+//! [`volume::Volume::read_content`] resolves the content's extents ([`history::Extents`]) and reads
+//! each from an undo segment, a preserved file, or the live file where it was not changed since.
 //!
 //! **A backing dies.** A [`replica::backing::Backing`] call fails → the verdict in
-//! [`replica::ReplicaSet::apply`] ejects that replica and the operation succeeds on the others → the
-//! survivors' markers and `status` say so, and the next mount makes the replica equal again
+//! [`replica::ReplicaSet::apply`] ejects that replica and the operation succeeds on the others →
+//! the survivors' markers and `status` say so, and the next mount makes the replica equal again
 //! ([`store`]).
 
 pub mod catalog;

@@ -6,7 +6,8 @@
 //! .snapshots/.at/<time>/…                 the directory at any instant (looked up, not listed)
 //! .snapshots/.versions/<name>/<time>.ext  every version of one file
 //! .snapshots/.deleted/…                   what the directory once had, in its last state
-//! .snapshots/@GMT-2026.11.22-19.30.00/    a snapshot by its time, for Samba (looked up, not listed)
+//! .snapshots/@GMT-2026.11.22-19.30.00/    a snapshot by its time, for Samba (looked up, not
+//! listed)
 //! ```
 //!
 //! A directory is found again by its identity, so a renamed one still shows its own past. Nothing

@@ -29,7 +29,8 @@ impl ProgressSink for Silent {
 }
 
 impl Progress {
-    /// Reports to `sink`; the work ends with [`crate::error::Error::Interrupted`] once `stop` is set.
+    /// Reports to `sink`; the work ends with [`crate::error::Error::Interrupted`] once `stop` is
+    /// set.
     pub fn new(sink: Arc<dyn ProgressSink>, stop: Arc<AtomicBool>) -> Progress {
         Progress { sink, stop }
     }

@@ -22,7 +22,7 @@ use rustix::fs::Mode;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags};
 
-use crate::replica::backing::Creds;
+use crate::types::Creds;
 
 /// What one thread is at present; the kernel's state, remembered.
 #[derive(Clone, Copy)]

@@ -320,9 +320,10 @@ pub fn escape(bytes: &[u8]) -> String {
     text
 }
 
-/// Bidirectional overrides and line separators: printable to Unicode, harmful to a terminal's reader.
+/// Bidirectional overrides and line separators: printable to Unicode, harmful to a terminal's
+/// reader.
 fn is_format_control(c: char) -> bool {
-    matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}')
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// A path below a tree's root: names only, no `.` or `..`, empty for the root itself.
@@ -447,6 +448,24 @@ impl<T> std::ops::IndexMut<ReplicaId> for ReplicaMap<T> {
     fn index_mut(&mut self, id: ReplicaId) -> &mut T {
         &mut self.0[usize::from(id.0)]
     }
+}
+
+/// Who a new object belongs to: the caller's filesystem ids and umask, applied by the backing's own
+/// filesystem together with setgid directories and default ACLs. As an ordinary user the ids are
+/// ignored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Creds {
+    /// Caller's fsuid.
+    pub uid: u32,
+    /// Caller's fsgid.
+    pub gid: u32,
+    /// Caller's umask, 0777.
+    pub umask: u32,
+}
+
+impl Creds {
+    /// The daemon itself, for its own files: root, and modes are taken as they are.
+    pub const DAEMON: Creds = Creds { uid: 0, gid: 0, umask: 0 };
 }
 
 /// Extended attributes by name, sorted; the names carry their namespace (`user.x`).

@@ -1,8 +1,8 @@
 //! The live tree of a store: every operation, mirrored, preserved and recorded.
 //!
 //! The steps of every mutating operation are the same: lock, preserve what would be lost
-//! (`history`), apply to every replica (`replica`), push to the catalog, answer. What the kernel was told
-//! is thus in the catalog's queue, and a snapshot that waits for the queue contains it.
+//! (`history`), apply to every replica (`replica`), push to the catalog, answer. What the kernel
+//! was told is thus in the catalog's queue, and a snapshot that waits for the queue contains it.
 //!
 //! # Lock order
 //! 1. `cut`, shared by operations, exclusive while a moment is cut;
@@ -148,7 +148,8 @@ impl Volume {
         Ok(volume)
     }
 
-    /// Seals and commits everything, durably, and marks the store clean. The volume is of no use after.
+    /// Seals and commits everything, durably, and marks the store clean. The volume is of no use
+    /// after.
     pub fn close(&self) -> Result<()> {
         if let Some(housekeeper) = self.housekeeper.lock().take() {
             drop(housekeeper.stop);
@@ -179,8 +180,8 @@ impl Volume {
         Ok(())
     }
 
-    /// Seals every file that is open for writing, records what is due, and returns the generation that
-    /// shows exactly what was live. Later changes do not reach it.
+    /// Seals every file that is open for writing, records what is due, and returns the generation
+    /// that shows exactly what was live. Later changes do not reach it.
     pub fn settle(&self) -> Result<Generation> {
         let _cut = self.cut.write();
         let unsealed: Vec<Arc<Node>> = self.unsealed.lock().values().cloned().collect();
@@ -258,8 +259,8 @@ impl Volume {
         (first, (low != high).then(|| self.dirs[high].lock()))
     }
 
-    /// The directory's times changed: they are recorded, and made equal on all replicas, at the next
-    /// settling.
+    /// The directory's times changed: they are recorded, and made equal on all replicas, at the
+    /// next settling.
     fn mark_dir(&self, dir: NodeId) {
         self.stale_dirs.lock().insert(dir);
     }

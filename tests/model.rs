@@ -1,8 +1,8 @@
 //! The model test: random operations on the filesystem and on an in-memory reference; then the live
 //! tree, every snapshot, every remembered instant and both replicas are compared with it.
 //!
-//! `MODEL_CASES` sets how many sequences are run (default: 200), `MODEL_DIR` on which filesystem the
-//! backings lie: on one that can share blocks contents are preserved by cloning.
+//! `MODEL_CASES` sets how many sequences are run (default: 200), `MODEL_DIR` on which filesystem
+//! the backings lie: on one that can share blocks contents are preserved by cloning.
 
 mod model {
     pub mod compare;
@@ -42,5 +42,54 @@ proptest! {
         if let Err(difference) = run(&sequence) {
             prop_assert!(false, "{difference}\nsequence: {sequence:#?}");
         }
+    }
+}
+
+/// The failures that the random test found, shrunk: each stays a test.
+mod found {
+    use super::model::ops::Op::{self, *};
+
+    fn holds(sequence: &[Op]) {
+        super::run(sequence).unwrap_or_else(|difference| panic!("{difference}"));
+    }
+
+    /// The second emptying moved an empty file over the content that the first had preserved.
+    #[test]
+    fn a_file_emptied_twice_while_open_keeps_its_content() {
+        holds(&[
+            Create { dir: 0, name: 0, keep_open: true },
+            WriteOpen { handle: 0, offset: 0, length: 1, fill: 1 },
+            Open { file: 0 },
+            Close { handle: 0 },
+            Freeze,
+            Truncate { file: 0, size: 0 },
+            Truncate { file: 0, size: 0 },
+        ]);
+    }
+
+    /// The empty file that takes the place of the old one was entered in the directory like a new
+    /// one.
+    #[test]
+    fn emptying_a_file_leaves_its_directorys_time_alone() {
+        holds(&[
+            Mkdir { dir: 0, name: 3 },
+            Create { dir: 1, name: 0, keep_open: false },
+            Write { file: 0, offset: 0, length: 1, fill: 0 },
+            SetTimes { node: 0, secs: 0 },
+            Snapshot,
+            OpenTruncate { file: 0 },
+        ]);
+    }
+
+    /// Where blocks can be shared, an orphan was cloned over the preserved file that it itself is.
+    #[test]
+    fn an_unlinked_file_that_is_still_written_keeps_its_content() {
+        holds(&[
+            Create { dir: 0, name: 2, keep_open: false },
+            Open { file: 0 },
+            Write { file: 0, offset: 8000, length: 4090, fill: 0 },
+            Unlink { dir: 0, name: 2 },
+            WriteOpen { handle: 0, offset: 0, length: 1, fill: 0 },
+        ]);
     }
 }

@@ -99,7 +99,8 @@ fn hard_links_are_one_file() {
     store.finish();
 }
 
-/// pjdfstest cannot ask libc for the limit on a FUSE mount and skips this: ext4 allows 65,000 links.
+/// pjdfstest cannot ask libc for the limit on a FUSE mount and skips this: ext4 allows 65,000
+/// links.
 #[test]
 fn links_are_refused_at_the_backings_limit() {
     let disks = [common::disk::LoopFs::ext4(96), common::disk::LoopFs::ext4(96)];

@@ -1,7 +1,7 @@
 //! Writes one batch into one replica's database, in one transaction.
 //!
-//! Every replica gets the same batch, and what is written depends on the batch and the database alone,
-//! so databases that were equal stay equal.
+//! Every replica gets the same batch, and what is written depends on the batch and the database
+//! alone, so databases that were equal stay equal.
 
 use rusqlite::{CachedStatement, Connection, OptionalExtension, Row, params};
 
@@ -17,7 +17,8 @@ pub(super) struct Committed {
     pub chain: [u8; 32],
 }
 
-/// Writes `plan`. If we die before the end, the database is as it was: the commit is one transaction.
+/// Writes `plan`. If we die before the end, the database is as it was: the commit is one
+/// transaction.
 pub(super) fn apply(db: &mut Connection, plan: &Plan<'_>) -> rusqlite::Result<Committed> {
     let transaction = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     let mut head = read_head(&transaction)?;
@@ -65,12 +66,14 @@ impl<'c> Nodes<'c> {
         Ok(Nodes {
             base: db.prepare_cached("SELECT kind, size FROM node WHERE id = ?1")?,
             retire: db.prepare_cached(
-                "INSERT INTO node_h(id, died, kind, mode, uid, gid, rdev, size, blocks, mtime, ctime, \
+                "INSERT INTO node_h(id, died, kind, mode, uid, gid, rdev, size, blocks, mtime, \
+                 ctime, \
                  btime, xattrs, content, born) SELECT id, ?2, kind, mode, uid, gid, rdev, size, \
                  blocks, mtime, ctime, btime, xattrs, content, born FROM node WHERE id = ?1",
             )?,
             past: db.prepare_cached(
-                "INSERT INTO node_h(id, kind, mode, uid, gid, rdev, size, blocks, mtime, ctime, \
+                "INSERT INTO node_h(id, kind, mode, uid, gid, rdev, size, blocks, mtime, \
+                 ctime, \
                  btime, xattrs, content, born, died) \
                  VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
             )?,
@@ -274,8 +277,8 @@ fn write_rest(db: &Connection, batch: &Batch, head: &mut HeadRow) -> rusqlite::R
     Ok(())
 }
 
-/// Adds a before-image and tells how many bytes it holds. Where an older one begins at the same byte,
-/// that one counts, and only what reaches beyond it is added.
+/// Adds a before-image and tells how many bytes it holds. Where an older one begins at the same
+/// byte, that one counts, and only what reaches beyond it is added.
 fn write_undo(db: &Connection, mut row: UndoRow) -> rusqlite::Result<i64> {
     loop {
         let added = db

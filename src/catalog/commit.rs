@@ -1,15 +1,16 @@
 //! The queue of changes and the thread that commits them.
 //!
-//! **Order.** [`Catalog::push`] numbers a group and puts it into the open batch under one lock, and a
-//! batch is committed whole, so what a database holds is always a prefix of history.
+//! **Order.** [`Catalog::push`] numbers a group and puts it into the open batch under one lock, and
+//! a batch is committed whole, so what a database holds is always a prefix of history.
 //!
 //! **When.** A batch is committed when somebody waits for it, when it holds [`BATCH_CHANGES`], or
-//! [`COMMIT_MS`] after its first change. Commits are not synced, except one that carries a durability
-//! barrier: in WAL mode its sync covers all that were before it. If we die, the process's commits stay;
-//! if the machine dies, the database falls back to some earlier commit after the last barrier.
+//! [`COMMIT_MS`] after its first change. Commits are not synced, except one that carries a
+//! durability barrier: in WAL mode its sync covers all that were before it. If we die, the
+//! process's commits stay; if the machine dies, the database falls back to some earlier commit
+//! after the last barrier.
 //!
-//! **Failure.** A replica whose database fails is dropped and remembered. When the last one fails the
-//! queue latches: no push and no flush succeeds any more, and what is pending stays readable.
+//! **Failure.** A replica whose database fails is dropped and remembered. When the last one fails
+//! the queue latches: no push and no flush succeeds any more, and what is pending stays readable.
 //!
 //! Locks: `writers` is taken before `queue`; neither is held while waiting for the other.
 
@@ -26,7 +27,8 @@ use super::{Catalog, Change, Durability, Shared};
 use crate::error::{Error, Result};
 use crate::types::{Generation, ReplicaId, Timestamp};
 
-/// Changes in one batch: enough to spread a transaction's cost, few enough to commit in about 50 ms.
+/// Changes in one batch: enough to spread a transaction's cost, few enough to commit in about 50
+/// ms.
 const BATCH_CHANGES: usize = 8192;
 /// Changes that may wait in the open batch while another is committed; then pushes block.
 const WAITING_CHANGES_MAX: usize = 4 * BATCH_CHANGES;
@@ -36,7 +38,8 @@ const COMMIT_MS: u64 = 250;
 const IDLE_MS: u64 = 2_000;
 /// Changes after which a busy writer copies its WAL into the database: 10 to 30 MiB of it.
 const WAL_CHANGES_MAX: usize = 65_536;
-/// Batches below this many changes are written to one replica after another: threads would cost more.
+/// Batches below this many changes are written to one replica after another: threads would cost
+/// more.
 const PARALLEL_CHANGES_MIN: usize = 64;
 /// Times of generations are kept this exactly, in nanoseconds.
 const TICK_NANOS: i64 = 10_000_000;
@@ -110,7 +113,8 @@ impl Queue {
     }
 }
 
-/// Decides when a generation gets a time of its own. Ticks ascend strictly, whatever the wall clock does.
+/// Decides when a generation gets a time of its own. Ticks ascend strictly, whatever the wall clock
+/// does.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TickClock {
     /// The last tick.
@@ -132,8 +136,8 @@ impl TickClock {
         if !self.due && (now.saturating_sub(self.wall)).abs() < TICK_NANOS {
             return None;
         }
-        // Behind the last tick (the clock was set back, or was ahead once): ascend by microseconds until
-        // the clock has caught up.
+        // Behind the last tick (the clock was set back, or was ahead once): ascend by microseconds
+        // until the clock has caught up.
         self.last = now.max(self.last.saturating_add(1000));
         self.wall = now;
         self.due = false;
@@ -168,8 +172,8 @@ impl Waiting {
 }
 
 impl Catalog {
-    /// Appends one group of changes to history and gives it the next generation. Fails once a commit
-    /// failed on every replica. Blocks while too much is waiting.
+    /// Appends one group of changes to history and gives it the next generation. Fails once a
+    /// commit failed on every replica. Blocks while too much is waiting.
     pub fn push(&self, changes: Vec<Change>) -> Result<Generation> {
         let shared = &*self.shared;
         let now = (shared.now)().as_nanos();
@@ -243,7 +247,8 @@ impl Catalog {
     /// Stops writing to a replica's catalog: the replica is out of the store until it is resynced.
     pub fn detach(&self, replica: ReplicaId) {
         self.shared.detach(replica, None);
-        // A commit that is running on it ends first; the committer then drops the connection itself.
+        // A commit that is running on it ends first; the committer then drops the connection
+        // itself.
         if let Some(mut writers) = self.shared.writers.try_lock() {
             writers[replica] = None;
         }
@@ -379,8 +384,8 @@ impl Shared {
         committed.ok_or(last_error)
     }
 
-    /// Moves the WAL into the database: all of it when idle, else when it has grown large. A failure
-    /// costs the replica its place, as a failed commit does.
+    /// Moves the WAL into the database: all of it when idle, else when it has grown large. A
+    /// failure costs the replica its place, as a failed commit does.
     pub fn checkpoint(&self, idle: bool) {
         let mut writers = self.writers.lock();
         for id in writers.ids() {

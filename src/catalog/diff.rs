@@ -1,8 +1,8 @@
 //! The differences between two generations, found from what was touched between them.
 //!
 //! A node is the same node under all its names: a changed name of a living node is a rename, of a
-//! directory too, whose children are not mentioned for it. Of hard links, names are paired as far as
-//! they go; the rest are added or removed.
+//! directory too, whose children are not mentioned for it. Of hard links, names are paired as far
+//! as they go; the rest are added or removed.
 
 use std::collections::{HashMap, HashSet};
 
@@ -17,8 +17,8 @@ use crate::types::{EntryName, Generation, Kind, NodeId, RelPath};
 const DEPTH_MAX: usize = 4096;
 
 impl Catalog {
-    /// The differences between the trees of two generations below `under`, ordered by path. Costs what
-    /// changed between them, not the size of the trees.
+    /// The differences between the trees of two generations below `under`, ordered by path. Costs
+    /// what changed between them, not the size of the trees.
     pub fn diff(
         &self,
         from: Generation,
@@ -171,8 +171,8 @@ impl Found<'_> {
     }
 }
 
-/// Whether somebody who looks at a node can tell the two states apart. The time of the last change of
-/// attributes alone is no difference: a rename or a new link sets it too.
+/// Whether somebody who looks at a node can tell the two states apart. The time of the last change
+/// of attributes alone is no difference: a rename or a new link sets it too.
 fn differs(old: &NodeRow, new: &NodeRow) -> bool {
     let seen = |row: &NodeRow| {
         (row.mode, row.uid, row.gid, row.rdev, row.size, row.mtime, row.xattrs, row.content)

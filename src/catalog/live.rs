@@ -1,9 +1,9 @@
 //! Queries of the live tree: the overlay first, then the database.
 //!
-//! A batch leaves the overlay only after its commit. So what the overlay does not know at one moment, a
-//! database state read later knows: single answers need no more than that order. Answers of many rows
-//! pin the state of the database while they look at the overlay; what both know of a name is the same,
-//! or the overlay's is newer.
+//! A batch leaves the overlay only after its commit. So what the overlay does not know at one
+//! moment, a database state read later knows: single answers need no more than that order. Answers
+//! of many rows pin the state of the database while they look at the overlay; what both know of a
+//! name is the same, or the overlay's is newer.
 
 use std::collections::BTreeMap;
 
@@ -69,8 +69,8 @@ impl Catalog {
     /// All live names of a node.
     pub fn names(&self, node: NodeId) -> Result<Vec<(NodeId, EntryName)>> {
         self.shared.read(|db| {
-            // The database is asked under the lock: a node has few names, and none may slip from the
-            // one to the other between the two looks.
+            // The database is asked under the lock: a node has few names, and none may slip from
+            // the one to the other between the two looks.
             let queue = self.shared.waiting.queue.lock();
             let batches = [Some(&queue.open), queue.committing.as_deref()];
             let newest = |(parent, name): &(NodeId, EntryName)| {
@@ -120,8 +120,8 @@ impl Shared {
         }
     }
 
-    /// Looks at the pending batches (older first) and pins the database's state in the same moment, then
-    /// queries that state.
+    /// Looks at the pending batches (older first) and pins the database's state in the same moment,
+    /// then queries that state.
     fn read_with_overlay<P, T>(
         &self,
         pending: impl Fn(&[&Batch]) -> P,
@@ -175,7 +175,8 @@ fn list_merged(db: &Connection, parent: NodeId, names: &Names) -> rusqlite::Resu
 /// The kind of a node, live or gone.
 fn stored_kind(db: &Connection, node: NodeId) -> rusqlite::Result<Option<Kind>> {
     db.prepare_cached(
-        "SELECT kind FROM node WHERE id = ?1 UNION ALL SELECT kind FROM node_h WHERE id = ?1 LIMIT 1",
+        "SELECT kind FROM node WHERE id = ?1 \
+         UNION ALL SELECT kind FROM node_h WHERE id = ?1 LIMIT 1",
     )?
     .query_row(params![node], |row| row.get(0))
     .optional()

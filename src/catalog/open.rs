@@ -53,7 +53,8 @@ impl Ids {
         }
     }
 
-    /// Keeps the counters above ids that came from elsewhere (a received stream, a rebuilt catalog).
+    /// Keeps the counters above ids that came from elsewhere (a received stream, a rebuilt
+    /// catalog).
     pub fn reach(&self, change: &Change) {
         let (counter, id) = match change {
             Change::NodePut(row) => (&self.node, row.id.0),
@@ -92,8 +93,8 @@ impl Catalog {
         sync_parent(file)
     }
 
-    /// Replaces the catalog in `to` by a copy of the one in `from`; neither may be open. `to` is whole
-    /// at every moment: the copy is written beside it, made durable and renamed.
+    /// Replaces the catalog in `to` by a copy of the one in `from`; neither may be open. `to` is
+    /// whole at every moment: the copy is written beside it, made durable and renamed.
     pub fn copy(from: &Path, to: &Path) -> Result<()> {
         let new = beside(to, ".new");
         remove_database(&new)?;
@@ -109,9 +110,9 @@ impl Catalog {
         read_head(&copy).map_err(|error| name_damage(from, error))?;
         finish(copy)?;
         File::open(&new).and_then(|file| file.sync_all()).context("sync", &new)?;
-        // A WAL beside the new file must not be taken for its own. What the old WAL holds goes into the
-        // old database first, so that this is whole if we die before the rename. If it cannot even be
-        // opened, there is nothing to lose.
+        // A WAL beside the new file must not be taken for its own. What the old WAL holds goes into
+        // the old database first, so that this is whole if we die before the rename. If it cannot
+        // even be opened, there is nothing to lose.
         if let Ok(old) = connect(to, Use::Write) {
             let _ = finish(old);
         }
@@ -125,8 +126,8 @@ impl Catalog {
     }
 
     /// Opens the replicas' catalogs for a mount; `None` for a replica that has none. All must have
-    /// the same [`Head`]. `clean` tells that the last mount ended with [`Catalog::close`]; otherwise
-    /// ids that may have been handed out but never committed are skipped.
+    /// the same [`Head`]. `clean` tells that the last mount ended with [`Catalog::close`];
+    /// otherwise ids that may have been handed out but never committed are skipped.
     pub fn open(files: ReplicaMap<Option<PathBuf>>, clean: bool) -> Result<Catalog> {
         Catalog::open_with_clock(files, clean, Box::new(Timestamp::now))
     }
@@ -168,8 +169,8 @@ impl Catalog {
         }
         let shared = Arc::new(new_shared(files, writers, &head, tick, now, false));
         if clean {
-            // A clean end was durable: a mount that changes nothing leaves the head as it is, so that a
-            // replica which missed only such mounts has missed nothing.
+            // A clean end was durable: a mount that changes nothing leaves the head as it is, so
+            // that a replica which missed only such mounts has missed nothing.
             shared.waiting.queue.lock().durable = head.head.generation;
         }
         let committer = std::thread::Builder::new()

@@ -1,8 +1,9 @@
-//! What is pushed but not yet in the database: one batch of changes, folded as far as history allows.
+//! What is pushed but not yet in the database: one batch of changes, folded as far as history
+//! allows.
 //!
-//! A batch is built under the queue's lock, one change after another, and answers queries of the live
-//! tree meanwhile. It knows nothing of what the database holds: "the state before this batch" ends at
-//! the batch's first change of it, and the commit finds out what that state was.
+//! A batch is built under the queue's lock, one change after another, and answers queries of the
+//! live tree meanwhile. It knows nothing of what the database holds: "the state before this batch"
+//! ends at the batch's first change of it, and the commit finds out what that state was.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -14,7 +15,8 @@ use crate::types::{ContentId, EntryName, Generation, NodeId, SnapshotId, XattrSe
 /// All that one commit writes.
 #[derive(Debug)]
 pub(super) struct Batch {
-    /// Node ids from here on were unknown when the batch was opened: no database has a state of them.
+    /// Node ids from here on were unknown when the batch was opened: no database has a state of
+    /// them.
     pub first_newborn: u64,
     /// The generation of the newest change.
     pub last: Generation,

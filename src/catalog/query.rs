@@ -1,7 +1,8 @@
 //! Queries of the past: what one generation shows, where contents are, and what time it was.
 //!
-//! A generation that is asked for is first made final: its burst is ended and it is committed. Every
-//! query is one statement or one transaction, so a commit in between cannot move a row past it.
+//! A generation that is asked for is first made final: its burst is ended and it is committed.
+//! Every query is one statement or one transaction, so a commit in between cannot move a row past
+//! it.
 
 use rusqlite::{Connection, OptionalExtension, params};
 

@@ -1,7 +1,7 @@
 //! Connections for queries: a few, on the first attached replica, none ever waiting for the writer.
 //!
-//! A replica whose file cannot be read is detached like one that cannot be written, and the query is
-//! asked again of the next.
+//! A replica whose file cannot be read is detached like one that cannot be written, and the query
+//! is asked again of the next.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -63,7 +63,8 @@ impl Catalog {
             let mut intervals = intervals(
                 db,
                 "SELECT parent, name, node, born, max(died) FROM entry_h h WHERE parent = ?1 \
-                 AND NOT EXISTS(SELECT 1 FROM entry e WHERE e.parent = h.parent AND e.name = h.name) \
+                 AND NOT EXISTS( \
+                   SELECT 1 FROM entry e WHERE e.parent = h.parent AND e.name = h.name) \
                  GROUP BY name",
                 params![parent],
             )?;

@@ -1,10 +1,10 @@
 //! The catalog's tables: the on-disk format, version 1.
 //!
 //! One SQLite database in WAL mode, `application_id` "RVFS", `user_version` = [`FORMAT`], pages of
-//! 4096 bytes. History is the axis `g` (generation); an interval `[born, died)` is half-open. What is
-//! live lies in one table, what has ended in its sibling `*_h`, which only ever grows (until retention
-//! deletes from it): a row moves from live to history when it ends, never back, so whoever reads the
-//! live table first and then the history cannot miss it.
+//! 4096 bytes. History is the axis `g` (generation); an interval `[born, died)` is half-open. What
+//! is live lies in one table, what has ended in its sibling `*_h`, which only ever grows (until
+//! retention deletes from it): a row moves from live to history when it ends, never back, so
+//! whoever reads the live table first and then the history cannot miss it.
 //!
 //! | table | holds |
 //! |--|--|
@@ -17,7 +17,7 @@
 //! | `symlink` | targets, for ever the same |
 //! | `content` | sealed contents; `state` 0: reached through later ones, 1: whole in `preserved/` |
 //! | `undo` | before-images; `segment` NULL: a hole |
-//! | `xattr_set` | interned sets: count, then name and value, each as a length and its bytes (LE u32) |
+//! | `xattr_set` | interned sets: count, then names and values, each as length (LE u32) and bytes |
 //! | `touched` | per batch (its last generation): nodes whose state, names or entries changed |
 //!
 //! Times are nanoseconds since 1970 as an integer where that is exact, else 12 bytes: seconds (BE
@@ -61,7 +61,8 @@ CREATE TABLE entry(parent INTEGER NOT NULL, name BLOB NOT NULL, node INTEGER NOT
     born INTEGER NOT NULL, PRIMARY KEY(parent, name)) WITHOUT ROWID;
 CREATE INDEX entry_node ON entry(node);
 CREATE TABLE entry_h(parent INTEGER NOT NULL, died INTEGER NOT NULL, name BLOB NOT NULL,
-    born INTEGER NOT NULL, node INTEGER NOT NULL, PRIMARY KEY(parent, died, name, born)) WITHOUT ROWID;
+    born INTEGER NOT NULL, node INTEGER NOT NULL,
+    PRIMARY KEY(parent, died, name, born)) WITHOUT ROWID;
 CREATE INDEX entry_h_name ON entry_h(parent, name, died);
 CREATE INDEX entry_h_node ON entry_h(node, died);
 CREATE TABLE node(id INTEGER PRIMARY KEY, kind INTEGER NOT NULL, mode INTEGER NOT NULL,
@@ -87,7 +88,8 @@ CREATE TABLE touched(g INTEGER NOT NULL, node INTEGER NOT NULL, PRIMARY KEY(g, n
 /// How many tables [`TABLES`] makes: fewer in a file means that it is not whole.
 const TABLE_COUNT: i64 = 13;
 
-/// The columns of a node's state in `node` and `node_h`, as [`node_row`] takes them; `born` is the next.
+/// The columns of a node's state in `node` and `node_h`, as [`node_row`] takes them; `born` is the
+/// next.
 pub(super) const NODE_COLUMNS: &str =
     "id, kind, mode, uid, gid, rdev, size, blocks, mtime, ctime, btime, xattrs, content";
 
@@ -149,14 +151,16 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
     }
     if format > FORMAT {
         return Err(Error::Refused(format!(
-            "this store was written by a newer rearview (format {format}, this one knows {FORMAT}): \
+            "this store was written by a newer rearview (format {format}, \
+             this one knows {FORMAT}): \
              {}. Use that or a later version",
             show(file)
         )));
     }
     let tables: i64 = db.query_row(
-        "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name IN ('head', 'meta', 'tick', \
-         'snapshot', 'entry', 'entry_h', 'node', 'node_h', 'symlink', 'content', 'undo', 'xattr_set', \
+        "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name IN ('head', 'meta', \
+         'tick', 'snapshot', 'entry', 'entry_h', 'node', 'node_h', 'symlink', 'content', 'undo', \
+         'xattr_set', \
          'touched')",
         [],
         |row| row.get(0),
@@ -196,7 +200,8 @@ fn settle(db: &Connection, for_use: Use) -> rusqlite::Result<()> {
 pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<()> {
     let mut db = Connection::open(file)?;
     db.execute_batch(&format!(
-        "PRAGMA page_size = 4096; PRAGMA application_id = {APPLICATION_ID}; PRAGMA journal_mode = WAL; \
+        "PRAGMA page_size = 4096; PRAGMA application_id = {APPLICATION_ID}; \
+         PRAGMA journal_mode = WAL; \
          PRAGMA synchronous = FULL;"
     ))?;
     let transaction = db.transaction()?;
@@ -248,7 +253,8 @@ pub(super) fn read_head(db: &Connection) -> rusqlite::Result<HeadRow> {
 pub(super) fn write_head(db: &Connection, row: &HeadRow) -> rusqlite::Result<()> {
     db.prepare_cached(
         "UPDATE head SET sequence = ?1, chain = ?2, generation = ?3, next_node = ?4, \
-         next_content = ?5, next_snapshot = ?6, next_xattrs = ?7, live_nodes = ?8, live_bytes = ?9, \
+         next_content = ?5, next_snapshot = ?6, next_xattrs = ?7, live_nodes = ?8, \
+         live_bytes = ?9, \
          past_versions = ?10, undo_bytes = ?11, preserved_bytes = ?12 WHERE one = 1",
     )?
     .execute(params![

@@ -132,8 +132,8 @@ impl Catalog {
         Err(Error::NotFound(format!("no snapshot '{}'; {hint}", escape(name.as_bytes()))))
     }
 
-    /// Commits changes of snapshots that wait. Others may go on waiting: a lookup below `.snapshots`
-    /// must not cost a busy store a commit.
+    /// Commits changes of snapshots that wait. Others may go on waiting: a lookup below
+    /// `.snapshots` must not cost a busy store a commit.
     fn settle_snapshots(&self) -> Result<()> {
         match self.shared.overlay(|batch| (!batch.snapshots.is_empty()).then_some(())) {
             Some(()) => self.settle_pending(),
@@ -158,7 +158,8 @@ fn check_name(name: &str) -> Result<()> {
         return Ok(());
     };
     Err(Error::Refused(format!(
-        "a snapshot cannot be named '{}': {bad}. Allowed are 1 to 200 bytes of text without '/' and \
+        "a snapshot cannot be named '{}': {bad}. Allowed are 1 to 200 bytes of text without '/' \
+         and \
          control characters, not beginning with '.' or '@', and not 'latest'",
         escape(name.as_bytes())
     )))

@@ -1,6 +1,7 @@
 //! Interned sets of extended attributes: equal sets have one id.
 //!
-//! A set's body is its count, then each name and value as a length and its bytes (little-endian u32).
+//! A set's body is its count, then each name and value as a length and its bytes (little-endian
+//! u32).
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
@@ -15,14 +16,15 @@ use crate::error::{Error, Result};
 use crate::types::{XattrSetId, Xattrs};
 
 /// Sets kept in memory: a tree has few distinct ones.
-const CACHED_MAX: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+const CACHED_MAX: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 
 /// Sets that were used lately, and the ids of those that no database has yet.
 pub(super) struct Interned {
     by_id: Mutex<LruCache<XattrSetId, Arc<Xattrs>>>,
     /// Held while a set gets its id, so that equal sets get one.
     by_hash: Mutex<LruCache<[u8; 32], XattrSetId>>,
-    /// Sets of this mount by hash: the database may not have them yet. Few, for all of them are new.
+    /// Sets of this mount by hash: the database may not have them yet. Few, for all of them are
+    /// new.
     made: Mutex<HashMap<[u8; 32], XattrSetId>>,
 }
 

@@ -2,8 +2,8 @@
 //!
 //! `write(2)` is through when it returns, for the live tree is mounted write-through. A store to a
 //! shared map stays in the kernel's page cache, and `syncfs(2)` neither sends nor awaits it on FUSE
-//! (kernel commit 76f9377cd2ab); `sync_file_range(2)` on the file does both. Only a file that is open
-//! for reading and writing can have such a map, and the map keeps it open.
+//! (kernel commit 76f9377cd2ab); `sync_file_range(2)` on the file does both. Only a file that is
+//! open for reading and writing can have such a map, and the map keeps it open.
 
 use std::collections::HashSet;
 use std::os::unix::ffi::OsStrExt;

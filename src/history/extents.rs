@@ -38,7 +38,8 @@ pub struct Extents {
 }
 
 impl Extents {
-    /// Lays the before-images over one another: for each byte the oldest content that has one counts.
+    /// Lays the before-images over one another: for each byte the oldest content that has one
+    /// counts.
     pub fn resolve(size: u64, sources: Sources) -> Extents {
         let mut extents = Extents { size, whole: sources.whole, overlay: BTreeMap::new() };
         for row in sources.undo {

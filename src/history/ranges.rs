@@ -82,7 +82,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_set_of_ranges_is_a_set_of_bytes(ops in proptest::collection::vec((0u64..60, 0u64..20), 1..30)) {
+        fn a_set_of_ranges_is_a_set_of_bytes(
+            ops in proptest::collection::vec((0u64..60, 0u64..20), 1..30)
+        ) {
             let mut set = RangeSet::default();
             let mut bytes = [false; 100];
             for (start, length) in ops {

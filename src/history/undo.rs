@@ -173,8 +173,8 @@ impl UndoLog {
         Ok(())
     }
 
-    /// Makes all that was appended before the call durable on every replica. Callers that come while a
-    /// sync runs share the next one.
+    /// Makes all that was appended before the call durable on every replica. Callers that come
+    /// while a sync runs share the next one.
     pub fn sync(&self, replicas: &ReplicaSet) -> Result<()> {
         let target = self.tail.lock().position;
         let mut synced = self.synced.lock();

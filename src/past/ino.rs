@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! live      63..62 = 00   the NodeId (below 2^43)
-//! virtual   63..62 = 01   58..61 kind of directory, 0..57 payload (a live directory or a table's id)
-//! object    63     = 1    43..62 view slot, 0..42 NodeId
+//! virtual   63..62 = 01   58..61 kind of directory, 0..57 payload (a live directory or a table's
+//! id) object    63     = 1    43..62 view slot, 0..42 NodeId
 //! ```
 //!
 //! Slots below [`STABLE_SLOTS`] are the ids of snapshots entered from the mount's root, so their

@@ -13,6 +13,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 
+pub use crate::types::Creds;
 use crate::types::{EntryName, Kind, RelPath, Timestamp, Xattrs};
 
 /// An object of one backing, held open. It follows the object through renames and unlinks.
@@ -48,24 +49,6 @@ pub struct Stat {
     pub ctime: Timestamp,
     /// Birth; zero where the backing does not tell.
     pub btime: Timestamp,
-}
-
-/// Who a new object belongs to: the caller's filesystem ids and umask, applied by the backing's own
-/// filesystem together with setgid directories and default ACLs. As an ordinary user the ids are
-/// ignored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Creds {
-    /// Caller's fsuid.
-    pub uid: u32,
-    /// Caller's fsgid.
-    pub gid: u32,
-    /// Caller's umask, 0777.
-    pub umask: u32,
-}
-
-impl Creds {
-    /// The daemon itself, for its own files: root, and modes are taken as they are.
-    pub const DAEMON: Creds = Creds { uid: 0, gid: 0, umask: 0 };
 }
 
 /// How a file is opened for content.

@@ -133,8 +133,8 @@ impl Site {
         self.keeping_root_times(|root| self.make_private_in(root))
     }
 
-    /// Does `f` with the root, whose times then are what they were: what we make for ourselves is no
-    /// change of the user's tree.
+    /// Does `f` with the root, whose times then are what they were: what we make for ourselves is
+    /// no change of the user's tree.
     fn keeping_root_times(&self, f: impl FnOnce(&Handle) -> Result<()>) -> Result<()> {
         let root = self.dir(&RelPath::root())?;
         let before = self.backing.stat(&root).context("look at", &self.path)?;

@@ -146,8 +146,8 @@ impl Volume {
         Ok(answers.primary())
     }
 
-    /// Changes attributes and returns the new ones. All fields empty is the kernel's way to say that
-    /// setuid, setgid and capabilities must go before a write (`FUSE_HANDLE_KILLPRIV_V2`).
+    /// Changes attributes and returns the new ones. All fields empty is the kernel's way to say
+    /// that setuid, setgid and capabilities must go before a write (`FUSE_HANDLE_KILLPRIV_V2`).
     pub fn set_attributes(
         &self,
         node: &Arc<Node>,
@@ -343,8 +343,9 @@ impl Volume {
         self.record(node, &mut state)
     }
 
-    /// Setting an ACL drops setgid for a caller outside the file's group, as `posix_acl_update_mode`
-    /// does; the kernel's flag that would tell us is not passed on by the FUSE library.
+    /// Setting an ACL drops setgid for a caller outside the file's group, as
+    /// `posix_acl_update_mode` does; the kernel's flag that would tell us is not passed on by the
+    /// FUSE library.
     fn drop_foreign_setgid(
         &self,
         node: &Arc<Node>,

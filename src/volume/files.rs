@@ -19,7 +19,8 @@ use super::{Caller, Volume};
 const FALLOCATE_DESTROYS: u32 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) as u32;
 /// Zeros are written in pieces of this size where a backing cannot punch holes.
 const ZERO_BYTES: usize = 1 << 20;
-/// A copy within a file system is done in steps of this size, so that none holds the locks for long.
+/// A copy within a file system is done in steps of this size, so that none holds the locks for
+/// long.
 const COPY_BYTES_MAX: u64 = 64 << 20;
 
 /// A directory whose entries are locked.
@@ -177,8 +178,8 @@ impl Volume {
 
     /// Writes to a file that is open for writing.
     ///
-    /// The data is written from one private buffer, the kernel's request, which nobody else can change
-    /// meanwhile: mirrors written from shared memory diverge.
+    /// The data is written from one private buffer, the kernel's request, which nobody else can
+    /// change meanwhile: mirrors written from shared memory diverge.
     pub fn write(&self, node: &Arc<Node>, offset: u64, data: &[u8], strip: bool) -> Result<()> {
         if data.is_empty() {
             return Ok(());
@@ -201,8 +202,8 @@ impl Volume {
         Ok(())
     }
 
-    /// After a write that failed on the primary, as on a full disk, a part of the data may be there and
-    /// nowhere else: the others get the same bytes and size, so that the replicas stay equal.
+    /// After a write that failed on the primary, as on a full disk, a part of the data may be there
+    /// and nowhere else: the others get the same bytes and size, so that the replicas stay equal.
     fn level(&self, handles: &Handles, range: ByteRange) -> Result<()> {
         let replicas = self.replicas();
         let (size, bytes) = replicas.read("read", |id, b| {
@@ -285,8 +286,8 @@ impl Volume {
         Ok(Some(LockedParent { id: parent, _entries: self.lock_dir(parent) }))
     }
 
-    /// Sets a file's size. The caller locked its directory's entries if it is to be emptied, then the
-    /// node, and opened the file for writing.
+    /// Sets a file's size. The caller locked its directory's entries if it is to be emptied, then
+    /// the node, and opened the file for writing.
     pub(super) fn truncate_locked(
         &self,
         node: &Arc<Node>,
@@ -307,9 +308,9 @@ impl Volume {
         Ok(())
     }
 
-    /// Empties a file without copying it: the old one is moved into `preserved/` and an empty one with
-    /// the same attributes takes its name, which is never missing. The directory's times stay, for no
-    /// program made an entry. `false` where that cannot be done.
+    /// Empties a file without copying it: the old one is moved into `preserved/` and an empty one
+    /// with the same attributes takes its name, which is never missing. The directory's times stay,
+    /// for no program made an entry. `false` where that cannot be done.
     fn move_aside(
         &self,
         node: &Arc<Node>,

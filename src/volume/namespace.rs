@@ -177,8 +177,8 @@ impl Volume {
         Ok((node.clone(), stat))
     }
 
-    /// Removes a name that is no directory's. The last name's removal keeps the file in history by one
-    /// rename.
+    /// Removes a name that is no directory's. The last name's removal keeps the file in history by
+    /// one rename.
     pub fn unlink(&self, parent: NodeId, name: &EntryName) -> Result<()> {
         let _cut = self.cut.read();
         let _entries = self.lock_dir(parent);

@@ -1,11 +1,11 @@
 //! The table of the live nodes that somebody uses: the kernel, an open file, a running operation.
 //!
 //! A node knows one of its names, by which all replicas reach it; the path above follows from its
-//! parents. A node that nobody uses is dropped and loaded again from the catalog when needed, so memory
-//! is bounded by what the kernel knows.
+//! parents. A node that nobody uses is dropped and loaded again from the catalog when needed, so
+//! memory is bounded by what the kernel knows.
 //!
-//! Locks: `Node::state` protects everything about one node, its content included, and is held across
-//! an operation on it. The order among all locks is in `volume.rs`.
+//! Locks: `Node::state` protects everything about one node, its content included, and is held
+//! across an operation on it. The order among all locks is in `volume.rs`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -125,8 +125,8 @@ impl Node {
         self.lookups.load(Ordering::Relaxed) > 0
     }
 
-    /// A directory and a name in it by which the node is reached; `None` for the root and for a node
-    /// whose last name is gone.
+    /// A directory and a name in it by which the node is reached; `None` for the root and for a
+    /// node whose last name is gone.
     pub fn place(&self, catalog: &Catalog) -> Result<Option<(NodeId, EntryName)>> {
         let mut place = self.place.lock();
         if let Place::Unknown = *place {
@@ -216,7 +216,8 @@ impl Nodes {
     }
 
     /// A live node, entered if it is not in use. Its name is looked up when first needed: a rename
-    /// that comes before that finds the node in the table and tells it, so no old name is ever kept.
+    /// that comes before that finds the node in the table and tells it, so no old name is ever
+    /// kept.
     pub fn load(&self, id: NodeId, kind: Kind) -> Arc<Node> {
         let mut shard = self.shard(id).lock();
         shard.entry(id).or_insert_with(|| self.make(id, kind, Place::Unknown)).clone()

@@ -11,11 +11,11 @@ use super::Volume;
 use super::nodes::{Node, State};
 
 impl Volume {
-    /// Records the present state of a file if it changed since the last seal, and makes its times equal
-    /// on all replicas. From here on its bytes are preserved before they change.
+    /// Records the present state of a file if it changed since the last seal, and makes its times
+    /// equal on all replicas. From here on its bytes are preserved before they change.
     ///
-    /// If we die before the push is committed, the live files hold the new state and the catalog the old
-    /// one, whose overwritten bytes are in the undo log: recovery seals again.
+    /// If we die before the push is committed, the live files hold the new state and the catalog
+    /// the old one, whose overwritten bytes are in the undo log: recovery seals again.
     pub(super) fn seal(&self, node: &Arc<Node>, state: &mut State) -> Result<()> {
         let Some(open) = state.open.as_mut() else { return Ok(()) };
         if !open.dirty {
@@ -89,7 +89,8 @@ impl Volume {
         for dir in stale {
             let _entries = self.lock_dir(dir);
             let node = self.nodes.load(dir, Kind::Dir);
-            // A directory that was removed meanwhile is not recorded again: its remover held this lock.
+            // A directory that was removed meanwhile is not recorded again: its remover held this
+            // lock.
             let state = node.lock();
             let gone = dir != NodeId::ROOT && node.place(self.catalog())?.is_none();
             if !gone {

@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 
-/// One operation. `usize` picks an existing object modulo their count; names come from a small pool, so
-/// that they meet.
+/// One operation. `usize` picks an existing object modulo their count; names come from a small
+/// pool, so that they meet.
 #[derive(Clone, Debug)]
 pub enum Op {
     Create {
@@ -152,7 +152,9 @@ fn op() -> impl Strategy<Value = Op> {
         ),
         4 => at.clone().prop_map(|file| Op::Open { file }),
         8 => (at.clone(), offset(), length(), any::<u8>())
-            .prop_map(|(handle, offset, length, fill)| Op::WriteOpen { handle, offset, length, fill }),
+            .prop_map(|(handle, offset, length, fill)| {
+                Op::WriteOpen { handle, offset, length, fill }
+            }),
         2 => at.clone().prop_map(|handle| Op::Flush { handle }),
         1 => at.clone().prop_map(|handle| Op::Fsync { handle }),
         3 => at.clone().prop_map(|handle| Op::Close { handle }),
