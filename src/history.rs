@@ -190,12 +190,21 @@ impl History {
             let mut found = Vec::new();
             for entry in names {
                 let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
-                if catalog.content_size(content)?.is_some()
-                    && catalog.sources(node, content)?.whole != Some(content)
-                    && !is_live_link(replicas, catalog, node, &dir, &entry.name)?
-                {
-                    found.push(Change::ContentPreserved { id: content });
+                let known = catalog.content_size(content)?.is_some();
+                let wanted = if known {
+                    catalog.sources(node, content)?.whole != Some(content)
+                } else {
+                    is_uncommitted(catalog, node, content)?
+                };
+                if !wanted || is_live_link(replicas, catalog, node, &dir, &entry.name)? {
+                    continue;
                 }
+                if !known {
+                    let stat = |id, b: &dyn Backing| b.stat_at(dir.get(id)?, &entry.name);
+                    let size = replicas.read("stat", stat)?.size;
+                    found.push(Change::ContentAdd { id: content, node, size });
+                }
+                found.push(Change::ContentPreserved { id: content });
             }
             if !found.is_empty() {
                 log::info!("history: found {} preserved files not yet recorded", found.len());
@@ -204,6 +213,14 @@ impl History {
         }
         Ok(())
     }
+}
+
+/// Whether a content that the catalog does not know was sealed just before the end: its seal was
+/// pushed and not committed any more. Its bytes are what the node's older contents chain to. Ids
+/// grow, so it is greater than the newest content that the catalog knows of that node; a smaller
+/// unknown one was forgotten on purpose.
+fn is_uncommitted(catalog: &Catalog, node: NodeId, content: ContentId) -> Result<bool> {
+    Ok(catalog.node(node)?.is_some_and(|row| content > row.content))
 }
 
 /// Whether a preserved name is still a second link of the live file: we died between `link` and
@@ -297,5 +314,16 @@ pub fn open_whole(
 ) -> Result<(crate::types::ReplicaId, Handle)> {
     let dir = replicas.private(preserved_dir(node))?;
     let name = preserved_name(node, content);
-    replicas.read("open", |id, b| Ok((id, b.open_file(dir.get(id)?, &name, Access::Read)?)))
+    replicas.read("open", |id, b| {
+        let file = b.open_file(dir.get(id)?, &name, Access::Read).map_err(missing)?;
+        Ok((id, file))
+    })
+}
+
+/// A file of ours that is not there is the device's fault, not an answer: another replica has it.
+fn missing(error: std::io::Error) -> std::io::Error {
+    if error.kind() == std::io::ErrorKind::NotFound {
+        return std::io::Error::from_raw_os_error(libc::EIO);
+    }
+    error
 }

@@ -302,6 +302,11 @@ impl ReplicaSet {
         Ok(handles)
     }
 
+    /// The handles of a directory if they are at hand.
+    pub fn kept_dir(&self, node: NodeId) -> Option<Arc<Handles>> {
+        self.dirs.dir(node)
+    }
+
     /// Closes the handles of a directory, which is removed.
     pub fn forget_dir(&self, node: NodeId) {
         self.dirs.forget_dir(node);

@@ -8,7 +8,8 @@
 //! 1. `cut`, shared by operations, exclusive while a moment is cut;
 //! 2. `dirs`, the stripes of directories whose entries change, in ascending order;
 //! 3. `Node::lock`, in ascending order of node ids;
-//! 4. the leaf locks: the node table's shards, places, the replicas' and the catalog's own.
+//! 4. `tree`, shared while a directory is opened by its path, exclusive while a directory moves;
+//! 5. the leaf locks: the node table's shards, places, the replicas' and the catalog's own.
 //!
 //! No lock is held while waiting for a commit, except a node's own in its fsync.
 
@@ -30,16 +31,15 @@ use crate::catalog::{Catalog, Durability, NodeRow, Snapshot, Totals};
 use crate::error::{Error, Result};
 use crate::history::History;
 use crate::replica::backing::{Creds, Space, Stat};
-use crate::replica::{Handles, Health, ReplicaSet};
+use crate::replica::{Fault, Handles, Health, ReplicaSet};
 use crate::store::Store;
 use crate::types::{
-    EntryName, Generation, Kind, NodeId, PRIVATE_DIR, RelPath, ReplicaId, SnapshotId, Timestamp,
-    XattrSetId,
+    EntryName, Generation, Kind, NodeId, PRIVATE_DIR, RelPath, SnapshotId, Timestamp, XattrSetId,
 };
 
 pub use attributes::{Changes, Privileges};
 pub use namespace::Newborn;
-use nodes::{Node, Nodes};
+use nodes::{Node, Nodes, State};
 
 /// Stripes of directory locks: more than threads.
 const DIR_STRIPES: usize = 64;
@@ -78,12 +78,11 @@ pub struct Volume {
     options: VolumeOptions,
     cut: RwLock<()>,
     dirs: Vec<Mutex<()>>,
+    tree: RwLock<()>,
     /// Files with changes that are not sealed yet. They stay in the table until they are.
     unsealed: Mutex<HashMap<NodeId, Arc<Node>>>,
     /// Directories whose times changed since they were recorded.
     stale_dirs: Mutex<HashSet<NodeId>>,
-    /// Replicas that failed and have not been dealt with yet.
-    failed: Arc<Mutex<Vec<(ReplicaId, String)>>>,
     housekeeper: Mutex<Option<Housekeeper>>,
 }
 
@@ -126,23 +125,28 @@ impl Volume {
     /// Takes a store that was opened and begins to serve it.
     pub fn open(store: Store, options: VolumeOptions) -> Result<Arc<Volume>> {
         let history = History::open(&store.replicas)?;
-        let failed: Arc<Mutex<Vec<(ReplicaId, String)>>> = Arc::default();
-        let noticed = failed.clone();
-        store.replicas.on_fault(Box::new(move |replica, fault| {
-            noticed.lock().push((replica, fault.to_string()));
-        }));
         let volume = Arc::new(Volume {
             history,
             nodes: Nodes::with_root(),
             options,
             cut: RwLock::new(()),
             dirs: (0..DIR_STRIPES).map(|_| Mutex::new(())).collect(),
+            tree: RwLock::new(()),
             unsealed: Mutex::default(),
             stale_dirs: Mutex::default(),
-            failed,
             housekeeper: Mutex::new(None),
             store,
         });
+        // Before a change that a replica missed is acknowledged, the others have it on record that
+        // the replica must not be believed any more.
+        let weak = Arc::downgrade(&volume);
+        volume.replicas().on_fault(Box::new(move |replica, fault| {
+            let Some(volume) = weak.upgrade() else { return };
+            volume.catalog().detach(replica);
+            if let Err(error) = volume.store.mark_stale(replica, &fault.to_string()) {
+                log::error!("cannot record that a replica is stale: {error}");
+            }
+        }));
         volume.ensure_root()?;
         *volume.housekeeper.lock() = Some(Housekeeper::start(&volume)?);
         Ok(volume)
@@ -156,7 +160,6 @@ impl Volume {
             let _ = housekeeper.thread.join();
         }
         self.settle()?;
-        self.handle_failed_replicas();
         self.catalog().close()?;
         self.store.close()
     }
@@ -186,9 +189,12 @@ impl Volume {
         let _cut = self.cut.write();
         let unsealed: Vec<Arc<Node>> = self.unsealed.lock().values().cloned().collect();
         for node in unsealed {
-            self.seal(&node, &mut node.lock())?;
+            // One file that cannot be sealed must not keep all others from being in a snapshot.
+            if let Err(error) = self.seal(&node, &mut node.lock()) {
+                log::error!("{}: not sealed, its last version stands: {error}", self.told(&node));
+            }
         }
-        self.settle_dirs()?;
+        self.settle_dirs();
         Ok(self.catalog().freeze())
     }
 
@@ -241,6 +247,11 @@ impl Volume {
 
     /// Handles of a directory on every online replica.
     fn dir(&self, dir: NodeId) -> Result<Arc<Handles>> {
+        if let Some(handles) = self.replicas().kept_dir(dir) {
+            return Ok(handles);
+        }
+        // Were a directory above renamed meanwhile, each replica would open another one.
+        let _still = self.tree.read();
         self.replicas().dir(dir, || self.nodes.path(self.catalog(), dir))
     }
 
@@ -263,6 +274,24 @@ impl Volume {
     /// next settling.
     fn mark_dir(&self, dir: NodeId) {
         self.stale_dirs.lock().insert(dir);
+    }
+
+    /// Locks one or two nodes in ascending order of their ids.
+    fn lock_nodes<'a>(
+        first: &'a Node,
+        second: Option<&'a Node>,
+    ) -> (MutexGuard<'a, State>, Option<MutexGuard<'a, State>>) {
+        match second {
+            Some(second) if second.id < first.id => {
+                let second = second.lock();
+                (first.lock(), Some(second))
+            }
+            Some(second) => {
+                let first = first.lock();
+                (first, Some(second.lock()))
+            }
+            None => (first.lock(), None),
+        }
     }
 
     /// Refuses names that cannot be made in `parent`: our private directory in the root.
@@ -312,20 +341,19 @@ impl Volume {
         }
     }
 
-    /// Tells the survivors about replicas that failed: they must not be believed at the next mount.
-    fn handle_failed_replicas(&self) {
-        let failed = std::mem::take(&mut *self.failed.lock());
-        for (replica, reason) in failed {
-            self.catalog().detach(replica);
-            if let Err(error) = self.store.mark_stale(replica, &reason) {
-                log::error!("cannot record that a replica is stale: {error}");
+    /// A replica whose catalog failed is out of use as a whole.
+    fn eject_failed_catalogs(&self) {
+        for (replica, reason) in self.catalog().failed_replicas() {
+            if self.replicas().is_online(replica) {
+                log::error!("the catalog of a replica failed: {reason}");
+                self.replicas().eject(replica, Fault::new("catalog", Errno::IO));
             }
         }
     }
 
     /// What is done now and then: sealing what is idle, recording directories, sweeping.
     fn housekeep(&self) -> Result<()> {
-        self.handle_failed_replicas();
+        self.eject_failed_catalogs();
         let idle: Vec<Arc<Node>> = self.unsealed.lock().values().cloned().collect();
         for node in idle {
             let _cut = self.cut.read();
@@ -334,16 +362,21 @@ impl Volume {
                 .open
                 .as_ref()
                 .is_some_and(|open| open.touched.elapsed() >= self.options.idle_seal);
-            if quiet {
-                self.seal(&node, &mut state)?;
+            if quiet && let Err(error) = self.seal(&node, &mut state) {
+                log::error!("{}: not sealed: {error}", self.told(&node));
             }
         }
         {
             let _cut = self.cut.read();
-            self.settle_dirs()?;
+            self.settle_dirs();
         }
         self.nodes.sweep();
         Ok(())
+    }
+
+    /// A node's path as a person is told of it.
+    fn told(&self, node: &Node) -> String {
+        self.path_of(node.id).map_or_else(|_| format!("node {}", node.id), |path| path.to_string())
     }
 
     /// Commits durably what was pushed.

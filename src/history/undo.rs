@@ -212,18 +212,14 @@ impl UndoLog {
     pub fn read(&self, replicas: &ReplicaSet, place: UndoPlace, buffer: &mut [u8]) -> Result<()> {
         let dir = replicas.private(PrivateDir::Undo)?;
         let name = segment_name(place.segment);
-        let got = replicas.read("undo", |id, b| {
-            let file = b.open_file(dir.get(id)?, &name, Access::Read)?;
-            b.read_at(&file, buffer, place.offset)
-        })?;
-        if got < buffer.len() {
-            return Err(Error::Damaged {
-                what: format!("undo/{name}"),
-                detail: format!("it ends before byte {}", place.offset + buffer.len() as u64),
-                remedy: "Run `rearview scrub` to heal it from another replica.",
-            });
-        }
-        Ok(())
+        replicas.read("undo", |id, b| {
+            let file = b.open_file(dir.get(id)?, &name, Access::Read).map_err(super::missing)?;
+            // A segment that ends too early is damaged here and may be whole elsewhere.
+            if b.read_at(&file, buffer, place.offset)? < buffer.len() {
+                return Err(std::io::Error::from_raw_os_error(libc::EIO));
+            }
+            Ok(())
+        })
     }
 }
 
@@ -262,9 +258,11 @@ pub fn recover(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
     Ok(())
 }
 
-/// Whether the catalog knows the content but not this before-image of it.
+/// Whether this is a before-image that history needs and the catalog does not know.
 fn needs_row(catalog: &Catalog, row: &UndoRow) -> Result<bool> {
-    if catalog.content_size(row.content)?.is_none() {
+    if catalog.content_size(row.content)?.is_none()
+        && !super::is_uncommitted(catalog, row.node, row.content)?
+    {
         return Ok(false);
     }
     let sources = catalog.sources(row.node, row.content)?;

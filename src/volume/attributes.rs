@@ -57,20 +57,30 @@ impl Volume {
         name: &crate::types::EntryName,
     ) -> Result<(Arc<Node>, Stat)> {
         let node = self.named(parent, name)?;
-        let stat = {
+        let stat = (|| {
             let state = node.lock();
             match state.open.as_ref().and_then(|open| open.any().cloned()) {
-                Some(_) => self.stat_locked(&node, &state)?,
+                Some(_) => self.stat_locked(&node, &state),
                 None => {
                     let dir = self.dir(parent)?;
                     let stat =
                         self.replicas().read("stat", |id, b| b.stat_at(dir.get(id)?, name))?;
-                    self.shown(&node, &state, stat)
+                    Ok(self.shown(&node, &state, stat))
                 }
             }
-        };
-        node.looked_up();
-        Ok((node, stat))
+        })();
+        match stat {
+            Ok(stat) => {
+                node.looked_up();
+                Ok((node, stat))
+            }
+            Err(error) => {
+                let id = node.id;
+                drop(node);
+                self.nodes.drop_unused(id);
+                Err(error)
+            }
+        }
     }
 
     /// Attributes of a live node; `ino` is its node id.

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use crate::error::{Error, Result};
 use crate::history::{self, Extents, Place};
 use crate::replica::backing::{Access, Backing, Handle, Seek};
-use crate::types::{ContentId, NodeId, ReplicaId};
+use crate::types::{ContentId, NodeId, ReplicaId, Timestamp};
 
 use super::Volume;
 use super::nodes::Node;
@@ -16,8 +16,8 @@ use super::nodes::Node;
 enum Base {
     /// A content that lies whole in `preserved/`.
     Whole(ReplicaId, Handle),
-    /// The live file.
-    Live(Arc<Node>),
+    /// The live file, and its size and time of change where it is known to be as it was sealed.
+    Live(Arc<Node>, Option<(u64, Timestamp)>),
 }
 
 impl Volume {
@@ -113,7 +113,16 @@ impl Volume {
                         let (replica, file) = history::open_whole(self.replicas(), id, whole)?;
                         Base::Whole(replica, file)
                     }
-                    None => Base::Live(node.clone().ok_or_else(|| lost(id, content))?),
+                    None => {
+                        let node = node.clone().ok_or_else(|| lost(id, content))?;
+                        let open = state.as_ref().and_then(|state| state.open.as_ref());
+                        let sealed = match open {
+                            Some(open) if open.dirty => None,
+                            Some(open) => Some((open.sealed.size, open.sealed.mtime)),
+                            None => self.catalog().node(id)?.map(|row| (row.size, row.mtime)),
+                        };
+                        Base::Live(node, sealed)
+                    }
                 });
                 opened = Some(base.clone());
                 Ok(base)
@@ -124,7 +133,11 @@ impl Volume {
             drop(node);
             self.nodes.drop_unused(id);
         }
-        outcome
+        match outcome {
+            // The name was there when it was looked up: what is missing is our own file.
+            Err(error) if error.is(Errno::NOENT) || error.is(Errno::IO) => Err(lost(id, content)),
+            outcome => outcome,
+        }
     }
 
     /// Reads from the base. The node's lock is held by the caller.
@@ -137,12 +150,20 @@ impl Volume {
             Base::Whole(replica, file) => {
                 f(self.replicas().get(*replica).backing(), file).map_err(Error::from_io)
             }
-            Base::Live(node) => {
+            Base::Live(node, sealed) => {
                 let (parent, name) =
                     node.place(self.catalog())?.ok_or(Error::Posix(Errno::STALE))?;
                 let dir = self.dir(parent)?;
-                self.replicas()
-                    .read("read", |id, b| f(b, &b.open_file(dir.get(id)?, &name, Access::Read)?))
+                self.replicas().read("read", |id, b| {
+                    let file = b.open_file(dir.get(id)?, &name, Access::Read)?;
+                    let stat = b.stat(&file)?;
+                    // Somebody edited this backing behind our back: these are not the bytes that
+                    // were sealed. Another replica may still have them.
+                    if sealed.is_some_and(|sealed| sealed != (stat.size, stat.mtime)) {
+                        return Err(std::io::Error::from_raw_os_error(libc::EIO));
+                    }
+                    f(b, &file)
+                })
             }
         }
     }
@@ -151,7 +172,7 @@ impl Volume {
 fn lost(node: NodeId, content: ContentId) -> Error {
     Error::Damaged {
         what: format!("content {content} of node {node}"),
-        detail: "neither a live nor a preserved file holds it".into(),
-        remedy: "Run `rearview check` to see what else is missing.",
+        detail: "no replica that is online holds it as it was".into(),
+        remedy: "A replica that is offline may: mount it alone and copy the file.",
     }
 }

@@ -239,8 +239,7 @@ impl Volume {
     ) -> Result<Arc<Handles>> {
         // What must lose its setuid bit is told so; the thread's last caller must not decide it.
         crate::sys::regain_fsetid().map_err(Error::from_io)?;
-        self.open_state(node, state)?;
-        self.open_handles(node, state, Access::ReadWrite)?;
+        self.writable(node, state)?;
         self.preserve(node, state, range)?;
         let open = state.open.as_ref().expect("opened above");
         Ok(open.write.clone().expect("opened above"))
@@ -358,12 +357,23 @@ impl Volume {
             b.chmod(&file, stat.mode)?;
             // Dead before the link: nothing happened. After it: recovery drops the second link.
             // After the rename: recovery finds the preserved file and an empty live one.
-            let _ = b.unlink(kept.get(id)?, &kept_name);
-            b.link(dir.get(id)?, &name, kept.get(id)?, &kept_name)?;
+            link_anew(b, (dir.get(id)?, &name), (kept.get(id)?, &kept_name))?;
             b.rename(tmp, &kept_name, dir.get(id)?, &name, RenameMode::Replace)?;
             b.set_times(dir.get(id)?, SetTime::To(times.atime), SetTime::To(times.mtime))?;
             Ok(file)
-        })?;
+        });
+        let made = match made {
+            Ok(made) => made,
+            Err(error) => {
+                // The live file keeps its one name, else its end would not be seen as such.
+                let _ = replicas.apply("unlink", |id, b| {
+                    let _ = b.unlink(tmp.get(id)?, &kept_name);
+                    let _ = b.unlink(kept.get(id)?, &kept_name);
+                    Ok(())
+                });
+                return Err(error);
+            }
+        };
         state.stamp = self.nodes.next_stamp();
         let changes = vec![crate::catalog::Change::ContentPreserved { id: content }];
         self.catalog().push(changes)?;
@@ -385,7 +395,7 @@ impl Volume {
         let lost = if destroys { range } else { ByteRange { start: 0, end: 0 } };
         let handles = self.before_change(node, &mut state, lost)?;
         let mut first = true;
-        self.replicas().apply("fallocate", |id, b| {
+        let allocated = self.replicas().apply("fallocate", |id, b| {
             let file = handles.get(id)?;
             let answer = b.fallocate(file, mode, offset, length);
             let unsupported =
@@ -397,9 +407,12 @@ impl Volume {
             }
             first = false;
             answer
-        })?;
-        self.mark_unsealed(node, &mut state, true);
-        Ok(())
+        });
+        // A filesystem that cannot do it has done nothing; any other failure may come halfway.
+        if !allocated.as_ref().is_err_and(|error| error.is(Errno::OPNOTSUPP)) {
+            self.mark_unsealed(node, &mut state, true);
+        }
+        allocated.map(|_| ())
     }
 
     /// Finds data or a hole in a live file.
@@ -423,11 +436,11 @@ impl Volume {
         length: u64,
     ) -> Result<u64> {
         let _cut = self.cut.read();
-        let source = {
-            let mut state = from.lock();
-            self.open_state(from, &mut state)?;
-            self.open_handles(from, &mut state, Access::ReadWrite)?;
-            state.open.as_ref().and_then(|open| open.write.clone()).expect("opened above")
+        let other = (from.id != to.id).then_some(&**from);
+        let (mut state, mut from_state) = Volume::lock_nodes(to, other);
+        let source = match from_state.as_mut() {
+            Some(from_state) => self.writable(from, from_state)?,
+            None => self.writable(to, &mut state)?,
         };
         let size = self.replicas().read("stat", |id, b| Ok(b.stat(source.get(id)?)?.size))?;
         let length = length.min(size.saturating_sub(from_offset)).min(COPY_BYTES_MAX);
@@ -435,23 +448,43 @@ impl Volume {
             return Ok(0);
         }
         self.replicas().ensure_room(length)?;
-        let mut state = to.lock();
         let range = ByteRange::new(to_offset, length);
         let handles = self.before_change(to, &mut state, range)?;
-        self.replicas().apply("copy", |id, b| {
+        let copied = self.replicas().apply("copy", |id, b| {
             copy_all(b, (source.get(id)?, from_offset), (handles.get(id)?, to_offset), length)
-        })?;
+        });
         self.mark_unsealed(to, &mut state, true);
+        if let Err(error) = copied {
+            self.level(&handles, range)?;
+            return Err(error);
+        }
         Ok(length)
+    }
+
+    /// Handles of a file for reading and writing on every replica.
+    fn writable(&self, node: &Arc<Node>, state: &mut State) -> Result<Arc<Handles>> {
+        self.open_state(node, state)?;
+        self.open_handles(node, state, Access::ReadWrite)?;
+        Ok(state.open.as_ref().and_then(|open| open.write.clone()).expect("opened above"))
     }
 
     /// Makes a file durable on every replica, together with its history.
     pub fn fsync(&self, node: &Arc<Node>, data_only: bool) -> Result<()> {
         let handles = {
             let state = node.lock();
-            state.open.as_ref().and_then(|open| open.write.clone())
+            match state.open.as_ref().and_then(|open| open.write.clone()) {
+                None if state.orphan => None,
+                // Who wrote it may have closed it without a sync: reading does not make it durable.
+                None => {
+                    let (dir, name) = self.location(node, &state)?;
+                    let opened = self
+                        .replicas()
+                        .open("open", |id, b| b.open_file(dir.get(id)?, &name, Access::Read))?;
+                    Some(Arc::new(Handles::from(opened)))
+                }
+                open => open,
+            }
         };
-        // A file that nobody can write has nothing that is not durable but its name and attributes.
         if let Some(handles) = handles {
             self.replicas().apply("fsync", |id, b| b.sync(handles.get(id)?, data_only))?;
         }
@@ -482,6 +515,21 @@ fn emulate_fallocate(
         b.truncate(file, range.end)?;
     }
     Ok(())
+}
+
+/// Links a file into `preserved/`. A leftover of the same content gives way.
+pub(super) fn link_anew(
+    b: &dyn Backing,
+    (from, from_name): (&Handle, &EntryName),
+    (to, to_name): (&Handle, &EntryName),
+) -> std::io::Result<()> {
+    match b.link(from, from_name, to, to_name) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            b.unlink(to, to_name)?;
+            b.link(from, from_name, to, to_name)
+        }
+        other => other,
+    }
 }
 
 /// Copies all of a range within one backing, by reading and writing where it must.

@@ -11,6 +11,7 @@ use crate::replica::Handles;
 use crate::replica::backing::{RenameMode, SetTime, Stat};
 use crate::types::{ContentId, EntryName, Kind, NodeId, Xattrs};
 
+use super::files::link_anew;
 use super::nodes::{Node, Open, State};
 use super::{Caller, ROOM_FOR_A_NAME, Volume};
 
@@ -140,11 +141,11 @@ impl Volume {
             _ => Vec::new(),
         };
         let row = self.born(parent, name, &stat, &xattrs, more)?;
+        stat.ino = row.id.0;
+        let node = self.nodes.insert(row.id, stat.kind, parent, name);
         if stat.kind == Kind::Dir {
             self.mark_dir(row.id);
         }
-        stat.ino = row.id.0;
-        let node = self.nodes.insert(row.id, stat.kind, parent, name);
         node.looked_up();
         Ok((node, stat))
     }
@@ -274,6 +275,7 @@ impl Volume {
         let mut state = node.lock();
         let dir = self.dir(parent)?;
         let stat = self.replicas().read("stat", |id, b| b.stat_at(dir.get(id)?, name))?;
+        let _tree = self.tree.write();
         self.replicas().apply("rmdir", |id, b| b.rmdir(dir.get(id)?, name))?;
         let mut changes = vec![Change::EntryRemove { parent, name: name.clone() }];
         changes.append(&mut self.bury(&node, &mut state, stat, ContentId::EMPTY).changes);
@@ -304,8 +306,19 @@ impl Volume {
             Err(error) if error.is(Errno::NOENT) => None,
             Err(error) => return Err(error),
         };
+        if target.as_ref().is_some_and(|target| target.id == source.id) {
+            return match mode {
+                RenameMode::NoReplace => Err(Error::Posix(Errno::EXIST)),
+                _ => Ok(()),
+            };
+        }
         let from = self.dir(parent)?;
         let to = self.dir(new_parent)?;
+        // Whoever reaches one of them by its name waits until the name is what the node says.
+        let (_source_state, mut target_state) = Volume::lock_nodes(&source, target.as_deref());
+        let moves_dir =
+            [Some(&source), target.as_ref()].iter().flatten().any(|node| node.kind == Kind::Dir);
+        let _tree = moves_dir.then(|| self.tree.write());
         let entry_remove =
             |parent: NodeId, name: &EntryName| Change::EntryRemove { parent, name: name.clone() };
         let entry_add = |parent: NodeId, name: &EntryName, node: NodeId| Change::EntryAdd {
@@ -313,10 +326,9 @@ impl Volume {
             name: name.clone(),
             node,
         };
-        match (mode, target) {
+        match (mode, &target) {
             (RenameMode::NoReplace, Some(_)) => return Err(Error::Posix(Errno::EXIST)),
             (RenameMode::Exchange, None) => return Err(Error::Posix(Errno::NOENT)),
-            (_, Some(target)) if target.id == source.id => return Ok(()),
             (RenameMode::Exchange, Some(target)) => {
                 self.replicas().apply("rename", |id, b| {
                     b.rename(from.get(id)?, name, to.get(id)?, new_name, mode)
@@ -339,11 +351,13 @@ impl Volume {
                 ])?;
             }
             (RenameMode::Replace, Some(target)) => {
-                let mut changes =
-                    self.replace((&from, name), (&to, new_parent, new_name), &target)?;
+                let state = target_state.as_mut().expect("the target is locked");
+                let (last, mut changes) =
+                    self.replace((&from, name), (&to, new_parent, new_name), target, state)?;
                 changes.push(entry_remove(parent, name));
                 changes.push(entry_add(new_parent, new_name, source.id));
                 self.catalog().push(changes)?;
+                target.lost_name(new_parent, new_name, last);
             }
         }
         source.moved(new_parent, new_name);
@@ -356,21 +370,22 @@ impl Volume {
         Ok(())
     }
 
-    /// Renames over an existing object and returns what is to be recorded of its end.
+    /// Renames over an existing object. Returns whether that was its last name, and what is to be
+    /// recorded of its end.
     fn replace(
         &self,
         (from, name): (&Handles, &EntryName),
         (to, new_parent, new_name): (&Handles, NodeId, &EntryName),
         target: &Arc<Node>,
-    ) -> Result<Vec<Change>> {
+        state: &mut State,
+    ) -> Result<(bool, Vec<Change>)> {
         let replicas = self.replicas();
-        let mut state = target.lock();
         let stat = replicas.read("stat", |id, b| b.stat_at(to.get(id)?, new_name))?;
         let last = target.kind == Kind::Dir || stat.nlink <= 1;
         if last {
-            self.seal(target, &mut state)?;
+            self.seal(target, state)?;
         }
-        let content = if last { self.content_of(target, &state)? } else { ContentId::EMPTY };
+        let content = if last { self.content_of(target, state)? } else { ContentId::EMPTY };
         let rename = || {
             replicas.apply("rename", |id, b| {
                 b.rename(from.get(id)?, name, to.get(id)?, new_name, RenameMode::Replace)
@@ -384,9 +399,7 @@ impl Volume {
             let kept = replicas.private(preserved_dir(target.id))?;
             let kept_name = preserved_name(target.id, content);
             replicas.apply("link", |id, b| {
-                // A clone of the same content may lie there already.
-                let _ = b.unlink(kept.get(id)?, &kept_name);
-                b.link(to.get(id)?, new_name, kept.get(id)?, &kept_name)
+                link_anew(b, (to.get(id)?, new_name), (kept.get(id)?, &kept_name))
             })?;
             if let Err(error) = rename() {
                 replicas.apply("unlink", |id, b| b.unlink(kept.get(id)?, &kept_name))?;
@@ -395,13 +408,12 @@ impl Volume {
         }
         let mut changes = vec![Change::EntryRemove { parent: new_parent, name: new_name.clone() }];
         if last {
-            changes.append(&mut self.bury(target, &mut state, stat, content).changes);
+            changes.append(&mut self.bury(target, state, stat, content).changes);
             if target.kind == Kind::Dir {
                 replicas.forget_dir(target.id);
             }
         }
-        target.lost_name(new_parent, new_name, last);
-        Ok(changes)
+        Ok((last, changes))
     }
 
     /// The entries of a live directory, and the directory above it.

@@ -210,9 +210,9 @@ impl Nodes {
 
     /// Enters a newborn node.
     pub fn insert(&self, id: NodeId, kind: Kind, parent: NodeId, name: &EntryName) -> Arc<Node> {
-        let node = self.make(id, kind, Place::At(parent, name.clone()));
-        self.shard(id).lock().insert(id, node.clone());
-        node
+        let mut shard = self.shard(id).lock();
+        let born = || self.make(id, kind, Place::At(parent, name.clone()));
+        shard.entry(id).or_insert_with(born).clone()
     }
 
     /// A live node, entered if it is not in use. Its name is looked up when first needed: a rename

@@ -83,24 +83,29 @@ impl Volume {
         }
     }
 
-    /// Records the directories whose times changed, with times equal on all replicas.
-    pub(super) fn settle_dirs(&self) -> Result<()> {
+    /// Records the directories whose times changed, with times equal on all replicas. One that
+    /// cannot be recorded is tried again the next time.
+    pub(super) fn settle_dirs(&self) {
         let stale = std::mem::take(&mut *self.stale_dirs.lock());
         for dir in stale {
-            let _entries = self.lock_dir(dir);
-            let node = self.nodes.load(dir, Kind::Dir);
-            // A directory that was removed meanwhile is not recorded again: its remover held this
-            // lock.
-            let state = node.lock();
-            let gone = dir != NodeId::ROOT && node.place(self.catalog())?.is_none();
-            if !gone {
-                let row = self.settle_dir(dir)?;
-                self.catalog().push(vec![Change::NodePut(row)])?;
+            if let Err(error) = self.settle_stale_dir(dir) {
+                log::warn!("directory {dir} is not recorded yet: {error}");
+                self.mark_dir(dir);
             }
-            drop(state);
-            drop(node);
             self.nodes.drop_unused(dir);
         }
+    }
+
+    fn settle_stale_dir(&self, dir: NodeId) -> Result<()> {
+        let _entries = self.lock_dir(dir);
+        let node = self.nodes.load(dir, Kind::Dir);
+        // A directory that was removed meanwhile is not recorded again: its remover held this lock.
+        let _state = node.lock();
+        if dir != NodeId::ROOT && node.place(self.catalog())?.is_none() {
+            return Ok(());
+        }
+        let row = self.settle_dir(dir)?;
+        self.catalog().push(vec![Change::NodePut(row)])?;
         Ok(())
     }
 
