@@ -27,16 +27,24 @@ impl Filesystem {
             })
             .collect();
         for node in nodes {
-            let Ok(path) = self.volume.path_of(node) else { continue };
-            let bytes = path.to_bytes();
-            let path = self.options.mountpoint.join(std::ffi::OsStr::from_bytes(&bytes));
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-            let flushed = rustix::fs::open(&path, flags, Mode::empty())
-                .map_err(std::io::Error::from)
-                .and_then(|file| crate::sys::flush_pages(&file));
-            if let Err(error) = flushed {
-                log::debug!("cannot flush the maps of {}: {error}", path.display());
+            // A rename meanwhile is met by asking for the path once more.
+            if let Err(first) = self.flush_map(node)
+                && self.flush_map(node).is_err()
+            {
+                log::warn!(
+                    "node {node} could not be flushed: what programs stored in memory maps of it \
+                     may be missing in this snapshot: {first}"
+                );
             }
         }
+    }
+
+    fn flush_map(&self, node: NodeId) -> std::io::Result<()> {
+        let Ok(path) = self.volume.path_of(node) else { return Ok(()) };
+        let bytes = path.to_bytes();
+        let path = self.options.mountpoint.join(std::ffi::OsStr::from_bytes(&bytes));
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = rustix::fs::open(&path, flags, Mode::empty())?;
+        crate::sys::flush_pages(&file)
     }
 }
