@@ -14,6 +14,7 @@ use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath};
 mod crash;
 mod refusals;
 mod space;
+mod unclean;
 
 /// Backings side by side in a scratch directory.
 struct Bench {
