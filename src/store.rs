@@ -288,7 +288,8 @@ fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> 
         Verdict::Winner { winner, current, clean: true } => (winner, current),
         Verdict::Winner { winner, current, clean: false } => {
             log::warn!("{}: the last mount did not end cleanly; recovering", shown(winner));
-            take_in(&members[winner], Some(recover), progress)?;
+            let peers = other_sites(members, winner);
+            take_in(&members[winner], &peers, Some(recover), progress)?;
             // Recovery went on in the winner alone.
             (winner, (0..current.len()).map(|index| index == winner).collect())
         }
@@ -328,15 +329,26 @@ fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> 
     Ok(winner)
 }
 
+/// The backings of all members but one.
+fn other_sites(members: &[Member], but: usize) -> Vec<Site> {
+    let others = (0..members.len()).filter(|&index| index != but);
+    others.map(|index| members[index].site.clone()).collect()
+}
+
 /// Makes the catalog of a replica agree with its live tree. Durable when it returns.
-fn take_in(member: &Member, recover: Option<Recover<'_>>, progress: &Progress) -> Result<()> {
+fn take_in(
+    member: &Member,
+    peers: &[Site],
+    recover: Option<Recover<'_>>,
+    progress: &Progress,
+) -> Result<()> {
     let files = ReplicaMap::new(vec![Some(member.catalog_file())]);
     let catalog = Catalog::open(files, false)?;
     let result = (|| {
         if let Some(recover) = recover {
             recover(&replica_set(std::slice::from_ref(member))?, &catalog)?;
         }
-        let report = import::import(&member.site, &catalog, progress)?;
+        let report = import::import(&member.site, peers, &catalog, progress)?;
         log::info!("{}: {report:?}", member.site.path.display());
         catalog.flush(Durability::Durable)
     })();
@@ -355,7 +367,7 @@ fn adopt(member: &mut Member, progress: &Progress) -> Result<()> {
         }
         Catalog::create(&file, member.marker.store)?;
     }
-    take_in(member, None, progress)?;
+    take_in(member, &[], None, progress)?;
     member.site.backing.sync_all().context("make durable", &member.site.path)?;
     let head = Catalog::inspect(&file)?;
     member.marker.phase = Phase::Ok;

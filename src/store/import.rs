@@ -26,6 +26,7 @@ use crate::store::site::{Object, Site, is_other_mount};
 use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath, Timestamp, XattrSetId};
 
 mod moves;
+mod rescue;
 
 /// Changes in one push: enough to make a batch worth its commit, little enough to hold.
 const PUSH_CHANGES: usize = 1000;
@@ -51,9 +52,16 @@ pub struct ImportReport {
 }
 
 /// Makes the catalog's live tree equal to the one on `source`. The changes are pushed, not flushed.
-pub fn import(source: &Site, catalog: &Catalog, progress: &Progress) -> Result<ImportReport> {
+/// `peers` are other replicas of the store, which may still have what was changed on `source`.
+pub fn import(
+    source: &Site,
+    peers: &[Site],
+    catalog: &Catalog,
+    progress: &Progress,
+) -> Result<ImportReport> {
     let mut import = Import {
         site: source,
+        peers,
         catalog,
         progress,
         changes: Vec::new(),
@@ -139,6 +147,7 @@ struct Pending {
 
 struct Import<'a> {
     site: &'a Site,
+    peers: &'a [Site],
     catalog: &'a Catalog,
     progress: &'a Progress,
     changes: Vec<Change>,
@@ -296,6 +305,9 @@ impl Import<'_> {
                 self.links.insert(key, node);
             }
             self.claimed.insert(node);
+            if kind == Kind::File && content_differs(&row, stat) {
+                self.keep_recorded(&row, &dir.path, &name, stat.size)?;
+            }
             self.refresh(&row, object)?;
             if kind == Kind::Dir {
                 self.pending.push(Pending { path, node, fresh: false });
@@ -487,6 +499,7 @@ impl Import<'_> {
                 && row.kind == Kind::File
                 && row.content != ContentId::EMPTY
                 && self.catalog.sources(node, row.content)?.whole.is_none()
+                && !self.rescue(&row, dir, name)?
             {
                 self.report.lost.push(dir.join(name));
             }

@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Deferred, Doubt, Import, PUSH_CHANGES};
+use super::{Deferred, Doubt, Import, PUSH_CHANGES, content_differs};
 use crate::catalog::{Change, NodeRow};
 use crate::error::Result;
 use crate::replica::backing::Stat;
@@ -172,6 +172,9 @@ impl Import<'_> {
             Some(row) if !self.claimed.contains(row.id) => {
                 self.claimed.insert(row.id);
                 self.note_links(&file, row.id);
+                if content_differs(row, &file.stat) {
+                    self.keep_recorded(row, &file.dir, &file.name, file.stat.size)?;
+                }
                 return self.refresh_with(row, &file.stat, file.xattrs);
             }
             // The node was met meanwhile under another name.

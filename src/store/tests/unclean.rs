@@ -140,3 +140,31 @@ fn a_file_cloned_before_it_was_overwritten_is_a_later_content() {
     assert_eq!(now.id, f1.id);
     assert!(now.content > f1.content);
 }
+
+#[test]
+fn what_was_changed_behind_our_back_is_kept_from_another_replica() {
+    let bench = Bench::new();
+    let a = bench.path("a");
+    write(&a.join("d/edited"), b"as it was recorded");
+    write(&a.join("gone"), b"the last of it");
+    bench.settle(&["a", "b"]);
+    let store = bench.open(&["a", "b"]).unwrap();
+    let (edited, gone) = (row_at(&store.catalog, "d/edited"), row_at(&store.catalog, "gone"));
+    drop(store);
+    write(&a.join("d/edited"), b"edited");
+    fs::remove_file(a.join("gone")).unwrap();
+    let store = bench.open(&["a", "b"]).unwrap();
+    assert!(row_at(&store.catalog, "d/edited").content > edited.content);
+    for (row, bytes) in [(&edited, &b"as it was recorded"[..]), (&gone, b"the last of it")] {
+        let sources = store.catalog.sources(row.id, row.content).unwrap();
+        assert_eq!(sources.whole, Some(row.content));
+        let (shard, node, content) = (row.id.0 & 0xff, row.id.0, row.content.0);
+        let kept = format!(".rearview/preserved/{shard:02x}/{node:016x}.{content:016x}");
+        for name in ["a", "b"] {
+            assert_eq!(fs::read(bench.path(name).join(&kept)).unwrap(), bytes, "{name}");
+        }
+    }
+    store.close().unwrap();
+    drop(store);
+    bench.assert_equal(&["a", "b"]);
+}
