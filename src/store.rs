@@ -56,7 +56,7 @@ pub const CATALOG_FILE: &str = "catalog.db";
 /// How a store is opened.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
-    /// A new store is meant: refuse an existing one.
+    /// A new store is meant, or a new replica where one that is gone was: refuse what is neither.
     pub init: bool,
     /// Name of the replicas that are made, instead of their directories' names.
     pub label: Option<String>,
@@ -271,14 +271,23 @@ fn judge(members: &[Member]) -> Verdict {
             clean: member.marker.clean.clone(),
             head: member.head(),
             says_stale: (0..members.len())
-                .filter(|&other| {
-                    let peer = member.marker.peer(members[other].marker.replica);
-                    peer.is_some_and(|peer| peer.state == PeerState::Stale)
-                })
+                .filter(|&other| holds_stale(&member.marker, &members[other].marker))
                 .collect(),
         })
         .collect();
     lineage::judge(&standings)
+}
+
+/// Whether a replica went on without another: it says so, or it has given the other up, which still
+/// knows it. For a peer is forgotten only when another takes its place.
+fn holds_stale(own: &Marker, other: &Marker) -> bool {
+    match own.peer(other.replica) {
+        Some(peer) => peer.state == PeerState::Stale,
+        None => {
+            let whole = own.phase == Phase::Ok && other.phase == Phase::Ok;
+            whole && !own.peers.is_empty() && other.peer(own.replica).is_some()
+        }
+    }
 }
 
 /// Finds the winner, finishes what the last mount left of it, and makes the others equal to it.
@@ -301,7 +310,8 @@ fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> 
             return Err(Error::Refused(format!(
                 "{} and {} were used separately and both changed: neither can replace the other \
                  unasked. Nothing was touched. Mount the one to keep alone; for the other, move \
-                 its files elsewhere and give the empty directory, which is then filled",
+                 all that is in it, .rearview too, elsewhere, and mount both with --init: the \
+                 empty directory is then filled",
                 shown(a),
                 shown(b)
             )));
@@ -446,8 +456,8 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
     Ok(Store { uuid, replicas, catalog, members: Mutex::new(members), opened_at: head })
 }
 
-/// The peers that any present replica knows and that are not present. The winner's word counts
-/// first.
+/// The peers that any present replica knows and that are not present, without those that a new
+/// replica replaces at their place. The winner's word counts first.
 fn absent_peers(members: &[Member], winner: usize) -> Vec<Peer> {
     let mut absent: BTreeMap<Uuid, Peer> = BTreeMap::new();
     let others = (0..members.len()).filter(|&index| index != winner);
@@ -456,6 +466,14 @@ fn absent_peers(members: &[Member], winner: usize) -> Vec<Peer> {
             if members.iter().all(|member| member.marker.replica != peer.replica) {
                 absent.entry(peer.replica).or_insert_with(|| peer.clone());
             }
+        }
+    }
+    // What has no peers of its own and did not win was made just now.
+    for index in (0..members.len()).filter(|&index| index != winner) {
+        let member = &members[index];
+        if member.marker.peers.is_empty() {
+            let place = identify::record_path(&member.site.path);
+            absent.retain(|_, peer| peer.path != place);
         }
     }
     absent.into_values().collect()
