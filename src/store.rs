@@ -108,9 +108,9 @@ impl Member {
         self.marker.write(&self.site)
     }
 
-    /// The head of this replica's catalog; `None` if it has no readable one of its store.
+    /// The head of this replica's catalog; `None` if it has no whole one of its store.
     fn head(&self) -> Option<Head> {
-        match Catalog::inspect(&self.catalog_file()) {
+        match Catalog::verify(&self.catalog_file(), self.marker.clean.is_none()) {
             Ok(head) if head.store == self.marker.store => Some(head),
             Ok(head) => {
                 log::error!(
@@ -263,13 +263,14 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
     Ok(members.into_iter().map(|(_, member)| member).collect())
 }
 
-fn judge(members: &[Member]) -> Verdict {
+fn judge(members: &[Member], heads: &[Option<Head>]) -> Verdict {
     let standings: Vec<Standing> = members
         .iter()
-        .map(|member| Standing {
+        .zip(heads)
+        .map(|(member, head)| Standing {
             phase: member.marker.phase,
             clean: member.marker.clean.clone(),
-            head: member.head(),
+            head: head.clone(),
             says_stale: (0..members.len())
                 .filter(|&other| holds_stale(&member.marker, &members[other].marker))
                 .collect(),
@@ -292,8 +293,52 @@ fn holds_stale(own: &Marker, other: &Marker) -> bool {
 
 /// Finds the winner, finishes what the last mount left of it, and makes the others equal to it.
 fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> Result<usize> {
+    let mut heads: Vec<Option<Head>> = members.iter().map(Member::head).collect();
+    loop {
+        let verdict = judge(members, &heads);
+        let winner = match &verdict {
+            Verdict::Winner { winner, .. } => Some(*winner),
+            _ => None,
+        };
+        match (settle_by(members, verdict, &heads, recover, progress), winner) {
+            // Damage that shows only now: whoever else has a whole catalog wins instead.
+            (Err(error), Some(winner))
+                if is_catalog_damage(&error) && has_other_head(members, &heads, winner) =>
+            {
+                log::error!("{}: {error}", members[winner].site.path.display());
+                heads[winner] = None;
+            }
+            (result, _) => return result,
+        }
+    }
+}
+
+fn has_other_head(members: &[Member], heads: &[Option<Head>], winner: usize) -> bool {
+    let whole = |index: usize| members[index].marker.phase == Phase::Ok && heads[index].is_some();
+    (0..members.len()).any(|index| index != winner && whole(index))
+}
+
+fn is_catalog_damage(error: &Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    match error {
+        Error::Damaged { what, .. } => what.starts_with("the catalog"),
+        Error::Catalog(error) => {
+            matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
+        }
+        _ => false,
+    }
+}
+
+/// Does what the judgement asks for; returns the winner.
+fn settle_by(
+    members: &mut [Member],
+    verdict: Verdict,
+    heads: &[Option<Head>],
+    recover: Recover<'_>,
+    progress: &Progress,
+) -> Result<usize> {
     let shown = |index: usize| members[index].site.path.display();
-    let (winner, current) = match judge(members) {
+    let (winner, current) = match verdict {
         Verdict::Winner { winner, current, clean: true } => (winner, current),
         Verdict::Winner { winner, current, clean: false } => {
             log::warn!("{}: the last mount did not end cleanly; recovering", shown(winner));
@@ -335,7 +380,7 @@ fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> 
             });
         }
     };
-    fill_others(members, winner, &current, progress)?;
+    fill_others(members, winner, &current, heads, progress)?;
     Ok(winner)
 }
 
@@ -390,6 +435,7 @@ fn fill_others(
     members: &mut [Member],
     winner: usize,
     current: &[bool],
+    heads: &[Option<Head>],
     progress: &Progress,
 ) -> Result<()> {
     let source = members[winner].site.clone();
@@ -397,6 +443,7 @@ fn fill_others(
     let winner_since = since(&members[winner]);
     for index in (0..members.len()).filter(|&index| !current[index]) {
         let member = &mut members[index];
+        let lost_catalog = member.marker.phase == Phase::Ok && heads[index].is_none();
         // From here on until the end it is no whole copy, whatever its catalog says.
         if member.marker.phase != Phase::Filling {
             member.marker.phase = Phase::Filling;
@@ -407,6 +454,12 @@ fn fill_others(
         let report = fill::fill(&source, &member.site, since, progress)?;
         log::info!("{}: {report:?}", member.site.path.display());
         Catalog::copy(&source.private_path(CATALOG_FILE), &member.catalog_file())?;
+        if lost_catalog {
+            let (healed, from) = (member.site.path.display(), source.path.display());
+            log::warn!(
+                "{healed}: its catalog was damaged and was made anew from the one in {from}"
+            );
+        }
         member.site.backing.sync_all().context("make durable", &member.site.path)?;
         member.marker.phase = Phase::Ok;
     }
