@@ -56,7 +56,7 @@ pub const CATALOG_FILE: &str = "catalog.db";
 /// How a store is opened.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
-    /// A new store is meant: refuse an existing one.
+    /// A new store is meant, or a new replica where one that is gone was: refuse what is neither.
     pub init: bool,
     /// Name of the replicas that are made, instead of their directories' names.
     pub label: Option<String>,
@@ -108,9 +108,9 @@ impl Member {
         self.marker.write(&self.site)
     }
 
-    /// The head of this replica's catalog; `None` if it has no readable one of its store.
+    /// The head of this replica's catalog; `None` if it has no whole one of its store.
     fn head(&self) -> Option<Head> {
-        match Catalog::inspect(&self.catalog_file()) {
+        match Catalog::verify(&self.catalog_file(), self.marker.clean.is_none()) {
             Ok(head) if head.store == self.marker.store => Some(head),
             Ok(head) => {
                 log::error!(
@@ -263,32 +263,87 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
     Ok(members.into_iter().map(|(_, member)| member).collect())
 }
 
-fn judge(members: &[Member]) -> Verdict {
+fn judge(members: &[Member], heads: &[Option<Head>]) -> Verdict {
     let standings: Vec<Standing> = members
         .iter()
-        .map(|member| Standing {
+        .zip(heads)
+        .map(|(member, head)| Standing {
             phase: member.marker.phase,
             clean: member.marker.clean.clone(),
-            head: member.head(),
+            head: head.clone(),
             says_stale: (0..members.len())
-                .filter(|&other| {
-                    let peer = member.marker.peer(members[other].marker.replica);
-                    peer.is_some_and(|peer| peer.state == PeerState::Stale)
-                })
+                .filter(|&other| holds_stale(&member.marker, &members[other].marker))
                 .collect(),
         })
         .collect();
     lineage::judge(&standings)
 }
 
+/// Whether a replica went on without another: it says so, or it has given the other up, which still
+/// knows it. For a peer is forgotten only when another takes its place.
+fn holds_stale(own: &Marker, other: &Marker) -> bool {
+    match own.peer(other.replica) {
+        Some(peer) => peer.state == PeerState::Stale,
+        None => {
+            let whole = own.phase == Phase::Ok && other.phase == Phase::Ok;
+            whole && !own.peers.is_empty() && other.peer(own.replica).is_some()
+        }
+    }
+}
+
 /// Finds the winner, finishes what the last mount left of it, and makes the others equal to it.
 fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> Result<usize> {
+    let mut heads: Vec<Option<Head>> = members.iter().map(Member::head).collect();
+    loop {
+        let verdict = judge(members, &heads);
+        let winner = match &verdict {
+            Verdict::Winner { winner, .. } => Some(*winner),
+            _ => None,
+        };
+        match (settle_by(members, verdict, &heads, recover, progress), winner) {
+            // Damage that shows only now: whoever else has a whole catalog wins instead.
+            (Err(error), Some(winner))
+                if is_catalog_damage(&error) && has_other_head(members, &heads, winner) =>
+            {
+                log::error!("{}: {error}", members[winner].site.path.display());
+                heads[winner] = None;
+            }
+            (result, _) => return result,
+        }
+    }
+}
+
+fn has_other_head(members: &[Member], heads: &[Option<Head>], winner: usize) -> bool {
+    let whole = |index: usize| members[index].marker.phase == Phase::Ok && heads[index].is_some();
+    (0..members.len()).any(|index| index != winner && whole(index))
+}
+
+fn is_catalog_damage(error: &Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    match error {
+        Error::Damaged { what, .. } => what.starts_with("the catalog"),
+        Error::Catalog(error) => {
+            matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
+        }
+        _ => false,
+    }
+}
+
+/// Does what the judgement asks for; returns the winner.
+fn settle_by(
+    members: &mut [Member],
+    verdict: Verdict,
+    heads: &[Option<Head>],
+    recover: Recover<'_>,
+    progress: &Progress,
+) -> Result<usize> {
     let shown = |index: usize| members[index].site.path.display();
-    let (winner, current) = match judge(members) {
+    let (winner, current) = match verdict {
         Verdict::Winner { winner, current, clean: true } => (winner, current),
         Verdict::Winner { winner, current, clean: false } => {
             log::warn!("{}: the last mount did not end cleanly; recovering", shown(winner));
-            take_in(&members[winner], Some(recover), progress)?;
+            let peers = other_sites(members, winner);
+            take_in(&members[winner], &peers, Some(recover), progress)?;
             // Recovery went on in the winner alone.
             (winner, (0..current.len()).map(|index| index == winner).collect())
         }
@@ -300,7 +355,8 @@ fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> 
             return Err(Error::Refused(format!(
                 "{} and {} were used separately and both changed: neither can replace the other \
                  unasked. Nothing was touched. Mount the one to keep alone; for the other, move \
-                 its files elsewhere and give the empty directory, which is then filled",
+                 all that is in it, .rearview too, elsewhere, and mount both with --init: the \
+                 empty directory is then filled",
                 shown(a),
                 shown(b)
             )));
@@ -324,19 +380,30 @@ fn settle(members: &mut [Member], recover: Recover<'_>, progress: &Progress) -> 
             });
         }
     };
-    fill_others(members, winner, &current, progress)?;
+    fill_others(members, winner, &current, heads, progress)?;
     Ok(winner)
 }
 
+/// The backings of all members but one.
+fn other_sites(members: &[Member], but: usize) -> Vec<Site> {
+    let others = (0..members.len()).filter(|&index| index != but);
+    others.map(|index| members[index].site.clone()).collect()
+}
+
 /// Makes the catalog of a replica agree with its live tree. Durable when it returns.
-fn take_in(member: &Member, recover: Option<Recover<'_>>, progress: &Progress) -> Result<()> {
+fn take_in(
+    member: &Member,
+    peers: &[Site],
+    recover: Option<Recover<'_>>,
+    progress: &Progress,
+) -> Result<()> {
     let files = ReplicaMap::new(vec![Some(member.catalog_file())]);
     let catalog = Catalog::open(files, false)?;
     let result = (|| {
         if let Some(recover) = recover {
             recover(&replica_set(std::slice::from_ref(member))?, &catalog)?;
         }
-        let report = import::import(&member.site, &catalog, progress)?;
+        let report = import::import(&member.site, peers, &catalog, progress)?;
         log::info!("{}: {report:?}", member.site.path.display());
         catalog.flush(Durability::Durable)
     })();
@@ -355,7 +422,7 @@ fn adopt(member: &mut Member, progress: &Progress) -> Result<()> {
         }
         Catalog::create(&file, member.marker.store)?;
     }
-    take_in(member, None, progress)?;
+    take_in(member, &[], None, progress)?;
     member.site.backing.sync_all().context("make durable", &member.site.path)?;
     let head = Catalog::inspect(&file)?;
     member.marker.phase = Phase::Ok;
@@ -368,6 +435,7 @@ fn fill_others(
     members: &mut [Member],
     winner: usize,
     current: &[bool],
+    heads: &[Option<Head>],
     progress: &Progress,
 ) -> Result<()> {
     let source = members[winner].site.clone();
@@ -375,6 +443,7 @@ fn fill_others(
     let winner_since = since(&members[winner]);
     for index in (0..members.len()).filter(|&index| !current[index]) {
         let member = &mut members[index];
+        let lost_catalog = member.marker.phase == Phase::Ok && heads[index].is_none();
         // From here on until the end it is no whole copy, whatever its catalog says.
         if member.marker.phase != Phase::Filling {
             member.marker.phase = Phase::Filling;
@@ -385,6 +454,12 @@ fn fill_others(
         let report = fill::fill(&source, &member.site, since, progress)?;
         log::info!("{}: {report:?}", member.site.path.display());
         Catalog::copy(&source.private_path(CATALOG_FILE), &member.catalog_file())?;
+        if lost_catalog {
+            let (healed, from) = (member.site.path.display(), source.path.display());
+            log::warn!(
+                "{healed}: its catalog was damaged and was made anew from the one in {from}"
+            );
+        }
         member.site.backing.sync_all().context("make durable", &member.site.path)?;
         member.marker.phase = Phase::Ok;
     }
@@ -434,8 +509,8 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
     Ok(Store { uuid, replicas, catalog, members: Mutex::new(members), opened_at: head })
 }
 
-/// The peers that any present replica knows and that are not present. The winner's word counts
-/// first.
+/// The peers that any present replica knows and that are not present, without those that a new
+/// replica replaces at their place. The winner's word counts first.
 fn absent_peers(members: &[Member], winner: usize) -> Vec<Peer> {
     let mut absent: BTreeMap<Uuid, Peer> = BTreeMap::new();
     let others = (0..members.len()).filter(|&index| index != winner);
@@ -444,6 +519,14 @@ fn absent_peers(members: &[Member], winner: usize) -> Vec<Peer> {
             if members.iter().all(|member| member.marker.replica != peer.replica) {
                 absent.entry(peer.replica).or_insert_with(|| peer.clone());
             }
+        }
+    }
+    // What has no peers of its own and did not win was made just now.
+    for index in (0..members.len()).filter(|&index| index != winner) {
+        let member = &members[index];
+        if member.marker.peers.is_empty() {
+            let place = identify::record_path(&member.site.path);
+            absent.retain(|_, peer| peer.path != place);
         }
     }
     absent.into_values().collect()

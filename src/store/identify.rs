@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::error::{Error, IoContext, Result};
 use crate::store::fill;
-use crate::store::marker::{MARKER_FILE, Marker};
+use crate::store::marker::{MARKER_FILE, Marker, Phase};
 use crate::store::site::{Site, private};
 use crate::types::{PRIVATE_DIR, REPLICAS_MAX, RelPath};
 
@@ -146,8 +146,8 @@ fn check_no_remains(site: &Site) -> Result<()> {
                     entry.name
                 ),
                 remedy: "Put the marker back from a backup; or, if another backing of the store is \
-                         whole, move this backing's files elsewhere and mount with the empty \
-                         directory: it is filled from the other",
+                         whole, move this backing's files with .rearview elsewhere and mount \
+                         both with --init: the empty directory is filled from the other",
             });
         }
     }
@@ -208,21 +208,28 @@ pub fn decide(candidates: &[Candidate], init: bool) -> Result<Plan> {
             )));
         }
     }
-    use crate::store::marker::Phase;
-    if init && !replicas.iter().any(|(_, marker)| marker.phase == Phase::Adopting) {
+    let markers: Vec<&Marker> = replicas.iter().map(|(_, marker)| *marker).collect();
+    let replacing = check_joining(candidates, &markers, &first.path, init)?;
+    let adopting = markers.iter().any(|marker| marker.phase == Phase::Adopting);
+    if init && !adopting && !replacing {
         return Err(Error::Refused(format!(
             "{} already holds a store ({}): mount it without --init",
             first.path.display(),
             first_marker.store
         )));
     }
-    let markers: Vec<&Marker> = replicas.iter().map(|(_, marker)| *marker).collect();
-    check_joining(candidates, &markers, &first.path)?;
     Ok(Plan::Open)
 }
 
-/// Those without a marker may join only if no replica is expected where they are.
-fn check_joining(candidates: &[Candidate], markers: &[&Marker], store_at: &Path) -> Result<()> {
+/// Those without a marker may join only if no replica is expected where they are, or if they are
+/// meant to take its place (`init`). Tells whether one does.
+fn check_joining(
+    candidates: &[Candidate],
+    markers: &[&Marker],
+    store_at: &Path,
+    init: bool,
+) -> Result<bool> {
+    let mut replacing = false;
     let present: BTreeSet<Uuid> = markers.iter().map(|marker| marker.replica).collect();
     for one in candidates {
         if matches!(one.found, Found::Replica(_)) {
@@ -233,16 +240,22 @@ fn check_joining(candidates: &[Candidate], markers: &[&Marker], store_at: &Path)
             .iter()
             .flat_map(|marker| &marker.peers)
             .find(|peer| peer.path == place && !present.contains(&peer.replica));
+        let has_files = matches!(one.found, Found::Files);
+        if expected.is_some() && init && !has_files {
+            replacing = true;
+            continue;
+        }
         if let Some(peer) = expected {
             return Err(Error::Refused(format!(
                 "{} has no store marker, but replica '{}' of the store in {} was last there: is \
-                 its disk mounted? (to give that replica up, use another directory)",
+                 its disk mounted? (to give that replica up and fill the empty directory in its \
+                 place, mount with --init)",
                 one.path.display(),
                 crate::types::escape(peer.label.as_bytes()),
                 store_at.display()
             )));
         }
-        if matches!(one.found, Found::Files) {
+        if has_files {
             return Err(Error::Refused(format!(
                 "{} has files and is no replica of the store in {}: give an empty directory, which \
                  is then filled, or move the files away first",
@@ -251,7 +264,7 @@ fn check_joining(candidates: &[Candidate], markers: &[&Marker], store_at: &Path)
             )));
         }
     }
-    Ok(())
+    Ok(replacing)
 }
 
 fn decide_new(candidates: &[Candidate]) -> Result<Plan> {

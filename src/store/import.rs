@@ -5,9 +5,12 @@
 //! still different.
 //!
 //! How objects are recognised, in this order: another name of a hard-linked object already met; the
-//! node that the catalog has under this name, if its kind fits; for files, a node that lost its
-//! name and has the same size, times, mode and owner as exactly one file without a node (or with a
-//! changed one): it was renamed. Everything else is new.
+//! node that the catalog has under this name, if its kind fits and nothing speaks against it; for
+//! files, a node that lost its name and has the same size, times, mode and owner (`moves`): it was
+//! renamed. Everything else is new.
+//!
+//! Equal size and time alone do not make a file the recorded one: where the node's content was
+//! moved aside into `preserved/`, the file under its name is another's or a later content.
 //!
 //! Not done here: reading file contents (size and modification time tell whether one changed), and
 //! history beside the live tree, which was recovered before.
@@ -22,8 +25,14 @@ use crate::store::idset::IdSet;
 use crate::store::site::{Object, Site, is_other_mount};
 use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath, Timestamp, XattrSetId};
 
+mod moves;
+mod rescue;
+
 /// Changes in one push: enough to make a batch worth its commit, little enough to hold.
 const PUSH_CHANGES: usize = 1000;
+/// The most files kept in memory only because their birth is not the recorded one. On a copy that
+/// is so for all files, and tells nothing.
+const STRANGERS_MAX: usize = 10_000;
 
 /// What an import found and recorded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,9 +52,16 @@ pub struct ImportReport {
 }
 
 /// Makes the catalog's live tree equal to the one on `source`. The changes are pushed, not flushed.
-pub fn import(source: &Site, catalog: &Catalog, progress: &Progress) -> Result<ImportReport> {
+/// `peers` are other replicas of the store, which may still have what was changed on `source`.
+pub fn import(
+    source: &Site,
+    peers: &[Site],
+    catalog: &Catalog,
+    progress: &Progress,
+) -> Result<ImportReport> {
     let mut import = Import {
         site: source,
+        peers,
         catalog,
         progress,
         changes: Vec::new(),
@@ -53,6 +69,7 @@ pub fn import(source: &Site, catalog: &Catalog, progress: &Progress) -> Result<I
         links: HashMap::new(),
         missing: Vec::new(),
         deferred: Vec::new(),
+        strangers: 0,
         pending: Vec::new(),
         fresh_catalog: false,
         report: ImportReport::default(),
@@ -85,25 +102,6 @@ struct LinkKey {
     size: u64,
 }
 
-/// What a renamed file keeps.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct MoveKey {
-    mtime: Timestamp,
-    size: u64,
-    mode: u32,
-    uid: u32,
-}
-
-impl MoveKey {
-    fn of(stat: &Stat) -> MoveKey {
-        MoveKey { mtime: stat.mtime, size: stat.size, mode: stat.mode, uid: stat.uid }
-    }
-
-    fn of_row(row: &NodeRow) -> MoveKey {
-        MoveKey { mtime: row.mtime, size: row.size, mode: row.mode, uid: row.uid }
-    }
-}
-
 /// A name in the catalog with nothing on the backing.
 struct Missing {
     dir: RelPath,
@@ -122,6 +120,21 @@ struct Deferred {
     xattrs: XattrSetId,
     /// The node that had this name, with its recorded state.
     over: Option<NodeRow>,
+    /// For a hard-linked one.
+    link_key: Option<LinkKey>,
+    /// What speaks against its being `over`.
+    doubt: Doubt,
+}
+
+/// Why a file may not be the node that had its name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Doubt {
+    /// Nothing speaks against it.
+    None,
+    /// It was not born when the recorded one was: so it is for another file and for every copy.
+    Born,
+    /// Its bytes are others, or the recorded ones were moved aside, or no node had its name.
+    Changed,
 }
 
 /// A directory still to be read.
@@ -134,6 +147,7 @@ struct Pending {
 
 struct Import<'a> {
     site: &'a Site,
+    peers: &'a [Site],
     catalog: &'a Catalog,
     progress: &'a Progress,
     changes: Vec<Change>,
@@ -144,6 +158,8 @@ struct Import<'a> {
     /// Names without an object, parents before their children; `None` once found elsewhere.
     missing: Vec<Option<Missing>>,
     deferred: Vec<Deferred>,
+    /// How many of the deferred are only doubtful by their birth.
+    strangers: usize,
     pending: Vec<Pending>,
     /// The catalog was empty: nothing can have been renamed.
     fresh_catalog: bool,
@@ -278,15 +294,20 @@ impl Import<'_> {
             && (kind != Kind::Symlink
                 || self.catalog.symlink_target(node)?.as_deref() == Some(&object.target[..]))
         {
-            if let Some(key) = link_key {
-                self.links.insert(key, node);
-            } else if kind == Kind::File && content_differs(&row, stat) {
+            let doubt = self.doubt(&row, stat, link_key.is_some())?;
+            if doubt != Doubt::None {
                 // Perhaps another file was renamed over it.
                 let xattrs = self.catalog.intern_xattrs(&object.xattrs)?;
-                self.defer(dir, name, stat, xattrs, Some(row));
+                self.defer(dir, name, stat, (xattrs, Some(row), link_key, doubt));
                 return Ok(());
             }
+            if let Some(key) = link_key {
+                self.links.insert(key, node);
+            }
             self.claimed.insert(node);
+            if kind == Kind::File && content_differs(&row, stat) {
+                self.keep_recorded(&row, &dir.path, &name, stat.size)?;
+            }
             self.refresh(&row, object)?;
             if kind == Kind::Dir {
                 self.pending.push(Pending { path, node, fresh: false });
@@ -296,7 +317,7 @@ impl Import<'_> {
         self.replace(dir, &name, known)?;
         let xattrs = self.catalog.intern_xattrs(&object.xattrs)?;
         if stat.kind == Kind::File && stat.size > 0 && link_key.is_none() && !self.fresh_catalog {
-            self.defer(dir, name, stat, xattrs, None);
+            self.defer(dir, name, stat, (xattrs, None, None, Doubt::Changed));
             return Ok(());
         }
         let node = self.add_node(dir.node, name, stat, xattrs, &object.target);
@@ -314,11 +335,34 @@ impl Import<'_> {
         dir: &Pending,
         name: EntryName,
         stat: &Stat,
-        xattrs: XattrSetId,
-        over: Option<NodeRow>,
+        (xattrs, over, link_key, doubt): (XattrSetId, Option<NodeRow>, Option<LinkKey>, Doubt),
     ) {
-        let (dir, parent) = (dir.path.clone(), dir.node);
-        self.deferred.push(Deferred { dir, parent, name, stat: *stat, xattrs, over });
+        let (dir, parent, stat) = (dir.path.clone(), dir.node, *stat);
+        self.deferred.push(Deferred { dir, parent, name, stat, xattrs, over, link_key, doubt });
+    }
+
+    /// What speaks against an object's being the node that has its name.
+    fn doubt(&mut self, row: &NodeRow, stat: &Stat, linked: bool) -> Result<Doubt> {
+        if row.kind != Kind::File {
+            return Ok(Doubt::None);
+        }
+        if self.is_preserved(row)? || !linked && content_differs(row, stat) {
+            return Ok(Doubt::Changed);
+        }
+        let unknown = Timestamp::default();
+        let differ = row.btime != stat.btime && row.btime != unknown && stat.btime != unknown;
+        if differ && !linked && row.size > 0 && self.strangers < STRANGERS_MAX {
+            self.strangers += 1;
+            return Ok(Doubt::Born);
+        }
+        Ok(Doubt::None)
+    }
+
+    /// Whether a node's newest content lies whole in `preserved/`: then its file was moved aside,
+    /// or cloned before it was overwritten.
+    fn is_preserved(&self, row: &NodeRow) -> Result<bool> {
+        Ok(row.content != ContentId::EMPTY
+            && self.catalog.sources(row.id, row.content)?.whole.is_some())
     }
 
     /// Frees a name that means something else on the backing than in the catalog.
@@ -345,8 +389,8 @@ impl Import<'_> {
     }
 
     fn refresh_with(&mut self, row: &NodeRow, stat: &Stat, xattrs: XattrSetId) -> Result<()> {
-        let content_changed = row.kind == Kind::File
-            && (content_differs(row, stat) || self.is_partly_overwritten(row)?);
+        let content_changed =
+            row.kind == Kind::File && (content_differs(row, stat) || self.is_overwritten(row)?);
         let same = !content_changed
             && row.xattrs == xattrs
             && row.mtime == stat.mtime
@@ -363,14 +407,15 @@ impl Import<'_> {
         Ok(())
     }
 
-    /// Whether before-images of the newest content exist: then it was being overwritten, and the
-    /// file's bytes are a later content even where size and time are the old ones.
-    fn is_partly_overwritten(&self, row: &NodeRow) -> Result<bool> {
+    /// Whether before-images of the newest content exist, or a whole copy of it: then it was being
+    /// overwritten, and the file's bytes are a later content even where size and time are the old
+    /// ones.
+    fn is_overwritten(&self, row: &NodeRow) -> Result<bool> {
         if row.content == ContentId::EMPTY {
             return Ok(false);
         }
         let sources = self.catalog.sources(row.id, row.content)?;
-        Ok(sources.whole.is_none() && !sources.undo.is_empty())
+        Ok(sources.whole.is_some() || !sources.undo.is_empty())
     }
 
     /// A new content for the file's present bytes.
@@ -408,76 +453,6 @@ impl Import<'_> {
     fn add_entry(&mut self, parent: NodeId, name: EntryName, node: NodeId) {
         self.changes.push(Change::EntryAdd { parent, name, node });
         self.report.added += 1;
-    }
-
-    /// Decides which of the files without a sure node are renamed ones.
-    fn settle_deferred(&mut self) -> Result<()> {
-        let mut lost_names: HashMap<MoveKey, Vec<usize>> = HashMap::new();
-        for (index, missing) in self.missing.iter().enumerate() {
-            if let Some(missing) = missing
-                && missing.kind == Kind::File
-                && !self.claimed.contains(missing.node)
-                && let Some(row) = self.catalog.node(missing.node)?
-                && row.size > 0
-            {
-                lost_names.entry(MoveKey::of_row(&row)).or_default().push(index);
-            }
-        }
-        let deferred = std::mem::take(&mut self.deferred);
-        let mut finds: HashMap<MoveKey, u32> = HashMap::new();
-        for file in &deferred {
-            *finds.entry(MoveKey::of(&file.stat)).or_default() += 1;
-        }
-        for file in deferred {
-            let key = MoveKey::of(&file.stat);
-            match lost_names.get(&key).map(Vec::as_slice) {
-                Some(&[index]) if finds[&key] == 1 => {
-                    if let Some(from) = self.missing[index].take() {
-                        self.rename(from, file)?;
-                    }
-                }
-                _ => self.settle_in_place(file)?,
-            }
-            if self.changes.len() >= PUSH_CHANGES {
-                self.push()?;
-            }
-            self.progress.advance(0, 0)?;
-        }
-        Ok(())
-    }
-
-    fn rename(&mut self, from: Missing, file: Deferred) -> Result<()> {
-        if let Some(over) = file.over {
-            self.drop_name(file.parent, &file.name, over.id, &file.dir)?;
-        }
-        let Missing { parent, name, node, .. } = from;
-        self.claimed.insert(node);
-        self.changes.push(Change::EntryRemove { parent, name });
-        self.changes.push(Change::EntryAdd { parent: file.parent, name: file.name, node });
-        if let Some(row) = self.catalog.node(node)? {
-            self.refresh_with(&row, &file.stat, file.xattrs)?;
-        }
-        self.report.moved += 1;
-        Ok(())
-    }
-
-    fn settle_in_place(&mut self, file: Deferred) -> Result<()> {
-        match file.over {
-            Some(row) if !self.claimed.contains(row.id) => {
-                self.claimed.insert(row.id);
-                self.refresh_with(&row, &file.stat, file.xattrs)
-            }
-            // The node was met meanwhile as a name of another object.
-            Some(row) => {
-                self.drop_name(file.parent, &file.name, row.id, &file.dir)?;
-                self.add_node(file.parent, file.name, &file.stat, file.xattrs, &[]);
-                Ok(())
-            }
-            None => {
-                self.add_node(file.parent, file.name, &file.stat, file.xattrs, &[]);
-                Ok(())
-            }
-        }
     }
 
     /// Removes a name and all below it from the catalog, children before their directories.
@@ -524,6 +499,7 @@ impl Import<'_> {
                 && row.kind == Kind::File
                 && row.content != ContentId::EMPTY
                 && self.catalog.sources(node, row.content)?.whole.is_none()
+                && !self.rescue(&row, dir, name)?
             {
                 self.report.lost.push(dir.join(name));
             }

@@ -211,8 +211,9 @@ impl Marker {
         let damaged = |detail: String| Error::Damaged {
             what: format!("the marker {}", path.display()),
             detail,
-            remedy: "If another backing of the store is whole, move this backing's files elsewhere \
-                     and mount with the empty directory: it is filled from the other",
+            remedy: "If another backing of the store is whole, move all that is in this one, \
+                     .rearview too, elsewhere and mount both with --init: the empty directory is \
+                     filled from the other",
         };
         if bytes.len() > MARKER_BYTES_MAX {
             return Err(damaged("it is far too large".into()));

@@ -14,6 +14,7 @@ use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath};
 mod crash;
 mod refusals;
 mod space;
+mod unclean;
 
 /// Backings side by side in a scratch directory.
 struct Bench {
@@ -408,6 +409,30 @@ fn a_damaged_catalog_is_taken_from_another_replica() {
     let error = bench.open(&["a", "b"]).err().unwrap();
     assert!(matches!(error, Error::Damaged { .. }), "{error}");
     assert_eq!(fs::read(bench.path("a/f")).unwrap(), b"one");
+}
+
+#[test]
+fn a_catalog_damaged_in_part_is_taken_from_another_replica() {
+    for unclean in [false, true] {
+        let bench = Bench::new();
+        for number in 0..500 {
+            write(&bench.path(&format!("a/a-file-with-a-long-name-{number}")), b"one");
+        }
+        bench.settle(&["a", "b"]);
+        if unclean {
+            drop(bench.open(&["a", "b"]).unwrap());
+        }
+        let catalog = bench.path("a/.rearview/catalog.db");
+        let mut bytes = fs::read(&catalog).unwrap();
+        let from = bytes.len() / 2;
+        bytes[from..].fill(0x5a);
+        fs::write(&catalog, bytes).unwrap();
+        Catalog::inspect(&catalog).expect("its head is whole");
+        assert!(bench.open(&["a"]).is_err());
+        bench.settle(&["a", "b"]);
+        let store = bench.open(&["a"]).unwrap();
+        assert_recorded(&store.catalog, &bench.path("a"));
+    }
 }
 
 #[test]

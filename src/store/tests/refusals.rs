@@ -193,3 +193,28 @@ fn fewer_backings_than_known_go_on_degraded() {
     let absent = marker.peers.iter().find(|peer| peer.label == "b").unwrap();
     assert_eq!(absent.state, PeerState::Stale, "noted before the first write");
 }
+
+#[test]
+fn with_init_an_empty_directory_takes_the_place_of_a_replica_that_is_gone() {
+    let bench = Bench::new();
+    write(&bench.path("a/f"), b"x");
+    bench.settle(&["a", "b"]);
+    fs::rename(bench.path("b"), bench.path("old")).unwrap();
+    fs::create_dir(bench.path("b")).unwrap();
+    refused(bench.open(&["a", "b"]), &["is its disk mounted", "--init"]);
+    let init = OpenOptions { init: true, ..OpenOptions::default() };
+    let store = open_with(&bench.paths(&["a", "b"]), &init, &Progress::silent()).unwrap();
+    store.close().unwrap();
+    drop(store);
+    bench.assert_equal(&["a", "b"]);
+    for name in ["a", "b"] {
+        let marker = inspect(&bench.path(name)).unwrap().marker;
+        assert_eq!(marker.peers.len(), 1, "the old one is forgotten by {name}");
+        assert_eq!(marker.peers[0].state, PeerState::Ok);
+    }
+    // Without `init`, and with it only where something is missing.
+    bench.settle(&["a", "b"]);
+    refused(open_with(&bench.paths(&["a", "b"]), &init, &Progress::silent()), &["already holds"]);
+    // The old one comes back: it is behind, whatever it says, and never the winner.
+    bench.settle(&["old", "a", "b"]);
+}

@@ -1,0 +1,170 @@
+//! What an import recognises after an end that lost the last commits.
+
+use super::*;
+use crate::catalog::Change;
+
+/// `names` with contents of equal size and time.
+fn write_alike(root: &Path, names: &[&str]) {
+    for name in names {
+        let path = root.join(name);
+        write(&path, format!("hello {name}").as_bytes());
+        let times = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
+        fs::File::options().write(true).open(&path).unwrap().set_times(times).unwrap();
+        // Births are told apart by the clock's ticks; wait for the next.
+        let born = fs::metadata(&path).unwrap().created().unwrap();
+        let next = root.join(".rearview-tick");
+        loop {
+            fs::write(&next, b"").unwrap();
+            let now = fs::metadata(&next).unwrap().created().unwrap();
+            fs::remove_file(&next).unwrap();
+            if now > born {
+                break;
+            }
+        }
+    }
+}
+
+/// What a death leaves on the backing: the file under its name in `preserved/`.
+fn preserve(root: &Path, name: &str, of: (NodeId, ContentId), remove: bool) {
+    let (node, content) = of;
+    let shard = root.join(format!(".rearview/preserved/{:02x}", node.0 & 0xff));
+    fs::create_dir_all(&shard).unwrap();
+    let kept = shard.join(format!("{:016x}.{:016x}", node.0, content.0));
+    match remove {
+        true => fs::rename(root.join(name), kept).unwrap(),
+        false => fs::hard_link(root.join(name), kept).unwrap(),
+    }
+}
+
+fn row_at(catalog: &Catalog, name: &str) -> NodeRow {
+    catalog.node(id_of(catalog, name)).unwrap().unwrap()
+}
+
+/// Opens with the given contents found in `preserved/`, as history recovery would.
+fn open_with_preserved(bench: &Bench, names: &[&str], found: &[ContentId]) -> Store {
+    let recover = |_: &ReplicaSet, catalog: &Catalog| {
+        for &id in found {
+            catalog.push(vec![Change::ContentPreserved { id }])?;
+        }
+        Ok(())
+    };
+    let paths = bench.paths(names);
+    open(&paths, &OpenOptions::default(), &recover, &Progress::silent()).unwrap()
+}
+
+#[test]
+fn a_rename_over_a_file_of_equal_size_and_time_is_seen_as_such() {
+    let bench = Bench::new();
+    let a = bench.path("a");
+    write_alike(&a, &["f1", "f2", "f3", "f4", "f5"]);
+    bench.settle(&["a"]);
+    let store = bench.open(&["a"]).unwrap();
+    let (f3, f4) = (row_at(&store.catalog, "f3"), row_at(&store.catalog, "f4"));
+    drop(store);
+    preserve(&a, "f4", (f4.id, f4.content), false);
+    fs::rename(a.join("f3"), a.join("f4")).unwrap();
+    let store = open_with_preserved(&bench, &["a"], &[f4.content]);
+    assert_eq!(row_at(&store.catalog, "f4"), f3);
+    assert_eq!(store.catalog.node(f4.id).unwrap(), None, "what it replaced is gone");
+    assert_recorded(&store.catalog, &a);
+}
+
+#[test]
+fn a_file_renamed_to_a_freed_name_of_equal_size_and_time_is_seen_as_such() {
+    let bench = Bench::new();
+    let a = bench.path("a");
+    write_alike(&a, &["f1", "f2", "f3"]);
+    bench.settle(&["a"]);
+    let store = bench.open(&["a"]).unwrap();
+    let (f1, f2) = (row_at(&store.catalog, "f1"), row_at(&store.catalog, "f2"));
+    drop(store);
+    preserve(&a, "f1", (f1.id, f1.content), true);
+    fs::rename(a.join("f2"), a.join("f1")).unwrap();
+    let store = open_with_preserved(&bench, &["a"], &[f1.content]);
+    assert_eq!(row_at(&store.catalog, "f1"), f2);
+    assert_recorded(&store.catalog, &a);
+}
+
+#[test]
+fn chains_and_rings_of_renames_among_files_that_look_alike_are_followed_by_their_births() {
+    let bench = Bench::new();
+    let a = bench.path("a");
+    write_alike(&a, &["f1", "f2", "f3", "f4", "f5"]);
+    bench.settle(&["a"]);
+    let store = bench.open(&["a"]).unwrap();
+    let id = |name| id_of(&store.catalog, name);
+    let ids = [id("f1"), id("f2"), id("f3"), id("f4")];
+    let f5 = row_at(&store.catalog, "f5");
+    drop(store);
+    fs::rename(a.join("f1"), a.join("x")).unwrap();
+    fs::rename(a.join("f2"), a.join("f1")).unwrap();
+    fs::rename(a.join("x"), a.join("f2")).unwrap();
+    preserve(&a, "f5", (f5.id, f5.content), false);
+    fs::rename(a.join("f4"), a.join("f5")).unwrap();
+    fs::rename(a.join("f3"), a.join("f4")).unwrap();
+    let store = open_with_preserved(&bench, &["a"], &[f5.content]);
+    let id = |name| id_of(&store.catalog, name);
+    assert_eq!([id("f2"), id("f1"), id("f4"), id("f5")], ids);
+    assert_recorded(&store.catalog, &a);
+}
+
+#[test]
+fn a_hard_linked_file_renamed_over_another_keeps_its_node() {
+    let bench = Bench::new();
+    let a = bench.path("a");
+    write_alike(&a, &["f1", "f2"]);
+    fs::hard_link(a.join("f2"), a.join("g2")).unwrap();
+    bench.settle(&["a"]);
+    let store = bench.open(&["a"]).unwrap();
+    let (f1, f2) = (row_at(&store.catalog, "f1"), row_at(&store.catalog, "f2"));
+    drop(store);
+    preserve(&a, "f1", (f1.id, f1.content), false);
+    fs::rename(a.join("f2"), a.join("f1")).unwrap();
+    let store = open_with_preserved(&bench, &["a"], &[f1.content]);
+    assert_eq!(id_of(&store.catalog, "f1"), f2.id);
+    assert_eq!(id_of(&store.catalog, "g2"), f2.id);
+    assert_recorded(&store.catalog, &a);
+}
+
+#[test]
+fn a_file_cloned_before_it_was_overwritten_is_a_later_content() {
+    let bench = Bench::new();
+    let a = bench.path("a");
+    write_alike(&a, &["f1"]);
+    bench.settle(&["a"]);
+    let store = bench.open(&["a"]).unwrap();
+    let f1 = row_at(&store.catalog, "f1");
+    drop(store);
+    let store = open_with_preserved(&bench, &["a"], &[f1.content]);
+    let now = row_at(&store.catalog, "f1");
+    assert_eq!(now.id, f1.id);
+    assert!(now.content > f1.content);
+}
+
+#[test]
+fn what_was_changed_behind_our_back_is_kept_from_another_replica() {
+    let bench = Bench::new();
+    let a = bench.path("a");
+    write(&a.join("d/edited"), b"as it was recorded");
+    write(&a.join("gone"), b"the last of it");
+    bench.settle(&["a", "b"]);
+    let store = bench.open(&["a", "b"]).unwrap();
+    let (edited, gone) = (row_at(&store.catalog, "d/edited"), row_at(&store.catalog, "gone"));
+    drop(store);
+    write(&a.join("d/edited"), b"edited");
+    fs::remove_file(a.join("gone")).unwrap();
+    let store = bench.open(&["a", "b"]).unwrap();
+    assert!(row_at(&store.catalog, "d/edited").content > edited.content);
+    for (row, bytes) in [(&edited, &b"as it was recorded"[..]), (&gone, b"the last of it")] {
+        let sources = store.catalog.sources(row.id, row.content).unwrap();
+        assert_eq!(sources.whole, Some(row.content));
+        let (shard, node, content) = (row.id.0 & 0xff, row.id.0, row.content.0);
+        let kept = format!(".rearview/preserved/{shard:02x}/{node:016x}.{content:016x}");
+        for name in ["a", "b"] {
+            assert_eq!(fs::read(bench.path(name).join(&kept)).unwrap(), bytes, "{name}");
+        }
+    }
+    store.close().unwrap();
+    drop(store);
+    bench.assert_equal(&["a", "b"]);
+}
