@@ -112,10 +112,14 @@ impl Past {
     }
 
     /// Forgets the snapshot `name` (`rmdir`). `EBUSY` if it is held, `EROFS` where nothing can be
-    /// removed.
+    /// removed, `EPERM` where a program that empties a tree could come by: below the root of the
+    /// mount, and everywhere if some directory lists its `.snapshots`.
     pub fn remove_snapshot(&self, parent: u64, name: &EntryName) -> Result<()> {
-        self.snapshots_dir(parent)?;
+        let dir = self.snapshots_dir(parent)?;
         let snapshot = self.snapshot_named(name)?;
+        if self.options.listed || dir != NodeId::ROOT {
+            return Err(Errno::PERM.into());
+        }
         if snapshot.held {
             return Err(Errno::BUSY.into());
         }
