@@ -248,6 +248,8 @@ fn tell(copier: &Copier<'_>, plan: &Plan<'_>, json: bool) -> Result<Exit> {
             let verb = match (restored.deed, plan.dry_run) {
                 (Deed::Created, false) => "restored",
                 (Deed::Replaced, false) => "replaced",
+                (Deed::Adjusted, false) => "adjusted",
+                (Deed::Adjusted, true) => "would adjust",
                 (Deed::Created, true) => "would restore",
                 (Deed::Replaced, true) => "would replace",
             };
