@@ -116,6 +116,8 @@ fn same_content_with_another_time_gets_only_its_time_back() {
     std::fs::create_dir(trees.live.join("d")).unwrap();
     std::fs::write(trees.live.join("d/a"), "old a").unwrap();
     let ino = std::fs::metadata(trees.live.join("d/a")).unwrap().ino();
+    let file = std::fs::File::options().write(true).open(trees.live.join("d/a")).unwrap();
+    file.set_modified(std::time::UNIX_EPOCH).unwrap();
     let items = trees.restore("d/a", Overwrite::IfChanged, false);
     assert_eq!(items[0].outcome, Ok(Deed::Adjusted));
     let mtime = |root: &Path| std::fs::metadata(root.join("d/a")).unwrap().modified().unwrap();
