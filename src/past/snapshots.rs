@@ -187,6 +187,10 @@ fn allowed_name(name: &EntryName) -> Result<&str> {
     if matches!(text, AT | VERSIONS | DELETED | LATEST) {
         return Err(Errno::EXIST.into());
     }
+    // A name that commands take for a time could not be asked for.
+    if crate::time::is_relative(text) {
+        return Err(Errno::INVAL.into());
+    }
     if text.starts_with(['.', '@']) || text.chars().any(char::is_control) {
         return Err(Errno::INVAL.into());
     }

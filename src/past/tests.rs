@@ -523,6 +523,8 @@ fn snapshots_are_made_renamed_and_forgotten_in_any_snapshots_directory() {
     fails(create(snapshots, ".hidden"), Errno::INVAL);
     fails(create(snapshots, "@GMT-x"), Errno::INVAL);
     fails(create(snapshots, "a\nb"), Errno::INVAL);
+    fails(create(snapshots, "now"), Errno::INVAL);
+    fails(create(snapshots, "2h"), Errno::INVAL);
     for elsewhere in ["mine", ".at", ".versions", ".deleted"] {
         let ino = past.walk(dir, elsewhere).expect(elsewhere).stat.ino;
         fails(create(ino, "x"), Errno::ROFS);
