@@ -105,7 +105,7 @@ fn serve_volume(
     };
     let fs = Arc::new(Filesystem::new(volume.clone(), options));
     let info = info(plan, target);
-    let service = Arc::new(Service::new(fs.clone(), info.clone()));
+    let service = Arc::new(Service::new(fs.clone(), info.clone(), plan.options.read_only));
     let control = Server::start(&plan.backings, service)?;
     let served = mount_and_wait(plan, target, fs, signals, || ready(&info));
     control.stop();
