@@ -371,3 +371,48 @@ fn a_mount_of_another_kind_leaves_no_helper_and_takes_no_changes() {
     assert_eq!(names(&store), ["s"]);
     store.finish();
 }
+
+#[test]
+fn mistakes_in_the_words_of_a_mount_end_with_2() {
+    let store = Mounted::unmounted(1);
+    let (backing, mnt) = (word(&store.backings[0]), word(&store.mnt));
+    for bad in ["frobnicate", "threads=abc", "snapdir=zzz"] {
+        rearview(["mount", "-o", bad, &backing, &mnt]).fails(2, &[bad.split('=').next().unwrap()]);
+    }
+    let many = vec![backing.as_str(); 9].join(":");
+    rearview(["mount", &many, &mnt]).fails(2, &["at most 8"]);
+    assert!(!store.backings[0].join(".rearview").exists());
+}
+
+#[test]
+fn the_helper_of_fstab_makes_no_store() {
+    let mut store = Mounted::unmounted(1);
+    let helper = store.beside("mount.fuse.rearview");
+    std::os::unix::fs::symlink(common::run::binary(), &helper).unwrap();
+    let (backing, mnt) = (word(&store.backings[0]), word(&store.mnt));
+    let mut command = std::process::Command::new(&helper);
+    let done = common::run(command.args([&backing, &mnt, "-o", "rw"]));
+    done.fails(10, &[&backing, "rearview mount"]);
+    assert!(!store.backings[0].join(".rearview").exists());
+    store.mount().ok();
+    store.unmount();
+    common::run(&mut command).ok();
+    store.unmount();
+    // What is no mountpoint of ours says what it is.
+    let text = |path: &str| rearview(["umount", path]).fails(10, &[path]).stderr.clone();
+    assert!(text("/proc").contains("proc"));
+    assert!(text(&mnt).contains("no store is mounted"));
+    assert!(text(&format!("{mnt}/none")).contains("does not exist"));
+    // A store of a newer format is none that any command may read.
+    let marker = store.backings[0].join(".rearview/store.toml");
+    let old = fs::read_to_string(&marker).unwrap();
+    let new: Vec<String> = old
+        .lines()
+        .map(|line| if line.starts_with("format = ") { "format = 99" } else { line }.to_string())
+        .collect();
+    fs::write(&marker, new.join("\n")).unwrap();
+    let mount = store.mount();
+    rearview(["log", &backing]).fails(mount.code, &["newer format 99"]);
+    rearview(["diff", "@0", "now", &backing]).fails(mount.code, &["newer format 99"]);
+    fs::write(&marker, old).unwrap();
+}
