@@ -95,6 +95,25 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// Whether it changes what the store holds.
+    pub fn is_change(&self) -> bool {
+        match self {
+            Request::SnapshotCreate { .. }
+            | Request::SnapshotDelete { .. }
+            | Request::SnapshotRename { .. }
+            | Request::SnapshotHold { .. }
+            | Request::SnapshotLastSeen { .. } => true,
+            Request::Ping
+            | Request::Status
+            | Request::SnapshotList
+            | Request::Log { .. }
+            | Request::Diff { .. }
+            | Request::Moment { .. } => false,
+        }
+    }
+}
+
 /// What the daemon answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "response", rename_all = "snake_case")]

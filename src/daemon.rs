@@ -44,6 +44,8 @@ pub struct MountPlan {
     pub options: MountOptions,
     /// Make a new store.
     pub init: bool,
+    /// Make no store where there is none.
+    pub existing_only: bool,
     /// The label of replicas that are made.
     pub label: Option<String>,
 }
@@ -83,6 +85,7 @@ fn open_volume(
 ) -> Result<Arc<Volume>> {
     let options = store::OpenOptions {
         init: plan.init,
+        existing_only: plan.existing_only,
         label: plan.label.clone(),
         mountpoint: Some(target.to_path_buf()),
     };
@@ -105,7 +108,7 @@ fn serve_volume(
     };
     let fs = Arc::new(Filesystem::new(volume.clone(), options));
     let info = info(plan, target);
-    let service = Arc::new(Service::new(fs.clone(), info.clone()));
+    let service = Arc::new(Service::new(fs.clone(), info.clone(), plan.options.read_only));
     let control = Server::start(&plan.backings, service)?;
     let served = mount_and_wait(plan, target, fs, signals, || ready(&info));
     control.stop();

@@ -116,6 +116,7 @@ impl Filesystem {
             snapdir_name: options.snapdir_name.clone(),
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
+            listed: matches!(options.snapdir, SnapDir::Root | SnapDir::Visible),
         };
         Filesystem {
             past: Past::new(volume.clone(), past_options),

@@ -5,6 +5,7 @@
 //! that merely does not answer is left alone.
 
 use std::ffi::OsStr;
+use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -70,7 +71,7 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Resolves as much of a path as exists; the rest, which may not exist yet, is appended as it is.
+/// Resolves as much of a path as exists, up to the first name that is no directory; the rest, which may not exist yet, is appended as it is.
 pub fn resolve_existing(path: &Path) -> Result<PathBuf> {
     let absolute = std::path::absolute(path).context("find", path)?;
     let mut missing: Vec<&OsStr> = Vec::new();
@@ -82,7 +83,8 @@ pub fn resolve_existing(path: &Path) -> Result<PathBuf> {
                 return Ok(rest.fold(resolved, |path, name| path.join(name)));
             }
             Err(error) => match (error.kind(), existing.parent(), existing.file_name()) {
-                (std::io::ErrorKind::NotFound, Some(parent), Some(name)) => {
+                // What lay below something that is a file by now is asked for by its old path.
+                (ErrorKind::NotFound | ErrorKind::NotADirectory, Some(parent), Some(name)) => {
                     missing.push(name);
                     existing = parent;
                 }
@@ -135,7 +137,7 @@ pub fn prepare(path: &Path, backings: &[PathBuf], nonempty: bool) -> Result<Prep
             )));
         }
         Ok(_) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
             std::fs::create_dir(&target).map_err(|error| cannot_make(&target, error))?;
             made = true;
             log::info!("made the mountpoint {}", show(&target));
@@ -149,7 +151,7 @@ pub fn prepare(path: &Path, backings: &[PathBuf], nonempty: bool) -> Result<Prep
 }
 
 fn cannot_make(target: &Path, error: std::io::Error) -> Error {
-    if error.kind() == std::io::ErrorKind::NotFound {
+    if error.kind() == ErrorKind::NotFound {
         return Error::Refused(format!(
             "the mountpoint {} does not exist and neither does the directory that it would be in",
             show(target)
@@ -281,6 +283,14 @@ mod tests {
         assert!(!new.target.exists());
         assert!(refusal(&dir.path().join("x/y"), &backing).contains("neither"));
         assert!(!dir.path().join("x").exists());
+    }
+
+    #[test]
+    fn old_paths_below_a_file_are_kept_as_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        std::fs::write(root.join("file"), "").unwrap();
+        assert_eq!(resolve(&root.join("file/old/x")).unwrap(), root.join("file/old/x"));
     }
 
     #[test]

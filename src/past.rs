@@ -113,13 +113,16 @@ pub struct PastOptions {
     pub uid: u32,
     /// That user's group.
     pub gid: u32,
+    /// Whether some directory lists its `.snapshots`. Then programs that empty a tree find it, and
+    /// `rmdir` must not forget anything.
+    pub listed: bool,
 }
 
 impl PastOptions {
     /// The usual name, `.snapshots`.
     pub fn new(uid: u32, gid: u32) -> PastOptions {
         let snapdir_name = EntryName::new(".snapshots").expect("the name is valid");
-        PastOptions { snapdir_name, uid, gid }
+        PastOptions { snapdir_name, uid, gid, listed: false }
     }
 }
 

@@ -58,6 +58,8 @@ pub const CATALOG_FILE: &str = "catalog.db";
 pub struct OpenOptions {
     /// A new store is meant, or a new replica where one that is gone was: refuse what is neither.
     pub init: bool,
+    /// Make no store where there is none: the disks may not be there yet.
+    pub existing_only: bool,
     /// Name of the replicas that are made, instead of their directories' names.
     pub label: Option<String>,
     /// Where it will be mounted: for those who find it in use.
@@ -168,11 +170,24 @@ pub fn open(
 ) -> Result<Store> {
     let candidates = identify::look(paths)?;
     let mut members = match identify::decide(&candidates, options.init)? {
+        Plan::Create { .. } if options.existing_only => return Err(no_store(paths)),
         Plan::Create { source } => create(&candidates, source, options)?,
         Plan::Open => join(&candidates, options)?,
     };
     let winner = settle(&mut members, recover, progress)?;
     finish_open(members, winner)
+}
+
+fn no_store(paths: &[PathBuf]) -> Error {
+    use std::os::unix::ffi::OsStrExt;
+    let paths: Vec<String> =
+        paths.iter().map(|path| crate::types::escape(path.as_os_str().as_bytes())).collect();
+    Error::NoStore(format!(
+        "there is no store in {}: is the disk missing? A new store is created once with \
+         'rearview mount {} MOUNTPOINT'",
+        paths.join(", "),
+        paths.join(" ")
+    ))
 }
 
 /// Locks a candidate, which may still have to be made, and reads its marker anew under the lock.

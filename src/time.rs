@@ -58,6 +58,12 @@ pub fn parse_instant(text: &str, now: Timestamp, zone: Zone) -> Result<Timestamp
     })
 }
 
+/// Whether `text` means a time that depends on when it is read: `now`, `yesterday 14:00`, `2h`.
+pub fn is_relative(text: &str) -> bool {
+    let (text, now) = (text.trim(), Timestamp::now());
+    parse_named_day(text, now, Zone::Utc).or_else(|| parse_amount(text, now, Zone::Utc)).is_some()
+}
+
 /// `2026.11.22-19.30.00`, the rest of Samba's form; always UTC.
 fn parse_gmt(text: &str) -> Option<Timestamp> {
     let date_time = DateTime::strptime("%Y.%m.%d-%H.%M.%S", text).ok()?;
@@ -265,6 +271,16 @@ pub fn local(time: Timestamp) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn relative_times_are_told_from_names_and_dates() {
+        for text in ["now", "Today", "yesterday", "yesterday 14:00", "2h", "3d", "2 hours ago"] {
+            assert!(is_relative(text), "{text}");
+        }
+        for text in ["2026-11-22_19-30-00", "2026-11-22", "before", "v2", "today-s", "2h-later"] {
+            assert!(!is_relative(text), "{text}");
+        }
+    }
 
     /// 2026-11-22 20:45:34.5 UTC, a Sunday.
     const NOW: Timestamp = Timestamp { secs: 1_795_380_334, nanos: 500_000_000 };

@@ -267,3 +267,152 @@ fn a_closed_output_is_no_panic() {
     fs::remove_file(store.path("err")).unwrap();
     store.finish();
 }
+
+#[test]
+fn one_bad_path_does_not_keep_the_others_from_their_restore() {
+    let store = Mounted::new();
+    shell(&store.mnt, "echo a > a; echo b > b; touch -d @5 b");
+    store.snapshot("s");
+    shell(&store.mnt, "rm a; touch b");
+    let done = store.rearview(&["restore", "--json", "s", "no/such", "a", "b", "/no-store"]);
+    assert_eq!(done.code, 3, "{}", done.told());
+    let value: serde_json::Value = serde_json::from_str(&done.stdout).unwrap();
+    let failed = value.get("failed").and_then(|f| f.as_array()).map(Vec::len);
+    assert_eq!(failed, Some(2), "{value}");
+    assert_eq!(texts(&value, "deed"), ["created", "adjusted"]);
+    let none = store.rearview(&["restore", "s", "no/such"]);
+    assert!(!none.stdout.contains("nothing"), "{}", none.told());
+    none.fails(1, &["no/such"]);
+    store.rearview(&["restore", "s", "/no-store"]).fails(10, &[]);
+    shell(&store.mnt, "rm a b");
+    let done = store.rearview(&["undelete", "never-was", "a", "b"]);
+    assert_eq!(done.code, 3, "{}", done.told());
+    assert_eq!(fs::read_to_string(store.path("b")).unwrap(), "b\n");
+    assert_eq!(names(&store), ["s"], "no helper is left");
+    let log = store.rearview(&["log", "a"]).ok();
+    assert!(!log.contains("restoring"), "{log}");
+    store.finish();
+}
+
+#[test]
+fn attributes_bytes_and_links_are_restored_in_a_mount() {
+    let store = Mounted::new();
+    shell(
+        &store.mnt,
+        "mkdir d; echo one > d/f; ln d/f d/g; echo x > d/x; setfattr -n user.k -v v d",
+    );
+    store.snapshot("s");
+    let wanted = read_tree(&store.past("s").join("d"));
+    store.rearview(&["restore", "s", "d"]).ok();
+    assert!(store.rearview(&["restore", "s", "d"]).ok().contains("nothing to restore"));
+    shell(
+        &store.mnt,
+        "rm d/g; cp -p d/x keep; echo y > d/x; touch -r keep d/x; rm keep; \
+         setfattr -x user.k d; touch d/f; setfacl -m u:1:r d/f",
+    );
+    store.rearview(&["restore", "s", "d"]).ok();
+    assert_trees("the restored folder", &wanted, &read_tree(&store.path("d")));
+    assert!(store.rearview(&["restore", "s", "d"]).ok().contains("nothing to restore"));
+    store.rearview(&["restore", "s", "."]).ok();
+    assert!(store.rearview(&["restore", "s", "."]).ok().contains("nothing to restore"));
+    store.finish();
+}
+
+#[test]
+fn what_became_a_file_is_asked_for_by_its_old_paths() {
+    let store = Mounted::new();
+    shell(&store.mnt, "mkdir -p d/e; echo old > d/e/f");
+    store.snapshot("s");
+    shell(&store.mnt, "rm -r d; echo file > d");
+    assert!(store.rearview(&["log", "d/e/f"]).ok().contains("created"));
+    let out = store.beside("out");
+    store.rearview(&["restore", "s", "d/e/f", "--to", word(&out).as_str()]).ok();
+    assert_eq!(fs::read_to_string(out.join("f")).unwrap(), "old\n");
+    store.rearview(&["restore", "s", "d/e/f"]).fails(1, &["/d"]);
+    store.finish();
+}
+
+#[test]
+fn names_that_mean_a_path_or_a_time_are_refused() {
+    let store = Mounted::new();
+    store.rearview(&["snapshot", "create", "a/b"]).fails(1, &["a/b"]);
+    for name in ["now", "today", "yesterday", "2h"] {
+        store.rearview(&["snapshot", "create", name]).fails(1, &[name, "time"]);
+        assert!(fs::create_dir(store.past(name)).is_err(), "{name}");
+    }
+    store.rearview(&["snapshot", "create", "2026-11-22_19-30-00"]).ok();
+    store.rearview(&["snapshot", "rename", "2026-11-22_19-30-00", "2h"]).fails(1, &["2h"]);
+    assert_eq!(names(&store), ["2026-11-22_19-30-00"]);
+    store.finish();
+}
+
+#[test]
+fn a_mount_of_another_kind_leaves_no_helper_and_takes_no_changes() {
+    let mut store = Mounted::with_options("allow_other,snapdir=disabled");
+    fs::write(store.path("f"), "x").unwrap();
+    store.snapshot("s");
+    fs::remove_file(store.path("f")).unwrap();
+    store.rearview(&["undelete", "f"]).fails(1, &["snapdir=disabled"]);
+    assert_eq!(names(&store), ["s"]);
+    store.unmount();
+    store.set_options(&["-o", "ro"]);
+    store.mount().ok();
+    for words in [
+        &["create", "new"][..],
+        &["delete", "s"],
+        &["rename", "s", "t"],
+        &["hold", "s"],
+        &["release", "s"],
+    ] {
+        let words: Vec<&str> = ["snapshot"].iter().chain(words).copied().collect();
+        store.rearview(&words).fails(1, &["Read-only file system"]);
+    }
+    store.rearview(&["undelete", "f"]).fails(1, &["Read-only file system"]);
+    assert_eq!(names(&store), ["s"]);
+    store.finish();
+}
+
+#[test]
+fn mistakes_in_the_words_of_a_mount_end_with_2() {
+    let store = Mounted::unmounted(1);
+    let (backing, mnt) = (word(&store.backings[0]), word(&store.mnt));
+    for bad in ["frobnicate", "threads=abc", "snapdir=zzz"] {
+        rearview(["mount", "-o", bad, &backing, &mnt]).fails(2, &[bad.split('=').next().unwrap()]);
+    }
+    let many = vec![backing.as_str(); 9].join(":");
+    rearview(["mount", &many, &mnt]).fails(2, &["at most 8"]);
+    assert!(!store.backings[0].join(".rearview").exists());
+}
+
+#[test]
+fn the_helper_of_fstab_makes_no_store() {
+    let mut store = Mounted::unmounted(1);
+    let helper = store.beside("mount.fuse.rearview");
+    std::os::unix::fs::symlink(common::run::binary(), &helper).unwrap();
+    let (backing, mnt) = (word(&store.backings[0]), word(&store.mnt));
+    let mut command = std::process::Command::new(&helper);
+    let done = common::run(command.args([&backing, &mnt, "-o", "rw"]));
+    done.fails(10, &[&backing, "rearview mount"]);
+    assert!(!store.backings[0].join(".rearview").exists());
+    store.mount().ok();
+    store.unmount();
+    common::run(&mut command).ok();
+    store.unmount();
+    // What is no mountpoint of ours says what it is.
+    let text = |path: &str| rearview(["umount", path]).fails(10, &[path]).stderr.clone();
+    assert!(text("/proc").contains("proc"));
+    assert!(text(&mnt).contains("no store is mounted"));
+    assert!(text(&format!("{mnt}/none")).contains("does not exist"));
+    // A store of a newer format is none that any command may read.
+    let marker = store.backings[0].join(".rearview/store.toml");
+    let old = fs::read_to_string(&marker).unwrap();
+    let new: Vec<String> = old
+        .lines()
+        .map(|line| if line.starts_with("format = ") { "format = 99" } else { line }.to_string())
+        .collect();
+    fs::write(&marker, new.join("\n")).unwrap();
+    let mount = store.mount();
+    rearview(["log", &backing]).fails(mount.code, &["newer format 99"]);
+    rearview(["diff", "@0", "now", &backing]).fails(mount.code, &["newer format 99"]);
+    fs::write(&marker, old).unwrap();
+}

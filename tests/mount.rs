@@ -146,6 +146,10 @@ fn mount_8_mounts_it_from_an_fstab_line() {
     let mnt = store.mnt.clone();
     let by_argv0 =
         |options: &str| run(Command::new(&helper).arg(&both).arg(&mnt).args(["-o", options]));
+    // It opens stores and makes none.
+    by_argv0("defaults").fails(10, &["rearview mount"]);
+    store.mount().ok();
+    store.unmount();
     by_argv0("rw,nofail,_netdev,noatime,x-systemd.requires=x,user,allow_other,dev,suid").ok();
     assert!(store.is_mounted());
     fs::write(store.path("f"), "by fstab").unwrap();

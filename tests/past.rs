@@ -482,3 +482,22 @@ fn metadata_of_a_snapshot_stays_when_only_metadata_changes() {
     assert_shows(&store, "one", &was);
     store.finish();
 }
+
+#[test]
+fn emptying_a_tree_forgets_no_snapshot() {
+    for mode in ["root", "visible", "hidden"] {
+        let store = Mounted::with_options(&format!("allow_other,snapdir={mode}"));
+        fs::create_dir(store.path("e")).unwrap();
+        store.snapshot("s");
+        let script = "find . -mindepth 1 -delete; rm -rf e/.snapshots e; rmdir .snapshots; true";
+        common::run::run_shell(&store.mnt, script);
+        assert!(store.past("s/e").is_dir(), "{mode}");
+        let removed = fs::remove_dir(store.past("s"));
+        assert_eq!(removed.is_ok(), mode == "hidden", "{mode}: {removed:?}");
+        if mode != "hidden" {
+            store.rearview(&["snapshot", "delete", "s"]).ok();
+        }
+        assert!(!store.past("s").exists());
+        drop(store);
+    }
+}

@@ -123,6 +123,8 @@ impl Located {
 
     /// The catalog of an unmounted store.
     fn catalog(&self) -> Result<Catalog> {
+        // The marker tells first whether the store is of a format that we know.
+        crate::store::inspect(&self.first_backing())?;
         let file = self.first_backing().join(PRIVATE_DIR).join(CATALOG);
         if !file.exists() {
             return Err(Error::NoStore(format!("there is no catalog at {}", show(&file))));

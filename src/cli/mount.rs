@@ -64,6 +64,8 @@ fn parse_helper(arguments: &[OsString]) -> Result<MountArgs> {
         foreground: false,
         options,
         init: false,
+        // At boot a disk may be missing: a store must not come into being in its empty mountpoint.
+        existing_only: true,
         label: None,
         paths,
         serve_in_background: false,
@@ -72,7 +74,14 @@ fn parse_helper(arguments: &[OsString]) -> Result<MountArgs> {
 
 /// `rearview mount`
 pub fn mount(args: MountArgs, verbose: u8) -> Result<Exit> {
-    let plan = plan(args.clone())?;
+    let plan = match plan(args.clone()) {
+        // What the command line alone tells to be wrong.
+        Err(error @ Error::Refused(_)) => {
+            eprintln!("rearview: {error}");
+            return Ok(Exit::Usage);
+        }
+        plan => plan?,
+    };
     if args.serve_in_background {
         daemon::background::serve(&plan, verbose, progress::on_stderr);
     }
@@ -106,6 +115,7 @@ fn plan(args: MountArgs) -> Result<MountPlan> {
         mountpoint: std::path::absolute(&mountpoint).context("find", &mountpoint)?,
         options,
         init: args.init,
+        existing_only: args.existing_only,
         label: args.label,
     })
 }
@@ -135,7 +145,7 @@ pub fn umount(args: &UmountArgs) -> Result<Exit> {
         found = table::mounted_at(&mounts, &target).cloned().map(|entry| (target, entry));
     }
     let Some((target, entry)) = found.filter(|(_, entry)| entry.is_rearview()) else {
-        return Err(Error::NoStore(format!("no store is mounted on {}", show(&args.mountpoint))));
+        return Err(not_a_mountpoint(&args.mountpoint, &mounts));
     };
     match device::unmount(&target, args.lazy) {
         Ok(()) => {}
@@ -147,6 +157,33 @@ pub fn umount(args: &UmountArgs) -> Result<Exit> {
         return Ok(Exit::Done);
     }
     wait_until_closed(&entry.backings())
+}
+
+/// Why a path cannot be unmounted, and what was perhaps meant.
+fn not_a_mountpoint(asked: &Path, mounts: &[table::MountEntry]) -> Error {
+    let shown = show(asked);
+    let resolved = mountpoint::resolve_existing(asked).unwrap_or_else(|_| asked.to_path_buf());
+    if let Some(other) = table::mounted_at(mounts, &resolved) {
+        let kind = crate::types::escape(other.fs_type.as_bytes());
+        return Error::NoStore(format!("what is mounted on {shown} is {kind}, and not a store"));
+    }
+    let mut ours = mounts.iter().filter(|entry| entry.is_rearview());
+    if let Some(entry) = ours.find(|entry| entry.backings().contains(&resolved)) {
+        let target = show(&entry.target);
+        return Error::NoStore(format!(
+            "{shown} is a backing of the mount on {target}: rearview umount {target}"
+        ));
+    }
+    if let Some(entry) = table::containing(mounts, &resolved) {
+        let target = show(&entry.target);
+        return Error::NoStore(format!(
+            "{shown} lies in the mount on {target}: rearview umount {target}"
+        ));
+    }
+    if std::fs::symlink_metadata(&resolved).is_err() {
+        return Error::NoStore(format!("{shown} does not exist, so no store is mounted on it"));
+    }
+    Error::NoStore(format!("no store is mounted on {shown}"))
 }
 
 fn busy(target: &Path) -> Error {
@@ -194,6 +231,9 @@ fn background_arguments(plan: &MountPlan, verbose: u8) -> Vec<OsString> {
     words.extend(["-o".into(), plan.options.to_text().into()]);
     if plan.init {
         words.push("--init".into());
+    }
+    if plan.existing_only {
+        words.push("--existing-only".into());
     }
     if let Some(label) = &plan.label {
         words.push(format!("--label={label}").into());
@@ -244,7 +284,8 @@ mod tests {
             backings: vec![dir.join("a:b"), dir.join("c\\d")],
             mountpoint: dir.join("m n"),
             options: MountOptions { allow_other: true, ..MountOptions::default() },
-            init: true,
+            init: false,
+            existing_only: true,
             label: Some("usb".into()),
         };
         let mut words = vec![OsString::from("rearview")];

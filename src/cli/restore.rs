@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
@@ -41,42 +41,66 @@ struct Job {
     path: RelPath,
 }
 
+/// A path that was asked for and could not be restored at all.
+struct Failure {
+    path: PathBuf,
+    error: Error,
+}
+
 /// `rearview restore`
 pub fn restore(args: &RestoreArgs) -> Result<Exit> {
     let stop = stop_on_signals()?;
-    let mut jobs = Vec::new();
-    for path in &args.paths {
+    let prepare = |path: &PathBuf| -> Result<Job> {
         let located = locate(path)?;
         let mount = Mount::of(&located)?;
         let past = mount.past(&args.moment)?;
-        jobs.push(Job { past, live: mount.root, path: located.path });
-    }
+        Ok(Job { past, live: mount.root, path: located.path })
+    };
+    let (jobs, failures) = prepare_all(&args.paths, prepare)?;
     let plan = Plan { to: args.to.as_deref(), dry_run: args.dry_run, overwrite: args.overwrite };
-    run(&jobs, &plan, stop, args.json)
+    run(&jobs, failures, &plan, stop, args.json)
 }
 
 /// `rearview undelete`
 pub fn undelete(args: &UndeleteArgs) -> Result<Exit> {
     let stop = stop_on_signals()?;
     let plan = Plan { to: None, dry_run: args.dry_run, overwrite: Overwrite::Never };
-    let mut jobs = Vec::new();
+    // They are forgotten when they are dropped, however this function ends.
     let mut views = Vec::new();
-    let mut prepare = || -> Result<()> {
-        for (number, path) in args.paths.iter().enumerate() {
-            let located = locate(path)?;
-            let mount = Mount::of(&located)?;
-            let view = View::make(located, number)?;
-            let past = mount.snapdir()?.join(&view.name);
-            jobs.push(Job { past, live: mount.root, path: view.located.path.clone() });
-            views.push(view);
+    let prepare = |path: &PathBuf| -> Result<Job> {
+        if stop.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
         }
-        Ok(())
+        let located = locate(path)?;
+        let mount = Mount::of(&located)?;
+        let snapdir = mount.snapdir()?.to_path_buf();
+        let view = View::make(located, views.len())?;
+        let job = Job {
+            past: snapdir.join(&view.name),
+            live: mount.root,
+            path: view.located.path.clone(),
+        };
+        views.push(view);
+        Ok(job)
     };
-    let done = prepare().and_then(|()| run(&jobs, &plan, stop, args.json));
-    for view in &views {
-        view.forget();
+    let (jobs, failures) = prepare_all(&args.paths, prepare)?;
+    run(&jobs, failures, &plan, stop.clone(), args.json)
+}
+
+/// Prepares each path; one that cannot be does not keep the others from their restore.
+fn prepare_all(
+    paths: &[PathBuf],
+    mut prepare: impl FnMut(&PathBuf) -> Result<Job>,
+) -> Result<(Vec<Job>, Vec<Failure>)> {
+    let (mut jobs, mut failures) = (Vec::new(), Vec::new());
+    for path in paths {
+        match prepare(path) {
+            Ok(job) => jobs.push(job),
+            Err(Error::Interrupted) => return Err(Error::Interrupted),
+            Err(error) => failures.push(Failure { path: path.clone(), error }),
+        }
     }
-    done
+    Ok((jobs, failures))
 }
 
 /// A snapshot of the moment before something was deleted, for as long as it is brought back.
@@ -90,13 +114,20 @@ impl View {
         let time = crate::time::version_name(Timestamp::now(), true);
         let name = format!("undelete-{time}-{}-{number}", std::process::id());
         let path = PathText::from(&located.path);
-        located.ask(&Request::SnapshotLastSeen { name: name.clone(), path })?;
-        Ok(View { located, name })
+        // Before it is asked for: the answer may be lost after the snapshot was made.
+        let view = View { located, name };
+        let name = view.name.clone();
+        view.located.ask(&Request::SnapshotLastSeen { name, path })?;
+        Ok(view)
     }
+}
 
-    fn forget(&self) {
-        if let Err(error) = self.located.ask(&Request::SnapshotDelete { name: self.name.clone() }) {
-            log::warn!("cannot forget the snapshot {}: {error}", self.name);
+impl Drop for View {
+    fn drop(&mut self) {
+        match self.located.ask(&Request::SnapshotDelete { name: self.name.clone() }) {
+            // It was not made.
+            Ok(_) | Err(Error::NotFound(_) | Error::NoStore(_)) => {}
+            Err(error) => log::warn!("cannot forget the snapshot {}: {error}", self.name),
         }
     }
 }
@@ -213,23 +244,54 @@ struct Failed {
     error: String,
 }
 
-fn run(jobs: &[Job], plan: &Plan<'_>, stop: Arc<AtomicBool>, json: bool) -> Result<Exit> {
+fn run(
+    jobs: &[Job],
+    mut failures: Vec<Failure>,
+    plan: &Plan<'_>,
+    stop: Arc<AtomicBool>,
+    json: bool,
+) -> Result<Exit> {
     let progress = progress::on_terminal(stop);
     progress.begin(if plan.dry_run { "comparing" } else { "restoring" }, 0, 0);
     let mut copier = Copier::new(plan.overwrite, plan.dry_run, &progress);
-    let done = jobs.iter().try_for_each(|job| restore_job(&mut copier, job, plan));
+    let mut interrupted = false;
+    for job in jobs {
+        match restore_job(&mut copier, job, plan) {
+            Ok(()) => {}
+            Err(Error::Interrupted) => {
+                interrupted = true;
+                break;
+            }
+            Err(error) => failures.push(Failure { path: live_path(&job.live, &job.path), error }),
+        }
+    }
     progress.end();
-    let exit = tell(&copier, plan, json)?;
-    done.map(|()| exit)
+    let exit = tell(&copier, &failures, plan, json, interrupted)?;
+    if interrupted { Err(Error::Interrupted) } else { Ok(exit) }
 }
 
-fn tell(copier: &Copier<'_>, plan: &Plan<'_>, json: bool) -> Result<Exit> {
+fn tell(
+    copier: &Copier<'_>,
+    failures: &[Failure],
+    plan: &Plan<'_>,
+    json: bool,
+    interrupted: bool,
+) -> Result<Exit> {
     let mut report = RestoreReport {
         dry_run: plan.dry_run,
         restored: Vec::new(),
         unchanged: copier.unchanged,
         failed: Vec::new(),
     };
+    for Failure { path, error } in failures {
+        let path = PathText::new(path.as_os_str().as_bytes());
+        let error = error.to_string();
+        // Several paths may fail for one reason, such as a moment that is not known.
+        if report.failed.last().is_none_or(|last| last.error != error) {
+            eprintln!("rearview: {error}");
+        }
+        report.failed.push(Failed { path, error });
+    }
     for item in &copier.items {
         let path = PathText::new(item.path.as_os_str().as_bytes());
         match &item.outcome {
@@ -248,17 +310,25 @@ fn tell(copier: &Copier<'_>, plan: &Plan<'_>, json: bool) -> Result<Exit> {
             let verb = match (restored.deed, plan.dry_run) {
                 (Deed::Created, false) => "restored",
                 (Deed::Replaced, false) => "replaced",
+                (Deed::Adjusted, false) => "adjusted",
+                (Deed::Adjusted, true) => "would adjust",
                 (Deed::Created, true) => "would restore",
                 (Deed::Replaced, true) => "would replace",
             };
             lines.push_str(&format!("{verb} {}\n", restored.path.shown()));
         }
-        if report.restored.is_empty() && report.failed.is_empty() {
+        if report.restored.is_empty() && report.failed.is_empty() && !interrupted {
             lines.push_str("nothing to restore: all is as it was\n");
         }
         text::print(&lines)?;
     }
-    Ok(if report.failed.is_empty() { Exit::Done } else { Exit::Incomplete })
+    Ok(match failures.first() {
+        _ if report.failed.is_empty() => Exit::Done,
+        _ if !report.restored.is_empty() => Exit::Incomplete,
+        // What failed as a whole tells its own reason, such as that there is no store.
+        Some(failure) => Exit::from(&failure.error),
+        None => Exit::Failed,
+    })
 }
 
 fn restore_job(copier: &mut Copier<'_>, job: &Job, plan: &Plan<'_>) -> Result<()> {
@@ -284,6 +354,11 @@ fn restore_root(copier: &mut Copier<'_>, job: &Job, plan: &Plan<'_>) -> Result<(
         Some(dir) => (open_target(dir, plan.dry_run)?, dir.to_path_buf()),
         None => (Some(open(&job.live).context("open", &job.live)?), job.live.clone()),
     };
+    if let (None, Some(target)) = (plan.to, &target) {
+        let name = OsStr::new(".");
+        let (from, to) = (Place { dir: source.as_fd(), name }, Place { dir: target.as_fd(), name });
+        return copier.restore(from, Some(to), &shown);
+    }
     match copier.restore_entries(source.as_fd(), target.as_ref().map(AsFd::as_fd), &shown) {
         Ok(()) => Ok(()),
         Err(Stopped::By(error)) => Err(error),
@@ -346,7 +421,8 @@ fn live_parent(job: &Job, parents: &RelPath, dry_run: bool) -> Result<Option<Own
 /// Ctrl-C ends a restore between two files: each file is whole, old or new.
 fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, stop.clone()).context("watch for", "signals")?;
     }
     Ok(stop)

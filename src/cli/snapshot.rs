@@ -15,8 +15,12 @@ use crate::types::escape;
 pub fn run(command: SnapshotCommand) -> Result<Exit> {
     match command {
         SnapshotCommand::Create { words, at, automatic, json } => {
+            refuse_lone_slash(&words)?;
             let (located, names) = split(&words, 2)?;
             let [name] = take::<1>(&names)?;
+            if let Some(name) = &name {
+                refuse_time_word(name)?;
+            }
             let at = at.as_deref().map(MomentText::new);
             let request = Request::SnapshotCreate { name, at, automatic };
             let snapshot = one(located.ask(&request)?)?;
@@ -31,6 +35,7 @@ pub fn run(command: SnapshotCommand) -> Result<Exit> {
             let [Some(from), Some(to)] = take::<2>(&names)? else {
                 return Err(Error::Refused("rename takes [PATH] FROM TO".into()));
             };
+            refuse_time_word(&to)?;
             let snapshot = one(located.ask(&Request::SnapshotRename { from, to })?)?;
             tell(&snapshot, "renamed to", json)
         }
@@ -56,6 +61,31 @@ fn split(words: &[OsString], full: usize) -> Result<(Located, Vec<String>)> {
         _ => (here?, words),
     };
     Ok((located, names.iter().map(|name| as_name(name)).collect::<Result<_>>()?))
+}
+
+/// A sole word with a slash is a path only if it exists: else a name was meant, and a snapshot named
+/// by its time would surprise.
+fn refuse_lone_slash(words: &[OsString]) -> Result<()> {
+    match words {
+        [word] if looks_like_path(word) && std::fs::symlink_metadata(word).is_err() => {
+            Err(Error::Refused(format!(
+                "'{}' is neither a path that exists nor a name for a snapshot: names have no '/'",
+                escape(word.as_bytes())
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a name that every command would take for a time.
+fn refuse_time_word(name: &str) -> Result<()> {
+    if crate::time::is_relative(name) {
+        return Err(Error::Refused(format!(
+            "'{}' means a time wherever a snapshot can be named; choose another name",
+            escape(name.as_bytes())
+        )));
+    }
+    Ok(())
 }
 
 fn looks_like_path(word: &OsStr) -> bool {
@@ -179,6 +209,9 @@ mod tests {
         assert!(as_name(OsStr::new("a/b")).is_err());
         assert!(as_name(OsStr::from_bytes(b"\xff")).is_err());
         assert!(take::<1>(&["a".into(), "b".into()]).is_err());
+        assert!(refuse_lone_slash(&["no/such".into()]).is_err());
+        assert!(refuse_lone_slash(&["/".into()]).is_ok());
+        assert!(refuse_lone_slash(&["/no/such".into(), "name".into()]).is_ok());
     }
 
     #[test]

@@ -18,12 +18,24 @@ const SAME_SECOND_MAX: u32 = 1000;
 pub struct Service {
     fs: Arc<Filesystem>,
     info: DaemonInfo,
+    read_only: bool,
 }
 
 impl Service {
-    /// Answers on `fs`; `info` is what the daemon says of itself.
-    pub fn new(fs: Arc<Filesystem>, info: DaemonInfo) -> Service {
-        Service { fs, info }
+    /// Answers on `fs`; `info` is what the daemon says of itself. With `read_only` it refuses what
+    /// would change the store.
+    pub fn new(fs: Arc<Filesystem>, info: DaemonInfo, read_only: bool) -> Service {
+        Service { fs, info, read_only }
+    }
+
+    fn check_writable(&self, request: &Request) -> Result<()> {
+        if self.read_only && request.is_change() {
+            return Err(Error::Refused(format!(
+                "{}: it is mounted with -o ro; unmount, then mount without it",
+                Error::Posix(rustix::io::Errno::ROFS)
+            )));
+        }
+        Ok(())
     }
 
     fn moment(&self, wanted: &MomentText) -> Result<Moment> {
@@ -82,6 +94,7 @@ impl Service {
 
 impl Handler for Service {
     fn handle(&self, request: Request) -> Result<Response> {
+        self.check_writable(&request)?;
         let catalog = self.fs.volume().catalog();
         Ok(match request {
             Request::Ping => Response::Pong(self.info.clone()),

@@ -223,7 +223,10 @@ fn unmount_by_helper(target: &Path, lazy: bool) -> Result<()> {
     if text.contains("busy") {
         return Err(Errno::BUSY.into());
     }
-    Err(Error::Refused(format!("cannot unmount {}: {text}", super::show(target))))
+    Err(Error::Refused(format!(
+        "cannot unmount {}: only root and the user who mounted it may do that ({text})",
+        super::show(target)
+    )))
 }
 
 /// The processes that keep `target` busy, as "name (pid)"; those that may be looked at.

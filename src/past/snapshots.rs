@@ -112,10 +112,14 @@ impl Past {
     }
 
     /// Forgets the snapshot `name` (`rmdir`). `EBUSY` if it is held, `EROFS` where nothing can be
-    /// removed.
+    /// removed, `EPERM` where a program that empties a tree could come by: below the root of the
+    /// mount, and everywhere if some directory lists its `.snapshots`.
     pub fn remove_snapshot(&self, parent: u64, name: &EntryName) -> Result<()> {
-        self.snapshots_dir(parent)?;
+        let dir = self.snapshots_dir(parent)?;
         let snapshot = self.snapshot_named(name)?;
+        if self.options.listed || dir != NodeId::ROOT {
+            return Err(Errno::PERM.into());
+        }
         if snapshot.held {
             return Err(Errno::BUSY.into());
         }
@@ -182,6 +186,10 @@ fn allowed_name(name: &EntryName) -> Result<&str> {
     let text = std::str::from_utf8(name.as_bytes()).map_err(|_| Errno::INVAL)?;
     if matches!(text, AT | VERSIONS | DELETED | LATEST) {
         return Err(Errno::EXIST.into());
+    }
+    // A name that commands take for a time could not be asked for.
+    if crate::time::is_relative(text) {
+        return Err(Errno::INVAL.into());
     }
     if text.starts_with(['.', '@']) || text.chars().any(char::is_control) {
         return Err(Errno::INVAL.into());

@@ -11,6 +11,10 @@ use crate::catalog::{Catalog, NameInterval, NodeRow, Snapshot, Version};
 use crate::error::{Error, Result};
 use crate::types::{Generation, Kind, NodeId, RelPath};
 
+/// How the names begin that a restore gives its files before they take their places. Those are no
+/// part of a path's history.
+pub const RESTORING_PREFIX: &[u8] = b".restoring-";
+
 /// What happened to a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -119,6 +123,7 @@ fn spans(catalog: &Catalog, path: &RelPath) -> Result<Vec<Span>> {
     if let Some(first) = intervals.first().cloned() {
         let earlier = catalog.name_history(first.node)?.into_iter();
         let earlier = earlier.filter(|old| old.died.is_some_and(|died| died <= first.born));
+        let earlier = earlier.filter(|old| !old.name.as_bytes().starts_with(RESTORING_PREFIX));
         intervals.splice(0..0, earlier);
     }
     let mut spans: Vec<Span> = Vec::new();

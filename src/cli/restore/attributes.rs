@@ -121,6 +121,11 @@ fn copy_xattrs(from: Place<'_>, to: Place<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Whether two objects have the same extended attributes and ACLs, as far as we may read them.
+pub fn same_xattrs(a: Place<'_>, b: Place<'_>) -> Result<bool> {
+    Ok(xattrs(a)? == xattrs(b)?)
+}
+
 /// An ACL that could not be set would give or take rights: that is a failure. Others are a loss
 /// that the place restored to makes unavoidable.
 fn is_essential(name: &CString) -> bool {

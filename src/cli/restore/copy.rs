@@ -30,6 +30,26 @@ pub enum Deed {
     Created,
     /// It was there and differed.
     Replaced,
+    /// It was there with the same content; owner, mode, times or attributes were set.
+    Adjusted,
+}
+
+/// What is to be done with an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    /// It is as it should be, or is to be left.
+    Nothing,
+    /// Only its attributes are not as they should be.
+    Attributes,
+    /// It is to be put in place anew.
+    Whole,
+}
+
+/// Where a file with several names was restored, or found unchanged.
+struct Placed {
+    path: PathBuf,
+    /// Which file it is there; `None` in a dry run that would make it.
+    identity: Option<(u64, u64)>,
 }
 
 /// One thing that was done, or failed.
@@ -53,8 +73,8 @@ pub struct Copier<'a> {
     pub items: Vec<Item>,
     /// How many objects were as they should be, or were to be left.
     pub unchanged: u64,
-    /// Files with several names that were restored, by their number in the past.
-    links: HashMap<(u64, u64), PathBuf>,
+    /// Files with several names that are in their place, by their number in the past.
+    links: HashMap<(u64, u64), Placed>,
 }
 
 /// Why an item was not restored: a failed call, or the user's wish to stop.
@@ -145,34 +165,91 @@ impl<'a> Copier<'a> {
         {
             return Err(Trouble::Text("a directory is in its place; move that away first".into()));
         }
-        let done = match (to, self.is_wanted(from, &stat, to, present.as_ref())?) {
-            (_, false) => Ok(None),
-            (Some(to), true) if !self.dry_run => {
-                self.put(from, &stat, to, path)?;
-                Ok(Some(deed(present.as_ref())))
-            }
-            (_, true) => Ok(Some(deed(present.as_ref()))),
-        };
+        let done = self.restore_object(from, &stat, to, present.as_ref(), path);
         self.progress.advance(1, bytes).map_err(Trouble::Stop)?;
         done
     }
 
-    /// Whether what is there is to be replaced.
-    fn is_wanted(
+    /// Restores what is no directory.
+    fn restore_object(
+        &mut self,
+        from: Place<'_>,
+        stat: &Stat,
+        to: Option<Place<'_>>,
+        present: Option<&Stat>,
+        path: &Path,
+    ) -> Result<Option<Deed>, Trouble> {
+        let need = self.need(from, stat, to, present)?;
+        if let (Some(to), false) = (to, self.dry_run) {
+            match need {
+                Need::Nothing => {}
+                Need::Attributes => attributes::copy(from, stat, to)?,
+                Need::Whole => self.put(from, stat, to)?,
+            }
+        }
+        if stat.st_nlink > 1 && !self.links.contains_key(&identity(stat)) {
+            self.note_link(from, stat, to, present.filter(|_| need != Need::Whole), need, path)?;
+        }
+        Ok(match need {
+            Need::Nothing => None,
+            Need::Attributes => Some(Deed::Adjusted),
+            Need::Whole => Some(deed(present)),
+        })
+    }
+
+    /// Notes where the first name of a file with several is, so that the others become its links.
+    /// One that was left alone counts only if it has the content of the past.
+    fn note_link(
+        &mut self,
+        from: Place<'_>,
+        stat: &Stat,
+        to: Option<Place<'_>>,
+        kept: Option<&Stat>,
+        need: Need,
+        path: &Path,
+    ) -> Result<(), Trouble> {
+        let found = match (need, to, kept) {
+            (Need::Whole, Some(to), _) if !self.dry_run => Some(identity(&to.stat()?)),
+            (Need::Whole, ..) => None,
+            (_, Some(to), Some(kept)) if !content_differs(from, stat, to, kept)? => {
+                Some(identity(kept))
+            }
+            _ => return Ok(()),
+        };
+        let placed = Placed { path: path.to_path_buf(), identity: found };
+        self.links.insert(identity(stat), placed);
+        Ok(())
+    }
+
+    /// What is to be done with what is there.
+    fn need(
         &self,
         from: Place<'_>,
         stat: &Stat,
         to: Option<Place<'_>>,
         present: Option<&Stat>,
-    ) -> Result<bool, Trouble> {
-        let (Some(present), Some(to)) = (present, to) else { return Ok(true) };
-        let mtime = |stat: &Stat| (stat.st_mtime, stat.st_mtime_nsec);
-        Ok(match self.overwrite {
-            Overwrite::Never => false,
-            Overwrite::Always => true,
-            Overwrite::IfNewer => mtime(stat) > mtime(present),
-            Overwrite::IfChanged => differs(from, stat, to, present)?,
-        })
+    ) -> Result<Need, Trouble> {
+        let (Some(present), Some(to)) = (present, to) else { return Ok(Need::Whole) };
+        let newer = mtime(stat) > mtime(present);
+        match self.overwrite {
+            Overwrite::Never => return Ok(Need::Nothing),
+            Overwrite::IfNewer if !newer => return Ok(Need::Nothing),
+            Overwrite::Always | Overwrite::IfNewer | Overwrite::IfChanged => {}
+        }
+        // The other names of a file must mean the one file again.
+        if let Some(placed) = self.links.get(&identity(stat)).filter(|_| stat.st_nlink > 1) {
+            let same = placed.identity == Some(identity(present));
+            return Ok(if same { Need::Nothing } else { Need::Whole });
+        }
+        if self.overwrite != Overwrite::IfChanged || content_differs(from, stat, to, present)? {
+            return Ok(Need::Whole);
+        }
+        if !attributes_differ(stat, present) && attributes::same_xattrs(from, to)? {
+            return Ok(Need::Nothing);
+        }
+        // In place only where no name sees it that had nothing to do with this file then.
+        let alone = present.st_nlink == 1 || stat.st_nlink > 1;
+        Ok(if alone { Need::Attributes } else { Need::Whole })
     }
 
     fn restore_dir(
@@ -200,14 +277,23 @@ impl<'a> Copier<'a> {
         let before = self.items.len();
         self.restore_entries(source.as_fd(), target.as_ref().map(AsFd::as_fd), path)?;
         let changed_within = self.items.len() > before;
-        let differs = present.is_none_or(|present| attributes_differ(stat, present));
+        let differs = match (present, to) {
+            (Some(present), Some(to)) => {
+                rights_differ(stat, present)
+                    || !attributes::same_xattrs(from, to)?
+                    // Of one that only got entries back the time was bound to change.
+                    || (!changed_within && mtime(stat) != mtime(present))
+            }
+            _ => true,
+        };
         let wanted = is_new || (self.overwrite != Overwrite::Never && (differs || changed_within));
         if let (true, Some(to), false) = (wanted, to, self.dry_run) {
             // Last: entries made in it change its times, and its mode may forbid making them.
             attributes::copy(from, stat, to)?;
         }
         // A directory that only got entries back is not itself worth a line.
-        Ok((is_new || (wanted && differs)).then(|| deed(present)))
+        let deed = if is_new { Deed::Created } else { Deed::Adjusted };
+        Ok((is_new || (wanted && differs)).then_some(deed))
     }
 
     /// Restores all entries of a directory.
@@ -226,22 +312,15 @@ impl<'a> Copier<'a> {
     }
 
     /// Puts one object that is no directory in its place, whatever is there.
-    fn put(
-        &mut self,
-        from: Place<'_>,
-        stat: &Stat,
-        to: Place<'_>,
-        path: &Path,
-    ) -> Result<(), Trouble> {
-        let key = (stat.st_dev, stat.st_ino);
+    fn put(&mut self, from: Place<'_>, stat: &Stat, to: Place<'_>) -> Result<(), Trouble> {
         let temporary = temporary_name(to.name);
         let beside = Place { dir: to.dir, name: &temporary };
         // One of an earlier restore that was killed.
         let _ = rustix::fs::unlinkat(to.dir, &temporary, AtFlags::empty());
-        let linked = match self.links.get(&key) {
+        let linked = match self.links.get(&identity(stat)) {
             Some(first) if stat.st_nlink > 1 => {
                 let cwd = rustix::fs::CWD;
-                rustix::fs::linkat(cwd, first, to.dir, &temporary, AtFlags::empty()).is_ok()
+                rustix::fs::linkat(cwd, &first.path, to.dir, &temporary, AtFlags::empty()).is_ok()
             }
             _ => false,
         };
@@ -254,11 +333,7 @@ impl<'a> Copier<'a> {
             // A rename between two names of one file does nothing and leaves both.
             let _ = rustix::fs::unlinkat(to.dir, &temporary, AtFlags::empty());
         }
-        placed?;
-        if stat.st_nlink > 1 && !linked {
-            self.links.insert(key, path.to_path_buf());
-        }
-        Ok(())
+        placed
     }
 }
 
@@ -304,26 +379,46 @@ fn names(dir: BorrowedFd<'_>) -> rustix::io::Result<Vec<OsString>> {
 
 /// Beside its target, hidden, and short enough for the longest name.
 fn temporary_name(name: &OsStr) -> OsString {
-    let mut bytes = b".restoring-".to_vec();
+    let mut bytes = crate::report::log::RESTORING_PREFIX.to_vec();
     let hash = blake3::hash(name.as_bytes());
     bytes.extend_from_slice(&hash.to_hex().as_bytes()[..16]);
     OsStr::from_bytes(&bytes).to_os_string()
 }
 
-fn attributes_differ(a: &Stat, b: &Stat) -> bool {
+fn identity(stat: &Stat) -> (u64, u64) {
+    (stat.st_dev, stat.st_ino)
+}
+
+fn mtime(stat: &Stat) -> (i64, u64) {
+    (stat.st_mtime, stat.st_mtime_nsec)
+}
+
+fn rights_differ(a: &Stat, b: &Stat) -> bool {
     (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid)
 }
 
-/// Whether two objects differ in what a restore brings back. Same size and time of change is the
-/// same content; same size and another time is looked at byte by byte.
-fn differs(from: Place<'_>, stat: &Stat, to: Place<'_>, present: &Stat) -> Result<bool, Trouble> {
-    if attributes_differ(stat, present) || stat.st_size != present.st_size {
+fn attributes_differ(a: &Stat, b: &Stat) -> bool {
+    rights_differ(a, b) || mtime(a) != mtime(b)
+}
+
+/// Whether two objects differ in kind or content. Programs can set the time of modification, but
+/// not that of change: where all are the same, so is the content; else it is looked at byte by
+/// byte.
+fn content_differs(
+    from: Place<'_>,
+    stat: &Stat,
+    to: Place<'_>,
+    present: &Stat,
+) -> Result<bool, Trouble> {
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    if kind != FileType::from_raw_mode(present.st_mode) || stat.st_size != present.st_size {
         return Ok(true);
     }
-    Ok(match FileType::from_raw_mode(stat.st_mode) {
+    Ok(match kind {
         FileType::RegularFile => {
-            let mtime = |stat: &Stat| (stat.st_mtime, stat.st_mtime_nsec);
-            mtime(stat) != mtime(present) && !same_bytes(from, to)?
+            let ctime = |stat: &Stat| (stat.st_ctime, stat.st_ctime_nsec);
+            let proved = mtime(stat) == mtime(present) && ctime(stat) == ctime(present);
+            !proved && !same_bytes(from, to)?
         }
         FileType::Symlink => read_link(from)? != read_link(to)?,
         _ => stat.st_rdev != present.st_rdev,

@@ -111,11 +111,17 @@ fn each_overwrite_mode_keeps_its_word() {
 }
 
 #[test]
-fn same_content_with_another_time_is_left_alone() {
+fn same_content_with_another_time_gets_only_its_time_back() {
     let trees = trees();
     std::fs::create_dir(trees.live.join("d")).unwrap();
     std::fs::write(trees.live.join("d/a"), "old a").unwrap();
     let ino = std::fs::metadata(trees.live.join("d/a")).unwrap().ino();
+    let file = std::fs::File::options().write(true).open(trees.live.join("d/a")).unwrap();
+    file.set_modified(std::time::UNIX_EPOCH).unwrap();
+    let items = trees.restore("d/a", Overwrite::IfChanged, false);
+    assert_eq!(items[0].outcome, Ok(Deed::Adjusted));
+    let mtime = |root: &Path| std::fs::metadata(root.join("d/a")).unwrap().modified().unwrap();
+    assert_eq!(mtime(&trees.live), mtime(&trees.past));
     assert!(trees.restore("d/a", Overwrite::IfChanged, false).is_empty());
     assert_eq!(std::fs::metadata(trees.live.join("d/a")).unwrap().ino(), ino);
     // Same size, other bytes.
@@ -191,6 +197,55 @@ fn extended_attributes_come_back_where_there_are_any() {
     let mut value = [0u8; 8];
     let length = rustix::fs::lgetxattr(trees.live.join("d/a"), "user.x", &mut value[..]).unwrap();
     assert_eq!(&value[..length], b"1");
+    // Only an attribute differs, of a file and of a directory.
+    set(&trees.live.join("d/a"), "user.x", b"2").unwrap();
+    set(&trees.live.join("d/sub"), "user.y", b"2").unwrap();
+    let items = trees.restore("d", Overwrite::IfChanged, false);
+    assert_eq!(items.len(), 2, "{items:?}");
+    assert!(items.iter().all(|item| item.outcome == Ok(Deed::Adjusted)), "{items:?}");
+    assert!(trees.restore("d", Overwrite::IfChanged, false).is_empty());
+}
+
+#[test]
+fn same_size_and_time_with_other_bytes_is_replaced() {
+    let trees = trees();
+    trees.restore("d", Overwrite::IfChanged, false);
+    let time = std::fs::metadata(trees.past.join("d/a")).unwrap().modified().unwrap();
+    std::fs::write(trees.live.join("d/a"), "new a").unwrap();
+    let file = std::fs::File::options().write(true).open(trees.live.join("d/a")).unwrap();
+    file.set_modified(time).unwrap();
+    assert_eq!(trees.restore("d", Overwrite::IfChanged, false).len(), 1);
+    assert_eq!(trees.live("d/a"), "old a");
+}
+
+#[test]
+fn a_lost_name_becomes_a_link_of_the_unchanged_file_again() {
+    let trees = trees();
+    for name in ["c", "e"] {
+        std::fs::hard_link(trees.past.join("d/a"), trees.past.join("d").join(name)).unwrap();
+    }
+    trees.restore("d", Overwrite::IfChanged, false);
+    let ino = |name: &str| std::fs::metadata(trees.live.join("d").join(name)).unwrap().ino();
+    let first = ino("a");
+    for overwrite in [Overwrite::IfChanged, Overwrite::Never] {
+        std::fs::remove_file(trees.live.join("d/c")).unwrap();
+        assert_eq!(trees.restore("d", overwrite, true).len(), 1);
+        trees.restore("d", overwrite, false);
+        assert_eq!([ino("a"), ino("c"), ino("e")], [first; 3]);
+    }
+    // A copy in a link's place becomes the link; in the first one's place it draws the others.
+    for copy in ["c", "a"] {
+        std::fs::remove_file(trees.live.join("d").join(copy)).unwrap();
+        std::fs::write(trees.live.join("d").join(copy), "old a").unwrap();
+        let told = trees.restore("d", Overwrite::IfChanged, true).len();
+        assert_eq!(trees.restore("d", Overwrite::IfChanged, false).len(), told);
+        assert_eq!(ino("a"), ino("c"));
+        assert_eq!(ino("a"), ino("e"));
+    }
+    assert!(trees.restore("d", Overwrite::IfChanged, false).is_empty());
+    assert!(trees.restore("d", Overwrite::Always, false).len() <= 5);
+    assert_eq!(ino("a"), ino("c"));
+    assert_eq!(trees.live("d/e"), "old a");
 }
 
 #[test]
