@@ -26,7 +26,7 @@ use crate::catalog::{Catalog, Change, UndoRow};
 use crate::error::Result;
 use crate::replica::backing::{Access, Backing, Creds, Handle, Seek};
 use crate::replica::{Handles, PrivateDir, ReplicaSet};
-use crate::types::{ContentId, EntryName, NodeId};
+use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use ranges::ByteRange;
 use undo::UndoLog;
@@ -311,13 +311,21 @@ pub fn open_whole(
     replicas: &ReplicaSet,
     node: NodeId,
     content: ContentId,
-) -> Result<(crate::types::ReplicaId, Handle)> {
-    let dir = replicas.private(preserved_dir(node))?;
+) -> Result<(ReplicaId, Handle)> {
+    replicas.read("open", |id, _| Ok((id, open_whole_on(replicas, id, node, content)?)))
+}
+
+/// Opens a whole content on one replica for reading.
+pub fn open_whole_on(
+    replicas: &ReplicaSet,
+    id: ReplicaId,
+    node: NodeId,
+    content: ContentId,
+) -> std::io::Result<Handle> {
+    let dir = replicas.private(preserved_dir(node)).map_err(|e| e.to_errno())?;
     let name = preserved_name(node, content);
-    replicas.read("open", |id, b| {
-        let file = b.open_file(dir.get(id)?, &name, Access::Read).map_err(missing)?;
-        Ok((id, file))
-    })
+    let backing = replicas.get(id).backing();
+    backing.open_file(dir.get(id)?, &name, Access::Read).map_err(missing)
 }
 
 /// A file of ours that is not there is the device's fault, not an answer: another replica has it.

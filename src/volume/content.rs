@@ -14,8 +14,8 @@ use super::nodes::Node;
 
 /// The file that holds what no before-image covers.
 enum Base {
-    /// A content that lies whole in `preserved/`.
-    Whole(ReplicaId, Handle),
+    /// A content that lies whole in `preserved/`, open on one replica.
+    Whole { node: NodeId, content: ContentId, on: ReplicaId, file: Handle },
     /// The live file, and its size and time of change where it is known to be as it was sealed.
     Live(Arc<Node>, Option<(u64, Timestamp)>),
 }
@@ -39,12 +39,16 @@ impl Volume {
                 match run.place {
                     Place::Hole => part.fill(0),
                     Place::Undo(place) => self.history.read_undo(self.replicas(), place, part)?,
-                    Place::Base => {
-                        let got = self
-                            .on_base(base()?, |b, file| b.read_at(file, part, run.range.start))?;
-                        // A base shorter than the content has nothing but zeros there.
-                        part[got..].fill(0);
-                    }
+                    Place::Base => self.on_base(base()?, |b, file| {
+                        // The base has every byte that no before-image has. One that ends too
+                        // early is damaged here and may be whole on another replica.
+                        match b.read_at(file, part, run.range.start)? {
+                            got if got < part.len() => {
+                                Err(std::io::Error::from_raw_os_error(libc::EIO))
+                            }
+                            _ => Ok(()),
+                        }
+                    })?,
                 }
                 at = run.range.end;
             }
@@ -110,8 +114,8 @@ impl Volume {
                 }
                 let base = Arc::new(match extents.whole {
                     Some(whole) => {
-                        let (replica, file) = history::open_whole(self.replicas(), id, whole)?;
-                        Base::Whole(replica, file)
+                        let (on, file) = history::open_whole(self.replicas(), id, whole)?;
+                        Base::Whole { node: id, content: whole, on, file }
                     }
                     None => {
                         let node = node.clone().ok_or_else(|| lost(id, content))?;
@@ -147,9 +151,12 @@ impl Volume {
         mut f: impl FnMut(&dyn Backing, &Handle) -> std::io::Result<T>,
     ) -> Result<T> {
         match &*base {
-            Base::Whole(replica, file) => {
-                f(self.replicas().get(*replica).backing(), file).map_err(Error::from_io)
-            }
+            Base::Whole { node, content, on, file } => self.replicas().read("read", |id, b| {
+                if id == *on {
+                    return f(b, file);
+                }
+                f(b, &history::open_whole_on(self.replicas(), id, *node, *content)?)
+            }),
             Base::Live(node, sealed) => {
                 let (parent, name) =
                     node.place(self.catalog())?.ok_or(Error::Posix(Errno::STALE))?;
