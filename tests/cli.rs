@@ -379,7 +379,7 @@ fn mistakes_in_the_words_of_a_mount_end_with_2() {
     for bad in ["frobnicate", "threads=abc", "snapdir=zzz"] {
         rearview(["mount", "-o", bad, &backing, &mnt]).fails(2, &[bad.split('=').next().unwrap()]);
     }
-    let many = vec![backing.as_str(); 9].join(":");
+    let many = [backing.as_str(); 9].join(":");
     rearview(["mount", &many, &mnt]).fails(2, &["at most 8"]);
     assert!(!store.backings[0].join(".rearview").exists());
 }
