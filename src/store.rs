@@ -459,14 +459,18 @@ fn fill_others(
     for index in (0..members.len()).filter(|&index| !current[index]) {
         let member = &mut members[index];
         let lost_catalog = member.marker.phase == Phase::Ok && heads[index].is_none();
-        // From here on until the end it is no whole copy, whatever its catalog says.
-        if member.marker.phase != Phase::Filling {
-            member.marker.phase = Phase::Filling;
-            member.marker.clean = None;
-            member.write_marker()?;
-        }
         let since = [winner_since, since(member)].into_iter().flatten().min();
-        let report = fill::fill(&source, &member.site, since, progress)?;
+        let target = member.site.clone();
+        let mut begin = || {
+            // From here on until the end it is no whole copy, whatever its catalog says.
+            if member.marker.phase != Phase::Filling {
+                member.marker.phase = Phase::Filling;
+                member.marker.clean = None;
+                member.write_marker()?;
+            }
+            Ok(())
+        };
+        let report = fill::fill(&source, &target, since, &mut begin, progress)?;
         log::info!("{}: {report:?}", member.site.path.display());
         Catalog::copy(&source.private_path(CATALOG_FILE), &member.catalog_file())?;
         if lost_catalog {
@@ -507,7 +511,13 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
             peer
         })
         .collect();
-    for member in &mut members {
+    // The markers come last: a mount that is refused up to here leaves a clean store clean.
+    let replicas = replica_set(&members)?;
+    let files = members.iter().map(|member| Some(member.catalog_file())).collect();
+    // Recovery is done: as far as ids go, this is a clean start.
+    let catalog = Catalog::open(ReplicaMap::new(files), true)?;
+    let before: Vec<Marker> = members.iter().map(|member| member.marker.clone()).collect();
+    let noted = members.iter_mut().try_for_each(|member| {
         let own = member.marker.replica;
         let others = present.iter().filter(|peer| peer.replica != own);
         member.marker.peers = others.chain(&absent).cloned().collect();
@@ -515,12 +525,20 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
         member.marker.opened = Some(now);
         member.left_behind.clone_from(&left_behind);
         member.write_marker()?;
-        empty_tmp(&member.site)?;
+        empty_tmp(&member.site)
+    });
+    if let Err(error) = noted {
+        // Nothing was changed: what was clean is so again.
+        catalog.close()?;
+        for (member, marker) in members.iter().zip(before) {
+            if marker.clean.is_some()
+                && let Err(error) = marker.write(&member.site)
+            {
+                log::warn!("{}: {error}", member.site.path.display());
+            }
+        }
+        return Err(error);
     }
-    let replicas = replica_set(&members)?;
-    let files = members.iter().map(|member| Some(member.catalog_file())).collect();
-    // Recovery is done: as far as ids go, this is a clean start.
-    let catalog = Catalog::open(ReplicaMap::new(files), true)?;
     Ok(Store { uuid, replicas, catalog, members: Mutex::new(members), opened_at: head })
 }
 

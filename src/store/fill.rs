@@ -47,10 +47,13 @@ pub struct FillReport {
 /// `changed_since`: a file that was changed on either side after this moment is compared byte by
 /// byte, because equal size and times prove nothing for what was being written when the system went
 /// down.
+///
+/// `begin` is called before the first change of the target: not if it has not enough space.
 pub fn fill(
     source: &Site,
     target: &Site,
     changed_since: Option<Timestamp>,
+    begin: &mut dyn FnMut() -> Result<()>,
     progress: &Progress,
 ) -> Result<FillReport> {
     let estimate = estimate::estimate(source, target, progress)?;
@@ -66,6 +69,7 @@ pub fn fill(
             human_bytes(available)
         )));
     }
+    begin()?;
     let phase = format!("Filling {}", target.path.display());
     progress.begin(&phase, estimate.items, estimate.bytes);
     let result = Fill::new(source, target, changed_since, progress).and_then(Fill::run);

@@ -218,3 +218,25 @@ fn with_init_an_empty_directory_takes_the_place_of_a_replica_that_is_gone() {
     // The old one comes back: it is behind, whatever it says, and never the winner.
     bench.settle(&["old", "a", "b"]);
 }
+
+#[test]
+fn a_mount_that_fails_leaves_clean_backings_clean() {
+    let bench = Bench::new();
+    write(&bench.path("a/f"), b"x");
+    bench.settle(&["a", "b"]);
+    // The marker of `b` cannot be written: its successor's name is taken.
+    let spare = bench.path("b/.rearview/store.toml.new");
+    fs::remove_file(&spare).unwrap();
+    fs::create_dir(&spare).unwrap();
+    assert!(bench.open(&["a", "b"]).is_err());
+    for name in ["a", "b"] {
+        assert!(inspect(&bench.path(name)).unwrap().clean, "{name}");
+    }
+    fs::remove_dir(&spare).unwrap();
+    let in_use = bench.open(&["a"]).unwrap();
+    refused(bench.open(&["b", "a"]), &["in use"]);
+    assert!(inspect(&bench.path("b")).unwrap().clean);
+    in_use.close().unwrap();
+    drop(in_use);
+    bench.settle(&["a", "b"]);
+}

@@ -59,3 +59,16 @@ fn a_disk_that_fills_up_is_named_and_the_next_mount_goes_on() {
     fs::remove_dir_all(bench.path("small/other")).unwrap();
     bench.settle(&["a", "small/b"]);
 }
+
+#[test]
+fn a_replica_that_is_too_small_to_be_brought_up_stays_what_it_was() {
+    let bench = Bench::new();
+    let Some(_image) = Image::new(&bench, 24) else { return };
+    write(&bench.path("a/f"), b"x");
+    bench.settle(&["a", "small"]);
+    drop(bench.open(&["a"]).unwrap());
+    write(&bench.path("a/big"), &vec![1; 40 << 20]);
+    let error = bench.open(&["a", "small"]).err().unwrap().to_string();
+    assert!(error.contains("not enough space"), "{error}");
+    assert!(inspect(&bench.path("small")).unwrap().clean);
+}
