@@ -419,7 +419,9 @@ fn take_in(
             recover(&replica_set(std::slice::from_ref(member))?, &catalog)?;
         }
         let report = import::import(&member.site, peers, &catalog, progress)?;
-        log::info!("{}: {report:?}", member.site.path.display());
+        if !report.is_nothing() {
+            log::info!("{}: {report}", member.site.path.display());
+        }
         catalog.flush(Durability::Durable)
     })();
     // Closed in any case, so that what was read before an interruption is kept.
@@ -471,7 +473,9 @@ fn fill_others(
             Ok(())
         };
         let report = fill::fill(&source, &target, since, &mut begin, progress)?;
-        log::info!("{}: {report:?}", member.site.path.display());
+        if !report.is_nothing() {
+            log::info!("{}: {report}", target.path.display());
+        }
         Catalog::copy(&source.private_path(CATALOG_FILE), &member.catalog_file())?;
         if lost_catalog {
             let (healed, from) = (member.site.path.display(), source.path.display());

@@ -11,6 +11,7 @@
 //! Not done here: markers and locks, which tell that the target is no whole copy meanwhile.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
@@ -18,6 +19,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::progress::Progress;
 use crate::replica::backing::{Handle, Stat};
 use crate::store::copy::{Copier, blame};
+use crate::store::import::count_words;
 use crate::store::quarantine::Quarantine;
 use crate::store::site::{Object, Site, is_other_mount, own_creds};
 use crate::types::{EntryName, Kind, RelPath, Timestamp};
@@ -40,6 +42,29 @@ pub struct FillReport {
     pub quarantined: u64,
     /// The quarantine's directory, if anything is in it.
     pub quarantine: Option<PathBuf>,
+}
+
+impl FillReport {
+    /// Whether no object was touched.
+    pub fn is_nothing(&self) -> bool {
+        self.made + self.adjusted + self.quarantined == 0
+    }
+}
+
+impl fmt::Display for FillReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let quarantined = match &self.quarantine {
+            Some(place) => format!("moved to {}", place.display()),
+            None => "moved to quarantine".into(),
+        };
+        let counts = [
+            (self.made, format!("copied ({})", human_bytes(self.bytes))),
+            (self.adjusted, "adjusted".into()),
+            (self.quarantined, quarantined),
+        ];
+        let counts = counts.each_ref().map(|(count, words)| (*count, words.as_str()));
+        f.write_str(&count_words(&counts))
+    }
 }
 
 /// Makes `target` equal to `source`: the live tree and the history, but not the catalog.

@@ -16,6 +16,7 @@
 //! history beside the live tree, which was recovered before.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use crate::catalog::{Catalog, Change, NodeRow};
 use crate::error::{IoContext, Result};
@@ -49,6 +50,43 @@ pub struct ImportReport {
     pub lost: Vec<RelPath>,
     /// Mountpoints of other filesystems in the tree: left out.
     pub skipped: Vec<RelPath>,
+}
+
+impl ImportReport {
+    /// Whether no object was touched.
+    pub fn is_nothing(&self) -> bool {
+        self.added + self.removed + self.changed + self.moved == 0
+    }
+}
+
+impl fmt::Display for ImportReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counts = [
+            (self.added, "added"),
+            (self.removed, "removed"),
+            (self.changed, "changed"),
+            (self.moved, "renamed"),
+        ];
+        f.write_str(&count_words(&counts))
+    }
+}
+
+/// "12 files added, 3 changed"; "nothing to do" if all counts are zero.
+pub fn count_words(counts: &[(u64, &str)]) -> String {
+    let mut words = String::new();
+    for (count, word) in counts.iter().filter(|(count, _)| *count > 0) {
+        let noun = match (words.is_empty(), count) {
+            (true, 1) => " file",
+            (true, _) => " files",
+            (false, _) => "",
+        };
+        let lead = if words.is_empty() { "" } else { ", " };
+        words.push_str(&format!("{lead}{count}{noun} {word}"));
+    }
+    match words.is_empty() {
+        true => "nothing to do".into(),
+        false => words,
+    }
 }
 
 /// Makes the catalog's live tree equal to the one on `source`. The changes are pushed, not flushed.

@@ -168,3 +168,14 @@ fn what_was_changed_behind_our_back_is_kept_from_another_replica() {
     drop(store);
     bench.assert_equal(&["a", "b"]);
 }
+
+#[test]
+fn reports_are_sentences_for_people() {
+    let report = ImportReport { added: 12, changed: 3, ..ImportReport::default() };
+    assert_eq!(report.to_string(), "12 files added, 3 changed");
+    assert_eq!(ImportReport { moved: 1, ..Default::default() }.to_string(), "1 file renamed");
+    assert_eq!(ImportReport::default().to_string(), "nothing to do");
+    let filled = FillReport { made: 2, bytes: 2048, adjusted: 1, ..Default::default() };
+    assert_eq!(filled.to_string(), "2 files copied (2.0 KiB), 1 adjusted");
+    assert_eq!(FillReport::default().to_string(), "nothing to do");
+}
