@@ -71,7 +71,8 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Resolves as much of a path as exists, up to the first name that is no directory; the rest, which may not exist yet, is appended as it is.
+/// Resolves as much of a path as exists, up to the first name that is no directory; the rest, which
+/// may not exist yet, is appended as it is.
 pub fn resolve_existing(path: &Path) -> Result<PathBuf> {
     let absolute = std::path::absolute(path).context("find", path)?;
     let mut missing: Vec<&OsStr> = Vec::new();

@@ -63,8 +63,8 @@ fn split(words: &[OsString], full: usize) -> Result<(Located, Vec<String>)> {
     Ok((located, names.iter().map(|name| as_name(name)).collect::<Result<_>>()?))
 }
 
-/// A sole word with a slash is a path only if it exists: else a name was meant, and a snapshot named
-/// by its time would surprise.
+/// A sole word with a slash is a path only if it exists: else a name was meant, and a snapshot that
+/// is named by its time would surprise.
 fn refuse_lone_slash(words: &[OsString]) -> Result<()> {
     match words {
         [word] if looks_like_path(word) && std::fs::symlink_metadata(word).is_err() => {

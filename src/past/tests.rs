@@ -518,13 +518,12 @@ fn snapshots_are_made_renamed_and_forgotten_in_any_snapshots_directory() {
     };
     let create = |ino, text: &str| past.snapshot_to_create(ino, &name(text)).map(|_| ());
     fails(create(snapshots, "mine"), Errno::EXIST);
-    fails(create(snapshots, "latest"), Errno::EXIST);
-    fails(create(snapshots, ".at"), Errno::EXIST);
-    fails(create(snapshots, ".hidden"), Errno::INVAL);
-    fails(create(snapshots, "@GMT-x"), Errno::INVAL);
-    fails(create(snapshots, "a\nb"), Errno::INVAL);
-    fails(create(snapshots, "now"), Errno::INVAL);
-    fails(create(snapshots, "2h"), Errno::INVAL);
+    for taken in ["latest", ".at"] {
+        fails(create(snapshots, taken), Errno::EXIST);
+    }
+    for bad in [".hidden", "@GMT-x", "a\nb", "now", "2h"] {
+        fails(create(snapshots, bad), Errno::INVAL);
+    }
     for elsewhere in ["mine", ".at", ".versions", ".deleted"] {
         let ino = past.walk(dir, elsewhere).expect(elsewhere).stat.ino;
         fails(create(ino, "x"), Errno::ROFS);
@@ -545,18 +544,6 @@ fn snapshots_are_made_renamed_and_forgotten_in_any_snapshots_directory() {
     fails(past.remove_snapshot(snapshots, &name("ours")), Errno::PERM);
     past.remove_snapshot(root, &name("ours")).expect("forgotten");
     fails(past.remove_snapshot(root, &name("ours")), Errno::NOENT);
-}
-
-#[test]
-fn where_snapshots_are_listed_rmdir_forgets_none() {
-    let store = Store::new();
-    store.snapshot("s");
-    let options = PastOptions { listed: true, ..PastOptions::new(1000, 1000) };
-    let past = Past::new(store.clone(), options);
-    let root = past.enter(ROOT).expect("entered").stat.ino;
-    let refused = past.remove_snapshot(root, &name("s")).expect_err("listed");
-    assert!(refused.is(Errno::PERM), "{refused}");
-    past.walk(ROOT, "s").expect("still there");
 }
 
 #[test]
