@@ -179,7 +179,7 @@ pub struct MountArgs {
     /// Mount options, separated by commas
     #[arg(short, value_name = "OPTIONS")]
     pub options: Vec<String>,
-    /// Make a store even where one is expected already: a disk that is not there, or empty folders
+    /// Make a new store, or let an empty directory take the place of a replica that is lost
     #[arg(long)]
     pub init: bool,
     /// Make no store where there is none; fstab's mounts are such
