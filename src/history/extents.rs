@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::catalog::{Sources, UndoPlace};
 use crate::types::ContentId;
 
-use super::ranges::ByteRange;
+use super::ranges::{ByteRange, RangeSet};
 
 /// Where a run of bytes is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,36 +42,20 @@ impl Extents {
     /// counts.
     pub fn resolve(size: u64, sources: Sources) -> Extents {
         let mut extents = Extents { size, whole: sources.whole, overlay: BTreeMap::new() };
+        let mut covered = RangeSet::default();
         for row in sources.undo {
             let range = ByteRange::new(row.offset, row.length);
             let range = ByteRange { start: range.start, end: range.end.min(size) };
-            for part in extents.missing(range) {
+            for part in covered.missing(range) {
                 let place = row.at.map(|at| UndoPlace {
                     segment: at.segment,
                     offset: at.offset + (part.start - row.offset),
                 });
                 extents.overlay.insert(part.start, (part.end, place));
             }
+            covered.insert(range);
         }
         extents
-    }
-
-    fn missing(&self, range: ByteRange) -> Vec<ByteRange> {
-        let mut missing = Vec::new();
-        let mut at = range.start;
-        if let Some((_, &(end, _))) = self.overlay.range(..=range.start).next_back() {
-            at = at.max(end);
-        }
-        for (&start, &(end, _)) in self.overlay.range(range.start..range.end.max(range.start)) {
-            if start > at {
-                missing.push(ByteRange { start: at, end: start });
-            }
-            at = at.max(end);
-        }
-        if at < range.end {
-            missing.push(ByteRange { start: at, end: range.end });
-        }
-        missing
     }
 
     /// The run that begins at `at`, cut at `limit` and at the content's end. `at` lies before both.

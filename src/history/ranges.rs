@@ -36,6 +36,9 @@ impl RangeSet {
     /// The parts of `range` that are not in the set, in order.
     pub fn missing(&self, range: ByteRange) -> Vec<ByteRange> {
         let mut missing = Vec::new();
+        if range.is_empty() {
+            return missing;
+        }
         let mut at = range.start;
         let before = self.0.range(..=range.start).next_back();
         if let Some((_, &end)) = before {
