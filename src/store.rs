@@ -47,7 +47,7 @@ mod site;
 mod tests;
 
 pub use fill::FillReport;
-pub use import::ImportReport;
+pub use import::{ImportReport, row_of};
 pub use lock::Owner;
 
 /// The catalog's file name in the private directory.

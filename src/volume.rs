@@ -27,15 +27,13 @@ use std::time::Duration;
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use rustix::io::Errno;
 
-use crate::catalog::{Catalog, Durability, NodeRow, Snapshot, Totals};
+use crate::catalog::{Catalog, Durability, Snapshot, Totals};
 use crate::error::{Error, Result};
 use crate::history::History;
-use crate::replica::backing::{Creds, Space, Stat};
+use crate::replica::backing::{Creds, Space};
 use crate::replica::{Fault, Handles, Health, ReplicaSet};
 use crate::store::Store;
-use crate::types::{
-    EntryName, Generation, Kind, NodeId, PRIVATE_DIR, RelPath, SnapshotId, Timestamp, XattrSetId,
-};
+use crate::types::{EntryName, Generation, NodeId, PRIVATE_DIR, RelPath, Timestamp};
 
 pub use attributes::{Changes, Privileges};
 pub use namespace::Newborn;
@@ -322,25 +320,6 @@ impl Volume {
         Ok(self.nodes.load(id, row.kind))
     }
 
-    /// The record of a node's present state, from the primary's attributes.
-    fn row(&self, id: NodeId, stat: &Stat, xattrs: XattrSetId) -> NodeRow {
-        NodeRow {
-            id,
-            kind: stat.kind,
-            mode: stat.mode,
-            uid: stat.uid,
-            gid: stat.gid,
-            rdev: stat.rdev,
-            size: if stat.kind == Kind::Dir { 0 } else { stat.size },
-            blocks: stat.blocks,
-            mtime: stat.mtime,
-            ctime: stat.ctime,
-            btime: stat.btime,
-            xattrs,
-            content: crate::types::ContentId::EMPTY,
-        }
-    }
-
     /// A replica whose catalog failed is out of use as a whole.
     fn eject_failed_catalogs(&self) {
         for (replica, reason) in self.catalog().failed_replicas() {
@@ -382,11 +361,6 @@ impl Volume {
     /// Commits durably what was pushed.
     fn barrier(&self) -> Result<()> {
         self.catalog().flush(Durability::Durable)
-    }
-
-    /// Forgets a snapshot by its name; see [`Catalog::delete_snapshot`].
-    pub fn delete_snapshot(&self, name: &str) -> Result<SnapshotId> {
-        Ok(self.catalog().delete_snapshot(name)?.id)
     }
 }
 

@@ -10,7 +10,8 @@ use crate::catalog::Change;
 use crate::error::{Error, Result};
 use crate::replica::Handles;
 use crate::replica::backing::{Access, Backing, Handle, SetTime, Stat};
-use crate::types::{Kind, NodeId, Xattrs};
+use crate::store::row_of;
+use crate::types::{ContentId, Kind, NodeId, Xattrs};
 
 use super::nodes::{Node, State};
 use super::{Caller, Volume};
@@ -261,7 +262,7 @@ impl Volume {
             None => self.catalog().node(node.id)?.ok_or(Error::Posix(Errno::STALE))?,
         };
         let xattrs = self.catalog().intern_xattrs(&xattrs)?;
-        let mut row = self.row(node.id, &stat, xattrs);
+        let mut row = row_of(node.id, &stat, xattrs, ContentId::EMPTY);
         row.content = known.content;
         row.btime = known.btime;
         if let Some(open) = state.open.as_mut() {

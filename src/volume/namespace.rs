@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::history::{preserved_dir, preserved_name};
 use crate::replica::Handles;
 use crate::replica::backing::{RenameMode, SetTime, Stat};
+use crate::store::row_of;
 use crate::types::{ContentId, EntryName, Kind, NodeId, Xattrs};
 
 use super::files::link_anew;
@@ -23,11 +24,6 @@ pub enum Newborn<'a> {
     Symlink(&'a [u8]),
     /// A FIFO, socket, device or empty file.
     Special(Kind, u64),
-}
-
-/// A file that lost its last name: what is to be recorded of it.
-struct Death {
-    changes: Vec<Change>,
 }
 
 impl Volume {
@@ -81,7 +77,7 @@ impl Volume {
     ) -> Result<NodeRow> {
         let id = self.catalog().next_node();
         let xattrs = self.catalog().intern_xattrs(xattrs)?;
-        let row = self.row(id, stat, xattrs);
+        let row = row_of(id, stat, xattrs, ContentId::EMPTY);
         for change in &mut more {
             if let Change::SymlinkTarget { node, .. } = change {
                 *node = id;
@@ -200,7 +196,7 @@ impl Volume {
         self.remove_name(&node, &dir, name, content)?;
         changes.push(Change::EntryRemove { parent, name: name.clone() });
         if last {
-            changes.append(&mut self.bury(&node, &mut state, stat, content).changes);
+            changes.append(&mut self.bury(&node, &mut state, stat, content));
         }
         self.catalog().push(changes)?;
         self.mark_dir(parent);
@@ -242,14 +238,14 @@ impl Volume {
         Ok(())
     }
 
-    /// A node lost its last name.
+    /// A node lost its last name: what is to be recorded of that.
     fn bury(
         &self,
         node: &Arc<Node>,
         state: &mut State,
         mut stat: Stat,
         content: ContentId,
-    ) -> Death {
+    ) -> Vec<Change> {
         state.orphan = true;
         state.stamp = self.nodes.next_stamp();
         self.unsealed.lock().remove(&node.id);
@@ -261,7 +257,7 @@ impl Volume {
         if content != ContentId::EMPTY {
             changes.push(Change::ContentPreserved { id: content });
         }
-        Death { changes }
+        changes
     }
 
     /// Removes an empty directory.
@@ -278,7 +274,7 @@ impl Volume {
         let _tree = self.tree.write();
         self.replicas().apply("rmdir", |id, b| b.rmdir(dir.get(id)?, name))?;
         let mut changes = vec![Change::EntryRemove { parent, name: name.clone() }];
-        changes.append(&mut self.bury(&node, &mut state, stat, ContentId::EMPTY).changes);
+        changes.append(&mut self.bury(&node, &mut state, stat, ContentId::EMPTY));
         self.catalog().push(changes)?;
         self.mark_dir(parent);
         self.replicas().forget_dir(node.id);
@@ -408,7 +404,7 @@ impl Volume {
         }
         let mut changes = vec![Change::EntryRemove { parent: new_parent, name: new_name.clone() }];
         if last {
-            changes.append(&mut self.bury(target, state, stat, content).changes);
+            changes.append(&mut self.bury(target, state, stat, content));
             if target.kind == Kind::Dir {
                 replicas.forget_dir(target.id);
             }

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use crate::catalog::{Change, NodeRow};
 use crate::error::Result;
+use crate::replica::Handles;
 use crate::replica::backing::{SetTime, Stat};
-use crate::types::{ContentId, Kind, NodeId};
+use crate::store::row_of;
+use crate::types::{ContentId, Kind, NodeId, XattrSetId, Xattrs};
 
 use super::Volume;
 use super::nodes::{Node, State};
@@ -29,23 +31,8 @@ impl Volume {
             return Ok(());
         }
         let Some(handles) = open.write.clone() else { return Ok(()) };
-        let replicas = self.replicas();
-        let mut first: Option<Stat> = None;
-        let mut xattrs = None;
-        replicas.apply("seal", |id, b| {
-            let file = handles.get(id)?;
-            match first {
-                None => {
-                    first = Some(b.stat(file)?);
-                    xattrs = Some(b.xattrs(file)?);
-                    Ok(())
-                }
-                Some(stat) => b.set_times(file, SetTime::Omit, SetTime::To(stat.mtime)),
-            }
-        })?;
-        let stat = first.expect("one replica answered");
-        let xattrs = self.catalog().intern_xattrs(&xattrs.unwrap_or_default())?;
-        let mut row = self.row(node.id, &stat, xattrs);
+        let (stat, xattrs) = self.level_times("seal", &handles)?;
+        let mut row = row_of(node.id, &stat, xattrs, ContentId::EMPTY);
         let mut changes = Vec::with_capacity(2);
         row.btime = open.sealed.btime;
         row.content = if !open.written {
@@ -112,22 +99,26 @@ impl Volume {
     /// The record of a directory, after its times were made equal on all replicas.
     pub(super) fn settle_dir(&self, dir: NodeId) -> Result<NodeRow> {
         let handles = self.dir(dir)?;
-        let mut first: Option<Stat> = None;
-        let mut xattrs = None;
-        self.replicas().apply("settle", |id, b| {
-            let handle = handles.get(id)?;
-            match first {
+        let (stat, xattrs) = self.level_times("settle", &handles)?;
+        debug_assert_eq!(stat.kind, Kind::Dir);
+        Ok(row_of(dir, &stat, xattrs, ContentId::EMPTY))
+    }
+
+    /// Gives an object on all replicas the primary's time of change, and returns the primary's
+    /// attributes.
+    fn level_times(&self, op: &'static str, object: &Handles) -> Result<(Stat, XattrSetId)> {
+        let mut first: Option<(Stat, Xattrs)> = None;
+        self.replicas().apply(op, |id, b| {
+            let object = object.get(id)?;
+            match &first {
                 None => {
-                    first = Some(b.stat(handle)?);
-                    xattrs = Some(b.xattrs(handle)?);
+                    first = Some((b.stat(object)?, b.xattrs(object)?));
                     Ok(())
                 }
-                Some(stat) => b.set_times(handle, SetTime::Omit, SetTime::To(stat.mtime)),
+                Some((stat, _)) => b.set_times(object, SetTime::Omit, SetTime::To(stat.mtime)),
             }
         })?;
-        let stat = first.expect("one replica answered");
-        debug_assert_eq!(stat.kind, Kind::Dir);
-        let xattrs = self.catalog().intern_xattrs(&xattrs.unwrap_or_default())?;
-        Ok(self.row(dir, &stat, xattrs))
+        let (stat, xattrs) = first.expect("one replica answered");
+        Ok((stat, self.catalog().intern_xattrs(&xattrs)?))
     }
 }
