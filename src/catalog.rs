@@ -18,14 +18,19 @@ mod diff;
 mod live;
 mod open;
 mod overlay;
+mod packed;
 mod query;
 mod reader;
 mod report;
+mod retain;
 mod schema;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 mod xattr;
+
+pub use self::packed::{PackRow, WaitingContent};
+pub use self::retain::Sweep;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -37,8 +42,8 @@ use self::open::Ids;
 use self::reader::Readers;
 use self::xattr::Interned;
 use crate::types::{
-    ContentId, EntryName, Generation, Kind, NodeId, RelPath, ReplicaId, ReplicaMap, SnapshotId,
-    Timestamp, XattrSetId, Xattrs,
+    ChunkId, ContentId, EntryName, Generation, Kind, NodeId, PackId, RelPath, ReplicaId,
+    ReplicaMap, SnapshotId, Timestamp, XattrSetId, Xattrs,
 };
 
 /// One state of one node.
@@ -91,9 +96,10 @@ pub enum Change {
     /// A content was sealed. Pushed with the `NodePut` that first shows it.
     #[allow(missing_docs)]
     ContentAdd { id: ContentId, node: NodeId, size: u64 },
-    /// The bytes of a content lie whole in `preserved/` under its id.
+    /// The bytes of a content lie whole in `preserved/` under its id; as a clone they share their
+    /// blocks with the live file.
     #[allow(missing_docs)]
-    ContentPreserved { id: ContentId },
+    ContentPreserved { id: ContentId, cloned: bool },
     /// A before-image: bytes of `content` that the live file no longer has.
     UndoAdd(UndoRow),
     /// A set of extended attributes got its id.
@@ -106,6 +112,123 @@ pub enum Change {
     /// A setting of the store, by name.
     #[allow(missing_docs)]
     MetaPut { key: &'static str, value: String },
+    /// What is preserved came to lie elsewhere.
+    Pack(PackChange),
+    /// A part of history is over.
+    Forget(ForgetChange),
+}
+
+/// Moves of preserved bytes between their places. No version changes by them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PackChange {
+    /// A pack lies durably on every replica.
+    #[allow(missing_docs)]
+    PackAdd { id: PackId, bytes: u64, hash: [u8; 32] },
+    /// A pack is of no use any more: no chunk in it is in a recipe.
+    PackRemove(PackId),
+    /// A pack holds a new chunk.
+    ChunkAdd(ChunkRow),
+    /// A chunk was copied to another pack.
+    #[allow(missing_docs)]
+    ChunkMove { id: ChunkId, place: ChunkPlace, stored: u32 },
+    /// The chunks, with their lengths, that make up a packed content or stream of before-images.
+    #[allow(missing_docs)]
+    RecipeAdd { id: ContentId, chunks: Vec<(ChunkId, u32)> },
+    /// The bytes of a content are in the recipe of its id; its preserved file is of no use any
+    /// more.
+    ContentPacked(ContentId),
+    /// A content has the same bytes as another one, on which it relies from now on.
+    #[allow(missing_docs)]
+    ContentSame { id: ContentId, to: ContentId },
+    /// A before-image lies in the recipe `stream` from byte `at` on.
+    #[allow(missing_docs)]
+    UndoMove { node: NodeId, content: ContentId, offset: u64, stream: ContentId, at: u64 },
+}
+
+/// What retention takes out of history. Nothing of it is shown by a generation that is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ForgetChange {
+    /// A past state of a node.
+    #[allow(missing_docs)]
+    State { node: NodeId, died: Generation },
+    /// A past entry of a directory.
+    #[allow(missing_docs)]
+    Entry { parent: NodeId, name: EntryName, born: Generation, died: Generation },
+    /// A content that no state has and no other content relies on.
+    Content(ContentId),
+    /// A before-image that no content needs.
+    #[allow(missing_docs)]
+    Undo { node: NodeId, content: ContentId, offset: u64 },
+    /// A before-image that an older content of the node needs: it is that one's from now on.
+    UndoPut(UndoRow),
+    /// A recipe.
+    Recipe(ContentId),
+    /// The target of a symlink that history does not know any more.
+    Symlink(NodeId),
+    /// A generation below the horizon stays visible.
+    MomentPut(Generation),
+    /// A generation below the horizon is visible no more, unless a snapshot shows it.
+    MomentRemove(Generation),
+    /// From here on every generation is visible.
+    Horizon(Generation),
+    /// Between these two visible generations none is visible any more: what only those showed is
+    /// to be swept out.
+    #[allow(missing_docs)]
+    SweepAdd { after: Generation, until: Generation },
+    /// The sweep of a gap has come to this node of this batch.
+    #[allow(missing_docs)]
+    SweepAt { after: Generation, until: Generation, at: (Generation, NodeId) },
+    /// A gap is swept; what it touched counts as touched at its end, and its ticks are gone.
+    #[allow(missing_docs)]
+    SweepEnd { after: Generation, until: Generation },
+    /// A path was removed from all of history on request.
+    Purged(PurgeRow),
+}
+
+/// The record of a purge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PurgeRow {
+    /// When.
+    pub time: Timestamp,
+    /// Which path, from the root.
+    pub path: RelPath,
+    /// How many versions went.
+    pub versions: u64,
+    /// How many bytes they had.
+    pub bytes: u64,
+}
+
+/// Where a chunk lies, the same on every replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkPlace {
+    /// The pack.
+    pub pack: PackId,
+    /// Where its frame begins in the pack file.
+    pub frame: u64,
+    /// Where it begins in the decoded frame.
+    pub at: u32,
+}
+
+/// A stored chunk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChunkRow {
+    /// Its id.
+    pub id: ChunkId,
+    /// BLAKE3 of its bytes.
+    pub hash: [u8; 32],
+    /// Where it lies.
+    pub place: ChunkPlace,
+    /// Its bytes.
+    pub length: u32,
+    /// Its share of the pack's bytes.
+    pub stored: u32,
+}
+
+/// The chunks that make up a packed content, or a packed stream of before-images, in order.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Recipe {
+    /// The chunks.
+    pub chunks: Vec<ChunkRow>,
 }
 
 /// A before-image of a byte range.
@@ -123,13 +246,29 @@ pub struct UndoRow {
     pub at: Option<UndoPlace>,
 }
 
-/// A place in the undo segments, the same on every replica.
+/// A place of before-images, the same on every replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UndoPlace {
-    /// Number of the segment file.
-    pub segment: u64,
+    /// The file.
+    pub file: UndoFile,
     /// First byte of the data in it.
     pub offset: u64,
+}
+
+impl UndoPlace {
+    /// The place `bytes` further on.
+    pub fn further(self, bytes: u64) -> UndoPlace {
+        UndoPlace { offset: self.offset + bytes, ..self }
+    }
+}
+
+/// What holds before-images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UndoFile {
+    /// An undo segment, by its number.
+    Segment(u64),
+    /// A packed stream, by its recipe.
+    Stream(ContentId),
 }
 
 /// A named generation.
@@ -147,6 +286,8 @@ pub struct Snapshot {
     pub automatic: bool,
     /// Cannot be deleted while held.
     pub held: bool,
+    /// Words by which retention may know it: without commas and control characters.
+    pub tags: Vec<String>,
 }
 
 /// What a catalog file says of itself, read without joining the store.
@@ -211,14 +352,39 @@ pub struct NameInterval {
 }
 
 /// Where the bytes of a content are: the before-images of it and of later contents of the same
-/// node, oldest content first, and the first whole content at or after it. For each byte the first
-/// place that has it counts; what none has is in the live file.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+/// node, oldest content first, up to the first content that lies somewhere as a whole. If that one
+/// has the bytes of another content, the sources of that one follow. For each byte the first place
+/// that has it counts; what none has is in the base.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sources {
-    /// Before-images, ordered by (content, offset); none later than `whole`.
+    /// Before-images, those that count first before others.
     pub undo: Vec<UndoRow>,
-    /// The first content at or after the asked one that lies whole in `preserved/`.
-    pub whole: Option<ContentId>,
+    /// What has all bytes that no before-image has.
+    pub base: Base,
+}
+
+impl Sources {
+    /// Whether all bytes lie somewhere in history: none in a live file.
+    pub fn is_whole(&self) -> bool {
+        !matches!(self.base, Base::Live(_))
+    }
+
+    /// Whether any byte lies in history.
+    pub fn is_preserved(&self) -> bool {
+        self.is_whole() || !self.undo.is_empty()
+    }
+}
+
+/// What holds the bytes of a content that no before-image has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// The live file of this node.
+    Live(NodeId),
+    /// A file in `preserved/`.
+    #[allow(missing_docs)]
+    Preserved { node: NodeId, content: ContentId },
+    /// The recipe of this id.
+    Packed(ContentId),
 }
 
 /// How a path differs between two generations (letters as `zfs diff`).
@@ -261,8 +427,13 @@ pub struct Totals {
     pub snapshots: u64,
     /// Bytes of before-images.
     pub undo_bytes: u64,
-    /// Bytes of contents preserved whole.
+    /// Bytes of contents preserved whole that were not packed yet.
     pub preserved_bytes: u64,
+    /// Bytes of contents preserved as clones of the live files, whose blocks they share as long as
+    /// those do not change.
+    pub cloned_bytes: u64,
+    /// Bytes of packs.
+    pub packed_bytes: u64,
 }
 
 /// The catalog of a mounted store, or of an unmounted one opened for looking.

@@ -134,9 +134,14 @@ impl Filesystem {
 
     /// Takes a snapshot that has everything which any program wrote before the call, also through
     /// memory maps. Not to be called by a thread that answers the kernel's requests.
-    pub fn create_snapshot(&self, name: &str, automatic: bool) -> Result<Snapshot> {
+    pub fn create_snapshot(
+        &self,
+        name: &str,
+        automatic: bool,
+        tags: &[String],
+    ) -> Result<Snapshot> {
         self.flush_maps();
-        self.volume.create_snapshot(name, automatic)
+        self.volume.create_snapshot(name, automatic, tags)
     }
 
     fn keep_open(&self, opened: Opened) -> Fh {
@@ -269,7 +274,7 @@ impl Filesystem {
                 return read_only();
             }
             let name = self.past.snapshot_to_create(parent, name)?;
-            let snapshot = self.create_snapshot(&name, false)?;
+            let snapshot = self.create_snapshot(&name, false, &[])?;
             return self.past.created(parent, &snapshot).map(found_past);
         }
         self.check_name(name)?;

@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 
 pub use extents::{Extent, Extents, Place};
 
-use crate::catalog::{Catalog, Change, UndoRow};
+use crate::catalog::{Base, Catalog, Change, UndoFile, UndoPlace, UndoRow};
 use crate::error::Result;
 use crate::replica::backing::{Access, Backing, Creds, Handle, Seek};
 use crate::replica::{Handles, PrivateDir, ReplicaSet};
@@ -146,7 +146,7 @@ impl History {
             b.clone_file(file.get(id)?, &clone)?;
             b.sync(&clone, true)
         })?;
-        catalog.push(vec![Change::ContentPreserved { id: content }])?;
+        catalog.push(vec![Change::ContentPreserved { id: content, cloned: true }])?;
         Ok(true)
     }
 
@@ -170,14 +170,52 @@ impl History {
         Ok(map)
     }
 
+    /// The node whose live file the kept extent map of a content relies on, if there is such a map.
+    pub fn kept_base(&self, of: (NodeId, ContentId)) -> Option<Base> {
+        self.maps.lock().peek(&of).map(|(_, map)| map.base)
+    }
+
+    /// Forgets the extent maps: what they point at has moved.
+    pub fn forget_maps(&self) {
+        self.maps.lock().clear();
+    }
+
     /// Reads a piece of a before-image.
     pub fn read_undo(
         &self,
         replicas: &ReplicaSet,
-        place: crate::catalog::UndoPlace,
+        catalog: &Catalog,
+        place: UndoPlace,
         buffer: &mut [u8],
     ) -> Result<()> {
-        self.undo.read(replicas, place, buffer)
+        match place.file {
+            UndoFile::Segment(number) => self.undo.read(replicas, (number, place.offset), buffer),
+            UndoFile::Stream(id) => self.read_packed(replicas, catalog, id, place.offset, buffer),
+        }
+    }
+
+    /// Reads a piece of a packed content or stream of before-images.
+    pub fn read_packed(
+        &self,
+        _replicas: &ReplicaSet,
+        _catalog: &Catalog,
+        _id: ContentId,
+        _offset: u64,
+        _buffer: &mut [u8],
+    ) -> Result<()> {
+        Err(crate::error::Error::Posix(rustix::io::Errno::IO))
+    }
+
+    /// Whether data or a hole begins at `at` of a packed content, and where it ends (at most
+    /// `limit`).
+    pub fn packed_run(
+        &self,
+        _catalog: &Catalog,
+        _id: ContentId,
+        _at: u64,
+        limit: u64,
+    ) -> Result<(bool, u64)> {
+        Ok((true, limit))
     }
 
     /// Finds again what an unclean end left unrecorded: before-images whose rows and whole contents
@@ -192,7 +230,7 @@ impl History {
                 let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
                 let known = catalog.content_size(content)?.is_some();
                 let wanted = if known {
-                    catalog.sources(node, content)?.whole != Some(content)
+                    catalog.is_preserved(content)? == Some(false)
                 } else {
                     is_uncommitted(catalog, node, content)?
                 };
@@ -204,7 +242,7 @@ impl History {
                     let size = replicas.read("stat", stat)?.size;
                     found.push(Change::ContentAdd { id: content, node, size });
                 }
-                found.push(Change::ContentPreserved { id: content });
+                found.push(Change::ContentPreserved { id: content, cloned: false });
             }
             if !found.is_empty() {
                 log::info!("history: found {} preserved files not yet recorded", found.len());
@@ -269,6 +307,10 @@ pub fn run_at(b: &dyn Backing, file: &Handle, at: u64, limit: u64) -> std::io::R
 
 /// The blocks that a change of `range` touches, as far as the sealed content reaches.
 pub fn touched(range: ByteRange, sealed_size: u64) -> ByteRange {
+    if range.start >= sealed_size {
+        // What is appended was no part of it: a log that grows costs nothing.
+        return ByteRange { start: range.start, end: range.start };
+    }
     let start = range.start / BLOCK_BYTES * BLOCK_BYTES;
     let end = range.end.div_ceil(BLOCK_BYTES).saturating_mul(BLOCK_BYTES).min(sealed_size);
     ByteRange { start: start.min(end), end }

@@ -68,6 +68,14 @@ id_type! {
     ContentId
 }
 id_type! {
+    /// Identifies a stored chunk.
+    ChunkId
+}
+id_type! {
+    /// Identifies a pack file; never reused.
+    PackId
+}
+id_type! {
     /// Identifies a snapshot through renames; never reused.
     SnapshotId
 }

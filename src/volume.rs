@@ -197,9 +197,14 @@ impl Volume {
     }
 
     /// [`Volume::settle`] and names that generation.
-    pub fn create_snapshot(&self, name: &str, automatic: bool) -> Result<Snapshot> {
+    pub fn create_snapshot(
+        &self,
+        name: &str,
+        automatic: bool,
+        tags: &[String],
+    ) -> Result<Snapshot> {
         let at = self.settle()?;
-        self.catalog().create_snapshot(name, at, automatic)
+        self.catalog().create_snapshot(name, at, automatic, tags)
     }
 
     /// State of the replicas and totals.

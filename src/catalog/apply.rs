@@ -5,9 +5,9 @@
 
 use rusqlite::{CachedStatement, Connection, OptionalExtension, Row, params};
 
-use super::overlay::{Batch, EntryDelta, NodeDelta, Plan, SnapshotChange};
-use super::schema::{HeadRow, Time, read_head, write_head};
-use super::{NodeRow, UndoRow, xattr};
+use super::overlay::{Batch, EntryDelta, Late, NodeDelta, Plan, SnapshotChange};
+use super::schema::{ContentState, HeadRow, Time, place_columns, read_head, write_head};
+use super::{NodeRow, UndoRow, packed, retain, xattr};
 use crate::types::{EntryName, Generation, Kind, NodeId};
 
 /// What a commit leaves behind.
@@ -250,14 +250,18 @@ fn write_rest(db: &Connection, batch: &Batch, head: &mut HeadRow) -> rusqlite::R
             insert.execute(params![id, node, *size as i64])?;
         }
     }
-    for id in &batch.preserved {
+    for &(id, cloned) in &batch.preserved {
+        let state = if cloned { ContentState::Cloned } else { ContentState::Preserved };
         let size: Option<i64> = db
             .prepare_cached(
-                "UPDATE content SET state = 1 WHERE id = ?1 AND state = 0 RETURNING size",
+                "UPDATE content SET state = ?2 WHERE id = ?1 AND state = 0 RETURNING size",
             )?
-            .query_row(params![id], |row| row.get(0))
+            .query_row(params![id, state as i64], |row| row.get(0))
             .optional()?;
-        head.preserved_bytes += size.unwrap_or(0);
+        match cloned {
+            true => head.cloned_bytes += size.unwrap_or(0),
+            false => head.preserved_bytes += size.unwrap_or(0),
+        }
     }
     for row in &batch.undo {
         head.undo_bytes += write_undo(db, row.clone())?;
@@ -274,13 +278,20 @@ fn write_rest(db: &Connection, batch: &Batch, head: &mut HeadRow) -> rusqlite::R
         db.prepare_cached("INSERT OR REPLACE INTO meta(key, value) VALUES(?1, ?2)")?
             .execute(params![key, value])?;
     }
+    for late in &batch.late {
+        match late {
+            Late::Pack(change) => packed::apply(db, change, head)?,
+            Late::Forget(change) => retain::apply(db, change, head)?,
+        }
+    }
     Ok(())
 }
 
 /// Adds a before-image and tells how many bytes it holds. Where an older one begins at the same
 /// byte, that one counts, and only what reaches beyond it is added.
-fn write_undo(db: &Connection, mut row: UndoRow) -> rusqlite::Result<i64> {
+pub(super) fn write_undo(db: &Connection, mut row: UndoRow) -> rusqlite::Result<i64> {
     loop {
+        let (segment, offset) = place_columns(row.at);
         let added = db
             .prepare_cached(
                 "INSERT INTO undo(node, content, offset, length, segment, segment_offset) \
@@ -291,11 +302,15 @@ fn write_undo(db: &Connection, mut row: UndoRow) -> rusqlite::Result<i64> {
                 row.content,
                 row.offset as i64,
                 row.length as i64,
-                row.at.map(|at| at.segment as i64),
-                row.at.map(|at| at.offset as i64),
+                segment,
+                offset,
             ])?;
         if added == 1 {
-            return Ok(if row.at.is_some() { row.length as i64 } else { 0 });
+            return Ok(if segment.is_some_and(|segment| segment > 0) {
+                row.length as i64
+            } else {
+                0
+            });
         }
         let older: i64 = db
             .prepare_cached(
@@ -308,7 +323,7 @@ fn write_undo(db: &Connection, mut row: UndoRow) -> rusqlite::Result<i64> {
         }
         row.offset += older;
         row.length -= older;
-        row.at = row.at.map(|at| super::UndoPlace { offset: at.offset + older, ..at });
+        row.at = row.at.map(|at| at.further(older));
     }
 }
 
@@ -316,8 +331,8 @@ fn write_snapshot(db: &Connection, change: &SnapshotChange) -> rusqlite::Result<
     match change {
         SnapshotChange::Put(snapshot) => db
             .prepare_cached(
-                "INSERT OR REPLACE INTO snapshot(id, name, g, time, automatic, held) \
-                 VALUES(?1, ?2, ?3, ?4, ?5, ?6)",
+                "INSERT OR REPLACE INTO snapshot(id, name, g, time, automatic, held, tags) \
+                 VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7)",
             )?
             .execute(params![
                 snapshot.id,
@@ -326,6 +341,7 @@ fn write_snapshot(db: &Connection, change: &SnapshotChange) -> rusqlite::Result<
                 Time(snapshot.time),
                 snapshot.automatic,
                 snapshot.held,
+                snapshot.tags.join(","),
             ])?,
         SnapshotChange::Remove(id) => {
             db.prepare_cached("DELETE FROM snapshot WHERE id = ?1")?.execute(params![id])?

@@ -13,11 +13,14 @@ use rusqlite::config::DbConfig;
 
 use super::commit::{Queue, TickClock, Waiting, Writer};
 use super::reader::Readers;
+use super::schema::read_head_only;
 use super::schema::{self, HeadRow, NextIds, Use, connect, damaged, name_damage, read_head};
 use super::xattr::Interned;
-use super::{Catalog, Change, Durability, Head, Shared};
+use super::{Catalog, Change, Durability, Head, PackChange, Shared};
 use crate::error::{Error, IoContext, Result};
-use crate::types::{ContentId, NodeId, ReplicaMap, SnapshotId, Timestamp, XattrSetId};
+use crate::types::{
+    ChunkId, ContentId, NodeId, PackId, ReplicaMap, SnapshotId, Timestamp, XattrSetId,
+};
 
 /// Ids skipped after an unclean end. Far more are never handed out between two commits: the queue
 /// bounds the changes that wait, and each thread takes ids only for what it is about to push.
@@ -33,6 +36,8 @@ pub(super) struct Ids {
     content: AtomicU64,
     snapshot: AtomicU64,
     xattrs: AtomicU64,
+    chunk: AtomicU64,
+    pack: AtomicU64,
 }
 
 impl Ids {
@@ -42,6 +47,8 @@ impl Ids {
             content: AtomicU64::new(next.content),
             snapshot: AtomicU64::new(next.snapshot),
             xattrs: AtomicU64::new(next.xattrs),
+            chunk: AtomicU64::new(next.chunk),
+            pack: AtomicU64::new(next.pack),
         }
     }
 
@@ -52,6 +59,8 @@ impl Ids {
             content: self.content.load(Ordering::Relaxed),
             snapshot: self.snapshot.load(Ordering::Relaxed),
             xattrs: self.xattrs.load(Ordering::Relaxed),
+            chunk: self.chunk.load(Ordering::Relaxed),
+            pack: self.pack.load(Ordering::Relaxed),
         }
     }
 
@@ -63,6 +72,9 @@ impl Ids {
             Change::ContentAdd { id, .. } => (&self.content, id.0),
             Change::SnapshotPut(snapshot) => (&self.snapshot, snapshot.id.0),
             Change::XattrSetAdd { id, .. } => (&self.xattrs, id.0),
+            Change::Pack(PackChange::ChunkAdd(row)) => (&self.chunk, row.id.0),
+            Change::Pack(PackChange::PackAdd { id, .. }) => (&self.pack, id.0),
+            Change::Pack(PackChange::RecipeAdd { id, .. }) => (&self.content, id.0),
             _ => return,
         };
         if id >= counter.load(Ordering::Relaxed) {
@@ -82,7 +94,7 @@ impl Catalog {
     /// Reads the head of the catalog in `file` without changing anything.
     pub fn inspect(file: &Path) -> Result<Head> {
         let db = connect(file, Use::Read)?;
-        read_head(&db).map(|row| row.head).map_err(|error| name_damage(file, error))
+        read_head_only(&db).map_err(|error| name_damage(file, error))
     }
 
     /// As [`Catalog::inspect`], after a check of the whole file's structure; its pages are read
@@ -90,7 +102,7 @@ impl Catalog {
     /// [`Error::Damaged`] for one that must not be used.
     pub fn verify(file: &Path, thorough: bool) -> Result<Head> {
         let db = connect(file, Use::Read)?;
-        let head = read_head(&db).map_err(|error| name_damage(file, error))?.head;
+        let head = read_head_only(&db).map_err(|error| name_damage(file, error))?;
         let bytes = fs::metadata(file).context("look at", file)?.len();
         if thorough || bytes < CHECKED_BYTES {
             let found: String = db
@@ -186,6 +198,8 @@ impl Catalog {
             head.next.content += SKIPPED_IDS;
             head.next.snapshot += 1;
             head.next.xattrs += SKIPPED_IDS;
+            head.next.chunk += SKIPPED_IDS;
+            head.next.pack += SKIPPED_IDS;
         }
         let shared = Arc::new(new_shared(files, writers, &head, tick, now, false));
         if clean {
@@ -206,6 +220,7 @@ impl Catalog {
     /// Opens one catalog for queries only, beside a mount or without one.
     pub fn open_read_only(file: &Path) -> Result<Catalog> {
         let db = connect(file, Use::Read)?;
+        schema::refuse_old(&db, file)?;
         let (head, tick) = read_start(&db).map_err(|error| name_damage(file, error))?;
         check_head(file, &head)?;
         let files = ReplicaMap::new(vec![Some(file.to_path_buf())]);
@@ -254,6 +269,16 @@ impl Catalog {
     /// A new content id, greater than all before it.
     pub fn next_content(&self) -> ContentId {
         ContentId(self.shared.ids.content.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A new chunk id.
+    pub fn next_chunk(&self) -> ChunkId {
+        ChunkId(self.shared.ids.chunk.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A new pack id.
+    pub fn next_pack(&self) -> PackId {
+        PackId(self.shared.ids.pack.fetch_add(1, Ordering::Relaxed))
     }
 
     /// A new snapshot id.
@@ -310,8 +335,15 @@ fn read_start(db: &Connection) -> rusqlite::Result<(HeadRow, i64)> {
 fn check_head(file: &Path, head: &HeadRow) -> Result<()> {
     let next = head.next;
     let far = 1 << 62;
-    let bounded =
-        [head.head.generation.0, head.head.sequence, next.content, next.snapshot, next.xattrs];
+    let bounded = [
+        head.head.generation.0,
+        head.head.sequence,
+        next.content,
+        next.snapshot,
+        next.xattrs,
+        next.chunk,
+        next.pack,
+    ];
     if next.node >= NodeId::LIMIT - SKIPPED_IDS || bounded.iter().any(|&value| value > far) {
         return Err(damaged(file, "a counter in its head row is beyond all bounds".into()));
     }

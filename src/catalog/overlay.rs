@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::schema::NextIds;
-use super::{Change, NodeRow, Snapshot, UndoRow};
+use super::{Change, ForgetChange, NodeRow, PackChange, Snapshot, UndoFile, UndoPlace, UndoRow};
 use crate::types::{ContentId, EntryName, Generation, NodeId, SnapshotId, XattrSetId, Xattrs};
 
 /// All that one commit writes.
@@ -32,11 +32,21 @@ pub(super) struct Batch {
     pub named: HashMap<NodeId, Vec<(NodeId, EntryName)>>,
     pub symlinks: BTreeMap<NodeId, Vec<u8>>,
     pub contents: BTreeMap<ContentId, (NodeId, u64)>,
-    pub preserved: Vec<ContentId>,
+    /// The contents preserved whole, and whether as clones.
+    pub preserved: Vec<(ContentId, bool)>,
     pub undo: Vec<UndoRow>,
     pub xattrs: BTreeMap<XattrSetId, Arc<Xattrs>>,
     pub snapshots: Vec<SnapshotChange>,
     pub meta: BTreeMap<&'static str, String>,
+    /// Moves of preserved bytes and what is forgotten, in their order, after all else.
+    pub late: Vec<Late>,
+}
+
+/// A change that no query of the live tree sees.
+#[derive(Clone, Debug)]
+pub(super) enum Late {
+    Pack(PackChange),
+    Forget(ForgetChange),
 }
 
 /// A change of the snapshots; their order matters, for names are freed and taken.
@@ -91,6 +101,7 @@ impl Batch {
             xattrs: BTreeMap::new(),
             snapshots: Vec::new(),
             meta: BTreeMap::new(),
+            late: Vec::new(),
         }
     }
 
@@ -111,7 +122,7 @@ impl Batch {
             Change::ContentAdd { id, node, size } => {
                 self.contents.insert(id, (node, size));
             }
-            Change::ContentPreserved { id } => self.preserved.push(id),
+            Change::ContentPreserved { id, cloned } => self.preserved.push((id, cloned)),
             Change::UndoAdd(row) => self.undo.push(row),
             Change::XattrSetAdd { id, set } => {
                 self.xattrs.insert(id, set);
@@ -121,6 +132,8 @@ impl Batch {
             Change::MetaPut { key, value } => {
                 self.meta.insert(key, value);
             }
+            Change::Pack(change) => self.late.push(Late::Pack(change)),
+            Change::Forget(change) => self.late.push(Late::Forget(change)),
         }
     }
 
@@ -223,7 +236,8 @@ fn digest(plan: &Plan<'_>) -> [u8; 32] {
     let batch = plan.batch;
     let mut out = Bytes(Vec::with_capacity(64 + batch.count * 96));
     out.numbers(&[batch.last.0, batch.next.node, batch.next.content, batch.next.snapshot]);
-    out.numbers(&[batch.next.xattrs, batch.ticks.len() as u64]);
+    out.numbers(&[batch.next.xattrs, batch.next.chunk, batch.next.pack]);
+    out.numbers(&[batch.ticks.len() as u64]);
     for &(at, time) in &batch.ticks {
         out.numbers(&[at.0, time as u64]);
     }
@@ -260,12 +274,12 @@ fn digest_rest(batch: &Batch, out: &mut Bytes) {
     for (id, (node, size)) in &batch.contents {
         out.numbers(&[4, id.0, node.0, *size]);
     }
-    for id in &batch.preserved {
-        out.numbers(&[5, id.0]);
+    for (id, cloned) in &batch.preserved {
+        out.numbers(&[5, id.0, (*cloned).into()]);
     }
     for row in &batch.undo {
-        let (segment, offset) = row.at.map_or((u64::MAX, 0), |at| (at.segment, at.offset));
-        out.numbers(&[6, row.node.0, row.content.0, row.offset, row.length, segment, offset]);
+        out.numbers(&[6]);
+        out.undo(row);
     }
     for (id, set) in &batch.xattrs {
         out.numbers(&[7, id.0]);
@@ -278,6 +292,7 @@ fn digest_rest(batch: &Batch, out: &mut Bytes) {
                 out.numbers(&[8, snapshot.id.0, snapshot.generation.0, flags]);
                 out.numbers(&[snapshot.time.secs as u64, snapshot.time.nanos.into()]);
                 out.blob(snapshot.name.as_bytes());
+                snapshot.tags.iter().for_each(|tag| out.blob(tag.as_bytes()));
             }
             SnapshotChange::Remove(id) => out.numbers(&[9, id.0]),
         }
@@ -287,19 +302,34 @@ fn digest_rest(batch: &Batch, out: &mut Bytes) {
         out.blob(key.as_bytes());
         out.blob(value.as_bytes());
     }
+    for late in &batch.late {
+        match late {
+            Late::Pack(change) => super::packed::digest(change, out),
+            Late::Forget(change) => super::retain::digest(change, out),
+        }
+    }
 }
 
 /// What is hashed.
-struct Bytes(Vec<u8>);
+pub(super) struct Bytes(Vec<u8>);
 
 impl Bytes {
-    fn numbers(&mut self, numbers: &[u64]) {
+    pub fn numbers(&mut self, numbers: &[u64]) {
         numbers.iter().for_each(|number| self.0.extend(number.to_le_bytes()));
     }
 
-    fn blob(&mut self, blob: &[u8]) {
+    pub fn blob(&mut self, blob: &[u8]) {
         self.numbers(&[blob.len() as u64]);
         self.0.extend(blob);
+    }
+
+    pub fn undo(&mut self, row: &UndoRow) {
+        let (kind, file, offset) = match row.at {
+            None => (0, 0, 0),
+            Some(UndoPlace { file: UndoFile::Segment(number), offset }) => (1, number, offset),
+            Some(UndoPlace { file: UndoFile::Stream(id), offset }) => (2, id.0, offset),
+        };
+        self.numbers(&[row.node.0, row.content.0, row.offset, row.length, kind, file, offset]);
     }
 
     fn node(&mut self, row: &NodeRow) {

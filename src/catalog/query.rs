@@ -6,8 +6,9 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::schema::{NODE_COLUMNS, node_row, read_head, unsigned};
-use super::{Catalog, Durability, Listed, NodeRow, Sources, UndoPlace, UndoRow};
+use super::retain::{kept_points, visible};
+use super::schema::{ContentState, NODE_COLUMNS, node_row, read_head_only, undo_row, unsigned};
+use super::{Base, Catalog, Durability, Listed, NodeRow, Sources};
 use crate::error::Result;
 use crate::types::{ContentId, EntryName, Generation, NodeId, RelPath, Timestamp};
 
@@ -18,7 +19,7 @@ impl Catalog {
     /// The newest generation.
     pub fn generation(&self) -> Generation {
         if self.shared.read_only {
-            let stored = self.shared.read(|db| Ok(read_head(db)?.head.generation));
+            let stored = self.shared.read(|db| Ok(read_head_only(db)?.generation));
             let mut queue = self.shared.waiting.queue.lock();
             // An unreadable head does not take back what is known.
             queue.generation = queue.generation.max(stored.unwrap_or_default());
@@ -133,41 +134,35 @@ impl Catalog {
 
     /// Where the bytes of `content` are.
     pub fn sources(&self, node: NodeId, content: ContentId) -> Result<Sources> {
-        // Only what waits of this very node matters: a busy store is not flushed for every open.
+        let mut settled = Vec::new();
+        let mut fresh = vec![(node, content)];
+        loop {
+            // Only what waits of these very nodes matters: a busy store is not flushed for every
+            // open. What does not wait before the query, the query sees.
+            if fresh.iter().any(|&(node, content)| self.has_pending(node, content)) {
+                self.settle_pending()?;
+            }
+            settled.append(&mut fresh);
+            let (sources, seen) = self.shared.read_at_once(|db| {
+                let mut seen = Vec::new();
+                Ok((sources(db, node, content, &mut seen)?, seen))
+            })?;
+            fresh.extend(seen.into_iter().filter(|part| !settled.contains(part)));
+            if fresh.is_empty() {
+                return Ok(sources);
+            }
+        }
+    }
+
+    /// Whether something waits that says where a content or a later one of its node is.
+    fn has_pending(&self, node: NodeId, content: ContentId) -> bool {
         let pending = self.shared.overlay(|batch| {
             let undo = batch.undo.iter().any(|row| row.node == node);
             let own = batch.contents.range(content..).any(|(_, (owner, _))| *owner == node);
-            let whole = batch.preserved.iter().any(|id| *id >= content);
+            let whole = batch.preserved.iter().any(|(id, _)| *id >= content);
             (undo || own || whole).then_some(())
         });
-        if pending.is_some() {
-            self.settle_pending()?;
-        }
-        self.shared.read_at_once(|db| {
-            let whole: Option<ContentId> = db
-                .prepare_cached(
-                    "SELECT id FROM content WHERE node = ?1 AND id >= ?2 AND state = 1 \
-                     ORDER BY id LIMIT 1",
-                )?
-                .query_row(params![node, content], |row| row.get(0))
-                .optional()?;
-            let mut statement = db.prepare_cached(
-                "SELECT content, offset, length, segment, segment_offset FROM undo \
-                 WHERE node = ?1 AND content >= ?2 AND content <= ?3 ORDER BY content, offset",
-            )?;
-            let last = whole.unwrap_or(ContentId(i64::MAX as u64));
-            let rows = statement.query_map(params![node, content, last], |row| {
-                let at = match row.get::<_, Option<i64>>(3)? {
-                    Some(_) => {
-                        Some(UndoPlace { segment: unsigned(row, 3)?, offset: unsigned(row, 4)? })
-                    }
-                    None => None,
-                };
-                let (offset, length) = (unsigned(row, 1)?, unsigned(row, 2)?);
-                Ok(UndoRow { node, content: row.get(0)?, offset, length, at })
-            })?;
-            Ok(Sources { undo: rows.collect::<rusqlite::Result<_>>()?, whole })
-        })
+        pending.is_some()
     }
 
     /// The size of a sealed content.
@@ -205,7 +200,8 @@ impl Catalog {
                 .prepare_cached("SELECT g FROM tick WHERE g > ?1 ORDER BY g LIMIT 1")?
                 .query_row(params![tick], |row| row.get(0))
                 .optional()?;
-            Ok(Some(after.map_or(newest, |after| Generation(after.0.saturating_sub(1)))))
+            let last = after.map_or(newest, |after| Generation(after.0.saturating_sub(1)));
+            visible(db, last.min(newest)).map(Some)
         })?;
         // Generation 0 is the store before its root directory.
         Ok(found.map(|at| at.min(newest)).filter(|at| *at > Generation(0)))
@@ -219,8 +215,55 @@ impl Catalog {
 
     /// The oldest generation whose tree is still known.
     pub fn oldest(&self) -> Result<Generation> {
-        Ok(Generation(1).min(self.generation()))
+        let oldest = self.shared.read_at_once(|db| Ok(kept_points(db)?.first().copied()))?;
+        Ok(oldest.unwrap_or(Generation(1)).min(self.generation()))
     }
+}
+
+/// A content that has another's bytes leads to no third one: see [`super::PackChange`].
+const SAME_MAX: usize = 64;
+
+/// See [`Catalog::sources`]. `seen` gets every content whose chain was followed.
+fn sources(
+    db: &Connection,
+    node: NodeId,
+    content: ContentId,
+    seen: &mut Vec<(NodeId, ContentId)>,
+) -> rusqlite::Result<Sources> {
+    let mut undo = Vec::new();
+    let (mut node, mut content) = (node, content);
+    for _ in 0..SAME_MAX {
+        seen.push((node, content));
+        let whole: Option<(ContentId, i64, Option<ContentId>)> = db
+            .prepare_cached(
+                "SELECT id, state, same FROM content WHERE node = ?1 AND id >= ?2 AND state <> 0 \
+                 ORDER BY id LIMIT 1",
+            )?
+            .query_row(params![node, content], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+            .optional()?;
+        let last = whole.map_or(ContentId(i64::MAX as u64), |(id, ..)| id);
+        let mut statement = db.prepare_cached(
+            "SELECT content, offset, length, segment, segment_offset FROM undo \
+             WHERE node = ?1 AND content >= ?2 AND content <= ?3 ORDER BY content, offset",
+        )?;
+        let rows = statement.query_map(params![node, content, last], |row| undo_row(row, node))?;
+        for row in rows {
+            undo.push(row?);
+        }
+        let base = match whole {
+            None => Base::Live(node),
+            Some((id, state, _)) if state == ContentState::Packed as i64 => Base::Packed(id),
+            Some((_, _, Some(same))) => {
+                let owner = "SELECT node FROM content WHERE id = ?1";
+                node = db.prepare_cached(owner)?.query_row(params![same], |row| row.get(0))?;
+                content = same;
+                continue;
+            }
+            Some((id, ..)) => Base::Preserved { node, content: id },
+        };
+        return Ok(Sources { undo, base });
+    }
+    Err(rusqlite::Error::QueryReturnedNoRows)
 }
 
 /// The time of the tick that a generation belongs to.

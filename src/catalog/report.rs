@@ -3,6 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, Params, Row, params};
 
 use super::query::time_of;
+use super::retain::visible_from;
 use super::schema::{NODE_COLUMNS, end, node_row, read_head};
 use super::{Catalog, NameInterval, Totals, Version};
 use crate::error::Result;
@@ -19,7 +20,8 @@ impl Catalog {
             ))?;
             let rows = statement.query_map(params![node], |row| {
                 let born = row.get(13)?;
-                let time = time_of(db, born)?;
+                // A version that began between two visible generations is first seen at the later.
+                let time = time_of(db, visible_from(db, born)?)?;
                 Ok(Version { row: node_row(row, 0)?, born, died: end(row, 14)?, time })
             })?;
             let mut versions = rows.collect::<rusqlite::Result<Vec<_>>>()?;
@@ -88,6 +90,8 @@ impl Catalog {
                 snapshots: count(snapshots),
                 undo_bytes: count(head.undo_bytes),
                 preserved_bytes: count(head.preserved_bytes),
+                cloned_bytes: count(head.cloned_bytes),
+                packed_bytes: count(head.packed_bytes),
             })
         })
     }

@@ -1,4 +1,4 @@
-//! The catalog's tables: the on-disk format, version 1.
+//! The catalog's tables: the on-disk format, version 2.
 //!
 //! One SQLite database in WAL mode, `application_id` "RVFS", `user_version` = [`FORMAT`], pages of
 //! 4096 bytes. History is the axis `g` (generation); an interval `[born, died)` is half-open. What
@@ -15,10 +15,20 @@
 //! | `entry`, `entry_h` | directory entries |
 //! | `node`, `node_h` | states of nodes |
 //! | `symlink` | targets, for ever the same |
-//! | `content` | sealed contents; `state` 0: reached through later ones, 1: whole in `preserved/` |
-//! | `undo` | before-images; `segment` NULL: a hole |
+//! | `content` | sealed contents; `state` see [`ContentState`]; `same`: has that one's bytes |
+//! | `undo` | before-images; `segment` NULL: a hole, negative: in the stream of that recipe |
+//! | `recipe` | what is packed: chunk ids and lengths, both as LEB128, one after another |
+//! | `chunk` | stored chunks; `key`: the hash's first 8 bytes; `refs`: uses in recipes |
+//! | `pack` | pack files; `live`: bytes of chunks that are in use |
+//! | `tally` | one row: next ids, bytes and horizon of what version 2 added |
+//! | `moment` | generations below the horizon that stay visible beside the snapshots |
+//! | `sweep` | gaps between visible generations, to be swept out, and how far that is |
+//! | `actor`, `act` | who made changes: a row of `act` counts until the next one |
+//! | `purged` | paths removed from all history on request |
 //! | `xattr_set` | interned sets: count, then names and values, each as length (LE u32) and bytes |
 //! | `touched` | per batch (its last generation): nodes whose state, names or entries changed |
+//!
+//! Version 1 had none of the tables from `recipe` on; opening it for writing adds them.
 //!
 //! Times are nanoseconds since 1970 as an integer where that is exact, else 12 bytes: seconds (BE
 //! i64), nanoseconds (BE u32). `ctime` and `btime` are NULL where they equal `mtime`.
@@ -29,14 +39,16 @@ use rusqlite::config::DbConfig;
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, Value, ValueRef};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Row, params};
 
-use super::{Head, NodeRow};
+use super::{Head, NodeRow, UndoFile, UndoPlace, UndoRow};
 use crate::error::{Error, Result};
-use crate::types::{Generation, Timestamp, escape};
+use crate::types::{ContentId, Generation, NodeId, Timestamp, escape};
 
 /// `application_id`: "RVFS".
 const APPLICATION_ID: i32 = 0x5256_4653;
 /// `user_version`: the version of the tables.
-pub(super) const FORMAT: i32 = 1;
+pub(super) const FORMAT: i32 = 2;
+/// The oldest version that is taken over.
+const FORMAT_MIN: i32 = 1;
 /// Prepared statements kept per connection: all that the catalog has.
 const STATEMENTS_MAX: usize = 128;
 /// How long a connection waits for another's lock, in milliseconds. Only WAL recovery takes one.
@@ -85,13 +97,55 @@ CREATE TABLE xattr_set(id INTEGER PRIMARY KEY, hash BLOB NOT NULL, body BLOB NOT
 CREATE INDEX xattr_set_hash ON xattr_set(hash);
 CREATE TABLE touched(g INTEGER NOT NULL, node INTEGER NOT NULL, PRIMARY KEY(g, node)) WITHOUT ROWID;
 ";
-/// How many tables [`TABLES`] makes: fewer in a file means that it is not whole.
-const TABLE_COUNT: i64 = 13;
+/// What version 2 added.
+const TABLES_2: &str = "
+ALTER TABLE snapshot ADD COLUMN tags TEXT NOT NULL DEFAULT '';
+ALTER TABLE content ADD COLUMN same INTEGER;
+CREATE INDEX content_same ON content(same) WHERE same IS NOT NULL;
+CREATE INDEX content_waiting ON content(id) WHERE state = 1;
+CREATE INDEX undo_segment ON undo(segment) WHERE segment IS NOT NULL;
+CREATE TABLE recipe(id INTEGER PRIMARY KEY, body BLOB NOT NULL);
+CREATE TABLE chunk(id INTEGER PRIMARY KEY, key INTEGER NOT NULL, hash BLOB NOT NULL,
+    pack INTEGER NOT NULL, frame INTEGER NOT NULL, at INTEGER NOT NULL, length INTEGER NOT NULL,
+    stored INTEGER NOT NULL, refs INTEGER NOT NULL);
+CREATE INDEX chunk_key ON chunk(key);
+CREATE INDEX chunk_pack ON chunk(pack);
+CREATE TABLE pack(id INTEGER PRIMARY KEY, bytes INTEGER NOT NULL, live INTEGER NOT NULL,
+    hash BLOB NOT NULL);
+CREATE TABLE tally(one INTEGER PRIMARY KEY CHECK(one = 1), next_chunk INTEGER NOT NULL,
+    next_pack INTEGER NOT NULL, packed_bytes INTEGER NOT NULL, cloned_bytes INTEGER NOT NULL,
+    horizon INTEGER NOT NULL);
+INSERT INTO tally VALUES(1, 1, 1, 0, 0, 1);
+CREATE TABLE moment(g INTEGER PRIMARY KEY);
+CREATE TABLE sweep(after INTEGER NOT NULL, until INTEGER NOT NULL, at_g INTEGER NOT NULL,
+    at_node INTEGER NOT NULL, PRIMARY KEY(after, until)) WITHOUT ROWID;
+CREATE TABLE actor(id INTEGER PRIMARY KEY, uid INTEGER NOT NULL, pid INTEGER NOT NULL,
+    command BLOB NOT NULL);
+CREATE TABLE act(g INTEGER PRIMARY KEY, actor INTEGER NOT NULL);
+CREATE TABLE purged(id INTEGER PRIMARY KEY, time NOT NULL, path BLOB NOT NULL,
+    versions INTEGER NOT NULL, bytes INTEGER NOT NULL);
+";
+/// How many tables each version has: fewer in a file means that it is not whole.
+const TABLE_COUNTS: [i64; 2] = [13, 22];
 
 /// The columns of a node's state in `node` and `node_h`, as [`node_row`] takes them; `born` is the
 /// next.
 pub(super) const NODE_COLUMNS: &str =
     "id, kind, mode, uid, gid, rdev, size, blocks, mtime, ctime, btime, xattrs, content";
+
+/// Where a content lies as a whole, as `content.state` has it; 0: nowhere, it is reached through
+/// the node's later contents, or the live file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ContentState {
+    /// Whole in `preserved/`, to be packed.
+    Preserved = 1,
+    /// In the recipe of its id.
+    Packed = 2,
+    /// Whole in `preserved/`, sharing blocks with the live file: it stays there.
+    Cloned = 3,
+    /// The same as the content that `same` names.
+    Same = 4,
+}
 
 /// The head row in full.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,6 +160,11 @@ pub(super) struct HeadRow {
     pub past_versions: i64,
     pub undo_bytes: i64,
     pub preserved_bytes: i64,
+    /// From the row of `tally`.
+    pub packed_bytes: i64,
+    pub cloned_bytes: i64,
+    /// From here on every generation is visible.
+    pub horizon: Generation,
 }
 
 /// The ids to hand out next.
@@ -115,6 +174,8 @@ pub(super) struct NextIds {
     pub content: u64,
     pub snapshot: u64,
     pub xattrs: u64,
+    pub chunk: u64,
+    pub pack: u64,
 }
 
 /// What a connection is for.
@@ -142,7 +203,7 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
     if !file.exists() {
         return Err(Error::NoStore(format!("there is no catalog at {}", show(file))));
     }
-    let db = Connection::open_with_flags(file, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+    let mut db = Connection::open_with_flags(file, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
     settle(&db, for_use)?;
     let id: i32 = db.query_row("PRAGMA application_id", [], |row| row.get(0))?;
     let format: i32 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
@@ -158,17 +219,42 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
         )));
     }
     let tables: i64 = db.query_row(
-        "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name IN ('head', 'meta', \
-         'tick', 'snapshot', 'entry', 'entry_h', 'node', 'node_h', 'symlink', 'content', 'undo', \
-         'xattr_set', \
-         'touched')",
+        "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'",
         [],
         |row| row.get(0),
     )?;
-    if format < 1 || tables != TABLE_COUNT {
-        return Err(damaged(file, format!("it has {tables} of {TABLE_COUNT} tables")));
+    let expected = usize::try_from(format - FORMAT_MIN).ok().and_then(|at| TABLE_COUNTS.get(at));
+    let Some(&expected) = expected else {
+        return Err(damaged(file, format!("its format {format} does not exist")));
+    };
+    if tables < expected {
+        return Err(damaged(file, format!("it has {tables} of {expected} tables")));
+    }
+    if format < FORMAT && for_use == Use::Write {
+        upgrade(&mut db)?;
     }
     Ok(db)
+}
+
+/// Makes a catalog of version 1 one of version 2, in one transaction.
+fn upgrade(db: &mut Connection) -> rusqlite::Result<()> {
+    let transaction = db.transaction()?;
+    transaction.execute_batch(TABLES_2)?;
+    transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
+    transaction.commit()
+}
+
+/// Refuses a catalog of an older version, which looking at it cannot upgrade.
+pub(super) fn refuse_old(db: &Connection, file: &Path) -> Result<()> {
+    let format: i32 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    if format < FORMAT {
+        return Err(Error::Refused(format!(
+            "{} was written by an older rearview (format {format}, this one has {FORMAT}): mount \
+             the store once, then it can be looked at unmounted",
+            show(file)
+        )));
+    }
+    Ok(())
 }
 
 /// The settings of a connection. None is stored in the file.
@@ -206,6 +292,7 @@ pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<(
     ))?;
     let transaction = db.transaction()?;
     transaction.execute_batch(TABLES)?;
+    transaction.execute_batch(TABLES_2)?;
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.execute(
         "INSERT INTO head VALUES(1, ?1, 0, ?2, 0, 2, 1, 1, 1, 0, 0, 0, 0, 0)",
@@ -218,33 +305,47 @@ pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<(
     Ok(())
 }
 
-/// Reads the head row.
-pub(super) fn read_head(db: &Connection) -> rusqlite::Result<HeadRow> {
-    db.prepare_cached(
-        "SELECT store, sequence, chain, generation, next_node, next_content, next_snapshot, \
-         next_xattrs, live_nodes, live_bytes, past_versions, undo_bytes, preserved_bytes \
-         FROM head WHERE one = 1",
-    )?
-    .query_row([], |row| {
-        let store: [u8; 16] = row.get(0)?;
-        Ok(HeadRow {
-            head: Head {
+/// Reads what a catalog of any version says of itself.
+pub(super) fn read_head_only(db: &Connection) -> rusqlite::Result<Head> {
+    db.prepare_cached("SELECT store, sequence, chain, generation FROM head WHERE one = 1")?
+        .query_row([], |row| {
+            let store: [u8; 16] = row.get(0)?;
+            Ok(Head {
                 store: uuid::Uuid::from_bytes(store),
                 sequence: unsigned(row, 1)?,
                 chain: row.get(2)?,
                 generation: row.get(3)?,
-            },
+            })
+        })
+}
+
+/// Reads the head row.
+pub(super) fn read_head(db: &Connection) -> rusqlite::Result<HeadRow> {
+    let head = read_head_only(db)?;
+    db.prepare_cached(
+        "SELECT next_node, next_content, next_snapshot, next_xattrs, live_nodes, live_bytes, \
+         past_versions, undo_bytes, preserved_bytes, next_chunk, next_pack, packed_bytes, \
+         cloned_bytes, horizon FROM head JOIN tally USING(one) WHERE one = 1",
+    )?
+    .query_row([], |row| {
+        Ok(HeadRow {
+            head: head.clone(),
             next: NextIds {
-                node: unsigned(row, 4)?,
-                content: unsigned(row, 5)?,
-                snapshot: unsigned(row, 6)?,
-                xattrs: unsigned(row, 7)?,
+                node: unsigned(row, 0)?,
+                content: unsigned(row, 1)?,
+                snapshot: unsigned(row, 2)?,
+                xattrs: unsigned(row, 3)?,
+                chunk: unsigned(row, 9)?,
+                pack: unsigned(row, 10)?,
             },
-            live_nodes: row.get(8)?,
-            live_bytes: row.get(9)?,
-            past_versions: row.get(10)?,
-            undo_bytes: row.get(11)?,
-            preserved_bytes: row.get(12)?,
+            live_nodes: row.get(4)?,
+            live_bytes: row.get(5)?,
+            past_versions: row.get(6)?,
+            undo_bytes: row.get(7)?,
+            preserved_bytes: row.get(8)?,
+            packed_bytes: row.get(11)?,
+            cloned_bytes: row.get(12)?,
+            horizon: row.get(13)?,
         })
     })
 }
@@ -270,6 +371,17 @@ pub(super) fn write_head(db: &Connection, row: &HeadRow) -> rusqlite::Result<()>
         row.past_versions,
         row.undo_bytes,
         row.preserved_bytes,
+    ])?;
+    db.prepare_cached(
+        "UPDATE tally SET next_chunk = ?1, next_pack = ?2, packed_bytes = ?3, cloned_bytes = ?4, \
+         horizon = ?5 WHERE one = 1",
+    )?
+    .execute(params![
+        row.next.chunk as i64,
+        row.next.pack as i64,
+        row.packed_bytes,
+        row.cloned_bytes,
+        row.horizon,
     ])?;
     Ok(())
 }
@@ -301,6 +413,31 @@ pub(super) fn node_row(row: &Row<'_>, first: usize) -> rusqlite::Result<NodeRow>
         xattrs: row.get(first + 11)?,
         content: row.get(first + 12)?,
     })
+}
+
+/// The columns `segment` and `segment_offset` of a before-image.
+pub(super) fn place_columns(at: Option<UndoPlace>) -> (Option<i64>, Option<i64>) {
+    let Some(at) = at else { return (None, None) };
+    let segment = match at.file {
+        UndoFile::Segment(number) => number as i64,
+        UndoFile::Stream(id) => -(id.0 as i64),
+    };
+    (Some(segment), Some(at.offset as i64))
+}
+
+/// A before-image's row from `content, offset, length, segment, segment_offset`.
+pub(super) fn undo_row(row: &Row<'_>, node: NodeId) -> rusqlite::Result<UndoRow> {
+    let file = match row.get::<_, Option<i64>>(3)? {
+        None => None,
+        Some(number) if number > 0 => Some(UndoFile::Segment(number as u64)),
+        Some(number) => Some(UndoFile::Stream(ContentId(number.unsigned_abs()))),
+    };
+    let at = match file {
+        Some(file) => Some(UndoPlace { file, offset: unsigned(row, 4)? }),
+        None => None,
+    };
+    let (offset, length) = (unsigned(row, 1)?, unsigned(row, 2)?);
+    Ok(UndoRow { node, content: row.get(0)?, offset, length, at })
 }
 
 /// A generation where a state ended; NULL where it has not.

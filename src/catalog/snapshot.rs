@@ -12,7 +12,7 @@ use crate::types::{EntryName, Generation, escape};
 const NAME_BYTES_MAX: usize = 200;
 /// Names told when one is not found.
 const NEAREST_MAX: usize = 3;
-const COLUMNS: &str = "id, name, g, time, automatic, held";
+const COLUMNS: &str = "id, name, g, time, automatic, held, tags";
 
 impl Catalog {
     /// All snapshots, oldest first (by generation, then id).
@@ -45,7 +45,13 @@ impl Catalog {
 
     /// Names the generation `at`. `Refused` for a name that is taken or not allowed. Committed
     /// (`Written`) when it returns.
-    pub fn create_snapshot(&self, name: &str, at: Generation, automatic: bool) -> Result<Snapshot> {
+    pub fn create_snapshot(
+        &self,
+        name: &str,
+        at: Generation,
+        automatic: bool,
+        tags: &[String],
+    ) -> Result<Snapshot> {
         check_name(name)?;
         let _names = self.shared.snapshots.lock();
         self.check_free(name)?;
@@ -60,7 +66,9 @@ impl Catalog {
         };
         let id = self.next_snapshot();
         let held = false;
-        let snapshot = Snapshot { id, name: name.into(), generation, time, automatic, held };
+        let tags = tags.to_vec();
+        let name = name.into();
+        let snapshot = Snapshot { id, name, generation, time, automatic, held, tags };
         self.put_snapshot(snapshot)
     }
 
@@ -165,6 +173,10 @@ fn check_name(name: &str) -> Result<()> {
     )))
 }
 
+fn split_tags(text: &str) -> Vec<String> {
+    text.split(',').filter(|tag| !tag.is_empty()).map(String::from).collect()
+}
+
 fn snapshot_row(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
     Ok(Snapshot {
         id: row.get(0)?,
@@ -173,5 +185,6 @@ fn snapshot_row(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
         time: row.get::<_, Time>(3)?.0,
         automatic: row.get(4)?,
         held: row.get(5)?,
+        tags: split_tags(&row.get::<_, String>(6)?),
     })
 }

@@ -51,13 +51,13 @@ impl Service {
     ) -> Result<Response> {
         let Some(at) = at else {
             let name = self.name_or_time(name, Timestamp::now())?;
-            let snapshot = self.fs.create_snapshot(&name, automatic)?;
+            let snapshot = self.fs.create_snapshot(&name, automatic, &[])?;
             return Ok(Response::Snapshot((&snapshot).into()));
         };
         let moment = self.moment(&at)?;
         let name = self.name_or_time(name, moment.time)?;
         let catalog = self.fs.volume().catalog();
-        let snapshot = catalog.create_snapshot(&name, moment.generation, automatic)?;
+        let snapshot = catalog.create_snapshot(&name, moment.generation, automatic, &[])?;
         Ok(Response::Snapshot((&snapshot).into()))
     }
 
@@ -120,7 +120,7 @@ impl Handler for Service {
             Request::SnapshotLastSeen { name, path } => {
                 self.fs.volume().settle()?;
                 let generation = report::lost::last_seen(catalog, &rel_path(&path)?)?;
-                Response::Snapshot((&catalog.create_snapshot(&name, generation, true)?).into())
+                Response::Snapshot((&catalog.create_snapshot(&name, generation, true, &[])?).into())
             }
         })
     }

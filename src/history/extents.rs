@@ -2,19 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use crate::catalog::{Sources, UndoPlace};
-use crate::types::ContentId;
+use crate::catalog::{Base, Sources, UndoPlace};
 
 use super::ranges::{ByteRange, RangeSet};
 
 /// Where a run of bytes is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// In an undo segment, from here on.
+    /// With the before-images, from here on.
     Undo(UndoPlace),
     /// Nowhere: they are zero.
     Hole,
-    /// In the base: the whole content named by [`Extents::whole`], or else the live file.
+    /// In the base: [`Extents::base`].
     Base,
 }
 
@@ -32,8 +31,8 @@ pub struct Extent {
 pub struct Extents {
     /// Bytes of the content.
     pub size: u64,
-    /// The content whose whole file is the base; `None` for the live file.
-    pub whole: Option<ContentId>,
+    /// What has all bytes that no before-image has.
+    pub base: Base,
     overlay: BTreeMap<u64, (u64, Option<UndoPlace>)>,
 }
 
@@ -41,16 +40,13 @@ impl Extents {
     /// Lays the before-images over one another: for each byte the oldest content that has one
     /// counts.
     pub fn resolve(size: u64, sources: Sources) -> Extents {
-        let mut extents = Extents { size, whole: sources.whole, overlay: BTreeMap::new() };
+        let mut extents = Extents { size, base: sources.base, overlay: BTreeMap::new() };
         let mut covered = RangeSet::default();
         for row in sources.undo {
             let range = ByteRange::new(row.offset, row.length);
             let range = ByteRange { start: range.start, end: range.end.min(size) };
             for part in covered.missing(range) {
-                let place = row.at.map(|at| UndoPlace {
-                    segment: at.segment,
-                    offset: at.offset + (part.start - row.offset),
-                });
+                let place = row.at.map(|at| at.further(part.start - row.offset));
                 extents.overlay.insert(part.start, (part.end, place));
             }
             covered.insert(range);
@@ -67,10 +63,7 @@ impl Extents {
         {
             let place = match place {
                 None => Place::Hole,
-                Some(undo) => Place::Undo(UndoPlace {
-                    segment: undo.segment,
-                    offset: undo.offset + (at - start),
-                }),
+                Some(undo) => Place::Undo(undo.further(at - start)),
             };
             return Extent { range: ByteRange { start: at, end: end.min(limit) }, place };
         }
@@ -82,8 +75,14 @@ impl Extents {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::UndoRow;
-    use crate::types::NodeId;
+    use crate::catalog::{UndoFile, UndoRow};
+    use crate::types::{ContentId, NodeId};
+
+    const LIVE: Base = Base::Live(NodeId(2));
+
+    fn place(segment: u64, offset: u64) -> Place {
+        Place::Undo(UndoPlace { file: UndoFile::Segment(segment), offset })
+    }
 
     fn row(content: u64, offset: u64, length: u64, segment: u64) -> UndoRow {
         UndoRow {
@@ -91,28 +90,28 @@ mod tests {
             content: ContentId(content),
             offset,
             length,
-            at: Some(UndoPlace { segment, offset: 1000 }),
+            at: Some(UndoPlace { file: UndoFile::Segment(segment), offset: 1000 }),
         }
     }
 
     #[test]
     fn the_oldest_before_image_of_a_byte_counts() {
-        let sources = Sources { undo: vec![row(1, 10, 10, 1), row(2, 0, 30, 2)], whole: None };
+        let sources = Sources { undo: vec![row(1, 10, 10, 1), row(2, 0, 30, 2)], base: LIVE };
         let extents = Extents::resolve(25, sources);
         let first = extents.run(0, 100);
         assert_eq!(first.range, ByteRange { start: 0, end: 10 });
-        assert_eq!(first.place, Place::Undo(UndoPlace { segment: 2, offset: 1000 }));
+        assert_eq!(first.place, place(2, 1000));
         let second = extents.run(12, 100);
         assert_eq!(second.range, ByteRange { start: 12, end: 20 });
-        assert_eq!(second.place, Place::Undo(UndoPlace { segment: 1, offset: 1002 }));
+        assert_eq!(second.place, place(1, 1002));
         let third = extents.run(20, 100);
         assert_eq!(third.range, ByteRange { start: 20, end: 25 });
-        assert_eq!(third.place, Place::Undo(UndoPlace { segment: 2, offset: 1020 }));
+        assert_eq!(third.place, place(2, 1020));
     }
 
     #[test]
     fn what_no_before_image_covers_is_in_the_base() {
-        let sources = Sources { undo: vec![row(1, 10, 10, 1)], whole: None };
+        let sources = Sources { undo: vec![row(1, 10, 10, 1)], base: LIVE };
         let extents = Extents::resolve(40, sources);
         assert_eq!(extents.run(0, 40).range, ByteRange { start: 0, end: 10 });
         assert_eq!(extents.run(0, 40).place, Place::Base);

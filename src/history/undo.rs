@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::catalog::{Catalog, Change, UndoPlace, UndoRow};
+use crate::catalog::{Catalog, Change, UndoFile, UndoPlace, UndoRow};
 use crate::error::{Error, Result};
 use crate::replica::backing::Access;
 use crate::replica::{Handles, PrivateDir, ReplicaSet};
@@ -151,7 +151,8 @@ impl UndoLog {
         replicas.apply("undo", |id, b| b.write_at(files.get(id)?, &record, at))?;
         tail.end = (at + record.len() as u64).next_multiple_of(RECORD_ALIGN);
         tail.position += record.len() as u64;
-        Ok(UndoPlace { segment: tail.segment, offset: at + HEADER_BYTES as u64 })
+        let file = UndoFile::Segment(tail.segment);
+        Ok(UndoPlace { file, offset: at + HEADER_BYTES as u64 })
     }
 
     fn begin_segment(&self, replicas: &ReplicaSet, tail: &mut Tail) -> Result<()> {
@@ -209,13 +210,18 @@ impl UndoLog {
     }
 
     /// Fills `buffer` from a place in a segment.
-    pub fn read(&self, replicas: &ReplicaSet, place: UndoPlace, buffer: &mut [u8]) -> Result<()> {
+    pub fn read(
+        &self,
+        replicas: &ReplicaSet,
+        (segment, offset): (u64, u64),
+        buffer: &mut [u8],
+    ) -> Result<()> {
         let dir = replicas.private(PrivateDir::Undo)?;
-        let name = segment_name(place.segment);
+        let name = segment_name(segment);
         replicas.read("undo", |id, b| {
             let file = b.open_file(dir.get(id)?, &name, Access::Read).map_err(super::missing)?;
             // A segment that ends too early is damaged here and may be whole elsewhere.
-            if b.read_at(&file, buffer, place.offset)? < buffer.len() {
+            if b.read_at(&file, buffer, offset)? < buffer.len() {
                 return Err(std::io::Error::from_raw_os_error(libc::EIO));
             }
             Ok(())
@@ -244,7 +250,7 @@ pub fn recover(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
                 continue;
             };
             let offset = (at + HEADER_BYTES) as u64;
-            row.at = Some(UndoPlace { segment, offset });
+            row.at = Some(UndoPlace { file: UndoFile::Segment(segment), offset });
             at = (at + used).next_multiple_of(RECORD_ALIGN as usize);
             if needs_row(catalog, &row)? {
                 catalog.push(vec![Change::UndoAdd(row)])?;

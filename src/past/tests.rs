@@ -157,7 +157,7 @@ impl Store {
 
     fn snapshot(&self, text: &str) -> Snapshot {
         let at = self.catalog.freeze();
-        self.catalog.create_snapshot(text, at, false).expect("a snapshot")
+        self.catalog.create_snapshot(text, at, false, &[]).expect("a snapshot")
     }
 }
 

@@ -399,8 +399,7 @@ impl Import<'_> {
     /// Whether a node's newest content lies whole in `preserved/`: then its file was moved aside,
     /// or cloned before it was overwritten.
     fn is_preserved(&self, row: &NodeRow) -> Result<bool> {
-        Ok(row.content != ContentId::EMPTY
-            && self.catalog.sources(row.id, row.content)?.whole.is_some())
+        Ok(row.content != ContentId::EMPTY && self.catalog.sources(row.id, row.content)?.is_whole())
     }
 
     /// Frees a name that means something else on the backing than in the catalog.
@@ -453,7 +452,7 @@ impl Import<'_> {
             return Ok(false);
         }
         let sources = self.catalog.sources(row.id, row.content)?;
-        Ok(sources.whole.is_some() || !sources.undo.is_empty())
+        Ok(sources.is_preserved())
     }
 
     /// A new content for the file's present bytes.
@@ -536,7 +535,7 @@ impl Import<'_> {
             if let Some(row) = self.catalog.node(node)?
                 && row.kind == Kind::File
                 && row.content != ContentId::EMPTY
-                && self.catalog.sources(node, row.content)?.whole.is_none()
+                && !self.catalog.sources(node, row.content)?.is_whole()
                 && !self.rescue(&row, dir, name)?
             {
                 self.report.lost.push(dir.join(name));

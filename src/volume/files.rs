@@ -375,7 +375,7 @@ impl Volume {
             }
         };
         state.stamp = self.nodes.next_stamp();
-        let changes = vec![crate::catalog::Change::ContentPreserved { id: content }];
+        let changes = vec![crate::catalog::Change::ContentPreserved { id: content, cloned: false }];
         self.catalog().push(changes)?;
         let open = state.open.as_mut().expect("as above");
         open.write = Some(Arc::new(Handles::from(made)));

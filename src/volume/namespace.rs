@@ -255,7 +255,7 @@ impl Volume {
         }
         let mut changes = vec![Change::NodeGone(node.id)];
         if content != ContentId::EMPTY {
-            changes.push(Change::ContentPreserved { id: content });
+            changes.push(Change::ContentPreserved { id: content, cloned: false });
         }
         changes
     }

@@ -451,7 +451,7 @@ impl Driver {
     fn snapshot(&mut self) -> Outcome {
         self.names += 1;
         let name = format!("s{}", self.names);
-        self.fs().create_snapshot(&name, false).or_else(fail("snapshot"))?;
+        self.fs().create_snapshot(&name, false, &[]).or_else(fail("snapshot"))?;
         self.reference.seal_all();
         self.snapshots.insert(name, self.reference.dump(true));
         Ok(())

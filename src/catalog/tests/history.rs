@@ -92,7 +92,7 @@ fn sources_end_at_the_first_whole_content() {
     let scratch = Scratch::new(1);
     let catalog = scratch.open_rooted();
     let undo = |content, offset, length| {
-        let at = Some(UndoPlace { segment: 1, offset: content * 1000 + offset });
+        let at = Some(UndoPlace { file: UndoFile::Segment(1), offset: content * 1000 + offset });
         UndoRow { node: NodeId(2), content: ContentId(content), offset, length, at }
     };
     catalog.push(create(1, "f", file(2, 1))).unwrap();
@@ -102,9 +102,9 @@ fn sources_end_at_the_first_whole_content() {
         catalog.push(vec![Change::UndoAdd(undo(content, 0, 10))]).unwrap();
     }
     assert_eq!(catalog.content_size(ContentId(3)).unwrap(), Some(100));
-    catalog.push(vec![Change::ContentPreserved { id: ContentId(3) }]).unwrap();
+    catalog.push(vec![Change::ContentPreserved { id: ContentId(3), cloned: false }]).unwrap();
     let sources = catalog.sources(NodeId(2), ContentId(2)).unwrap();
-    assert_eq!(sources.whole, Some(ContentId(3)));
+    assert!(matches!(sources.base, Base::Preserved { content: ContentId(3), .. }));
     assert_eq!(sources.undo, [undo(2, 0, 10), undo(3, 0, 10)]);
     // A before-image at the same byte does not displace the older one.
     catalog.push(vec![Change::UndoAdd(undo(4, 0, 25))]).unwrap();
@@ -121,14 +121,14 @@ fn snapshots_are_named_renamed_held_and_forgotten() {
     let scratch = Scratch::new(1);
     let catalog = scratch.open_rooted();
     let at = catalog.freeze();
-    let monday = catalog.create_snapshot("monday", at, false).unwrap();
+    let monday = catalog.create_snapshot("monday", at, false, &[]).unwrap();
     assert_eq!(catalog.snapshot("monday").unwrap(), Some(monday.clone()));
-    assert!(matches!(catalog.create_snapshot("monday", at, false), Err(Error::Refused(_))));
+    assert!(matches!(catalog.create_snapshot("monday", at, false, &[]), Err(Error::Refused(_))));
     catalog.hold_snapshot("monday", true).unwrap();
     assert!(matches!(catalog.delete_snapshot("monday"), Err(Error::InUse(_))));
     catalog.rename_snapshot("monday", "first day").unwrap();
     catalog.push(create(1, "f", file(2, 1))).unwrap();
-    let second = catalog.create_snapshot("second", catalog.freeze(), true).unwrap();
+    let second = catalog.create_snapshot("second", catalog.freeze(), true, &[]).unwrap();
     assert!(second.time >= monday.time);
     assert_eq!(catalog.latest_snapshot().unwrap(), Some(second));
     let error = catalog.delete_snapshot("frist day").unwrap_err();
@@ -139,7 +139,10 @@ fn snapshots_are_named_renamed_held_and_forgotten() {
     assert_eq!(catalog.totals().unwrap().snapshots, 1);
     let long = "x".repeat(201);
     for bad in ["", ".", "..", ".x", "@GMT", "a/b", "latest", "a\nb", "a\0", &long] {
-        assert!(matches!(catalog.create_snapshot(bad, at, false), Err(Error::Refused(_))), "{bad}");
+        assert!(
+            matches!(catalog.create_snapshot(bad, at, false, &[]), Err(Error::Refused(_))),
+            "{bad}"
+        );
     }
 }
 

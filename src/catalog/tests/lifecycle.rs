@@ -207,7 +207,7 @@ fn a_reader_beside_the_mount_sees_commits_and_refuses_to_write() {
     assert_eq!(reader.generation(), at);
     assert_eq!(reader.lookup_at(at, ROOT, &name("f")).unwrap(), Some(file(2, 1)));
     assert!(matches!(reader.push(vec![]), Err(Error::Refused(_))));
-    assert!(reader.create_snapshot("x", at, false).is_err());
+    assert!(reader.create_snapshot("x", at, false, &[]).is_err());
     reader.flush(Durability::Durable).unwrap();
     reader.close().unwrap();
 }

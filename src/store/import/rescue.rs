@@ -30,7 +30,7 @@ impl Import<'_> {
             match preserve(self, peer, (dir, name, &object), row) {
                 Ok(()) => {
                     // In place and durable before the catalog says so.
-                    self.changes.push(Change::ContentPreserved { id: row.content });
+                    self.changes.push(Change::ContentPreserved { id: row.content, cloned: false });
                     log::info!(
                         "{}: changed outside the mount; its recorded content was kept from {}",
                         self.site.at(&dir.join(name)).display(),
@@ -58,7 +58,7 @@ impl Import<'_> {
             return Ok(());
         }
         let sources = self.catalog.sources(row.id, row.content)?;
-        if sources.whole.is_some() || !sources.undo.is_empty() || self.rescue(row, dir, name)? {
+        if sources.is_preserved() || self.rescue(row, dir, name)? {
             return Ok(());
         }
         let shown = self.site.at(&dir.join(name));

@@ -1,7 +1,7 @@
 //! What an import recognises after an end that lost the last commits.
 
 use super::*;
-use crate::catalog::Change;
+use crate::catalog::{Base, Change};
 
 /// `names` with contents of equal size and time.
 fn write_alike(root: &Path, names: &[&str]) {
@@ -44,7 +44,7 @@ fn row_at(catalog: &Catalog, name: &str) -> NodeRow {
 fn open_with_preserved(bench: &Bench, names: &[&str], found: &[ContentId]) -> Store {
     let recover = |_: &ReplicaSet, catalog: &Catalog| {
         for &id in found {
-            catalog.push(vec![Change::ContentPreserved { id }])?;
+            catalog.push(vec![Change::ContentPreserved { id, cloned: false }])?;
         }
         Ok(())
     };
@@ -157,7 +157,7 @@ fn what_was_changed_behind_our_back_is_kept_from_another_replica() {
     assert!(row_at(&store.catalog, "d/edited").content > edited.content);
     for (row, bytes) in [(&edited, &b"as it was recorded"[..]), (&gone, b"the last of it")] {
         let sources = store.catalog.sources(row.id, row.content).unwrap();
-        assert_eq!(sources.whole, Some(row.content));
+        assert!(matches!(sources.base, Base::Preserved { content, .. } if content == row.content));
         let (shard, node, content) = (row.id.0 & 0xff, row.id.0, row.content.0);
         let kept = format!(".rearview/preserved/{shard:02x}/{node:016x}.{content:016x}");
         for name in ["a", "b"] {

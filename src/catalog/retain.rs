@@ -1,0 +1,293 @@
+//! What retention takes out of the catalog, and what it leaves visible.
+//!
+//! From the *horizon* on every generation is visible. Below it only *kept points* are: the
+//! snapshots and the moments. A row of history, an interval `[born, died)`, is needed if and only
+//! if it has a kept point in it or reaches beyond the horizon. When a kept point goes, a *gap* between
+//! its neighbours is entered into `sweep`; the sweep ([`super::sweep`]) removes the rows that lie
+//! within the gap altogether, in small steps.
+
+use std::collections::BTreeSet;
+
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::apply::write_undo;
+use super::overlay::Bytes;
+use super::schema::{ContentState, HeadRow, Time, read_head};
+use super::{Catalog, ForgetChange, packed};
+use crate::error::Result;
+use crate::types::{EntryName, Generation, NodeId, Timestamp};
+
+/// A gap between two visible generations, and how far its sweep is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sweep {
+    /// The visible generation before it.
+    pub after: Generation,
+    /// The visible generation that ends it.
+    pub until: Generation,
+    /// The last batch and node that was looked at.
+    pub at: (Generation, NodeId),
+}
+
+impl Catalog {
+    /// From this generation on every one is visible.
+    pub fn horizon(&self) -> Result<Generation> {
+        self.settle_late()?;
+        self.shared.read(|db| Ok(read_head(db)?.horizon))
+    }
+
+    /// The visible generations below the horizon, and the horizon itself.
+    pub fn kept_points(&self) -> Result<BTreeSet<Generation>> {
+        self.settle_late()?;
+        self.shared.read_at_once(kept_points)
+    }
+
+    /// The generations below the horizon that are kept beside the snapshots.
+    pub fn moments(&self) -> Result<BTreeSet<Generation>> {
+        self.settle_late()?;
+        self.shared.read(|db| {
+            db.prepare_cached("SELECT g FROM moment")?.query_map([], |row| row.get(0))?.collect()
+        })
+    }
+
+    /// The gaps that are to be swept, oldest first.
+    pub fn sweeps(&self) -> Result<Vec<Sweep>> {
+        self.settle_late()?;
+        self.shared.read(|db| {
+            let mut statement =
+                db.prepare_cached("SELECT after, until, at_g, at_node FROM sweep ORDER BY after")?;
+            let rows = statement.query_map([], |row| {
+                Ok(Sweep { after: row.get(0)?, until: row.get(1)?, at: (row.get(2)?, row.get(3)?) })
+            })?;
+            rows.collect()
+        })
+    }
+
+    /// The beginnings of generations from `from` on, as (generation, time), ascending.
+    pub fn ticks(&self, from: Generation) -> Result<Vec<(Generation, Timestamp)>> {
+        self.settle_pending()?;
+        self.shared.read(|db| {
+            let mut statement =
+                db.prepare_cached("SELECT g, t FROM tick WHERE g >= ?1 ORDER BY g")?;
+            let rows = statement.query_map(params![from], |row| {
+                Ok((row.get(0)?, Timestamp::from_nanos(row.get(1)?)))
+            })?;
+            rows.collect()
+        })
+    }
+
+    /// Whether anything of the tree changed after `at`.
+    pub fn changed_since(&self, at: Generation) -> Result<bool> {
+        self.settle_pending()?;
+        self.shared.read(|db| {
+            db.prepare_cached("SELECT 1 FROM touched WHERE g > ?1 LIMIT 1")?.exists(params![at])
+        })
+    }
+
+    /// Commits what changes the visibility of generations.
+    fn settle_late(&self) -> Result<()> {
+        match self
+            .shared
+            .overlay(|batch| (!batch.late.is_empty() || !batch.snapshots.is_empty()).then_some(()))
+        {
+            Some(()) => self.settle_pending(),
+            None => Ok(()),
+        }
+    }
+}
+
+/// See [`Catalog::kept_points`].
+pub(super) fn kept_points(db: &Connection) -> rusqlite::Result<BTreeSet<Generation>> {
+    let horizon = read_head(db)?.horizon;
+    let mut points: BTreeSet<Generation> = db
+        .prepare_cached("SELECT g FROM moment UNION SELECT g FROM snapshot")?
+        .query_map([], |row| row.get(0))?
+        .collect::<rusqlite::Result<_>>()?;
+    points.retain(|&point| point < horizon);
+    points.insert(horizon);
+    Ok(points)
+}
+
+/// The visible generation that stands for `at`: itself from the horizon on; below it the last kept
+/// point at or before it, or else the first one.
+pub(super) fn visible(db: &Connection, at: Generation) -> rusqlite::Result<Generation> {
+    let horizon = read_head(db)?.horizon;
+    if at >= horizon {
+        return Ok(at);
+    }
+    let before: Option<Generation> = db
+        .prepare_cached(
+            "SELECT max((SELECT coalesce(max(g), -1) FROM moment WHERE g <= ?1), \
+             (SELECT coalesce(max(g), -1) FROM snapshot WHERE g <= ?1))",
+        )?
+        .query_row(params![at], |row| row.get::<_, i64>(0))
+        .map(|g| u64::try_from(g).ok().map(Generation))?;
+    match before {
+        Some(before) => Ok(before),
+        None => visible_from(db, at),
+    }
+}
+
+/// The first visible generation at or after `at`.
+pub(super) fn visible_from(db: &Connection, at: Generation) -> rusqlite::Result<Generation> {
+    let horizon = read_head(db)?.horizon;
+    if at >= horizon {
+        return Ok(at);
+    }
+    db.prepare_cached(
+        "SELECT min(?2, (SELECT coalesce(min(g), ?2) FROM moment WHERE g >= ?1), \
+         (SELECT coalesce(min(g), ?2) FROM snapshot WHERE g >= ?1))",
+    )?
+    .query_row(params![at, horizon], |row| row.get(0))
+}
+
+/// Writes one change.
+pub(super) fn apply(
+    db: &Connection,
+    change: &ForgetChange,
+    head: &mut HeadRow,
+) -> rusqlite::Result<()> {
+    match change {
+        ForgetChange::State { node, died } => {
+            let gone = db
+                .prepare_cached("DELETE FROM node_h WHERE id = ?1 AND died = ?2")?
+                .execute(params![node, died])?;
+            head.past_versions -= gone as i64;
+        }
+        ForgetChange::Entry { parent, name, born, died } => {
+            db.prepare_cached(
+                "DELETE FROM entry_h WHERE parent = ?1 AND died = ?2 AND name = ?3 AND born = ?4",
+            )?
+            .execute(params![parent, died, name, born])?;
+        }
+        ForgetChange::Content(id) => {
+            let gone: Option<(i64, i64)> = db
+                .prepare_cached("DELETE FROM content WHERE id = ?1 RETURNING state, size")?
+                .query_row(params![id], |row| Ok((row.get(0)?, row.get(1)?)))
+                .optional()?;
+            match gone {
+                Some((state, size)) if state == ContentState::Preserved as i64 => {
+                    head.preserved_bytes -= size;
+                }
+                Some((state, size)) if state == ContentState::Cloned as i64 => {
+                    head.cloned_bytes -= size;
+                }
+                _ => {}
+            }
+        }
+        ForgetChange::Undo { node, content, offset } => {
+            let gone: Option<(Option<i64>, i64)> = db
+                .prepare_cached(
+                    "DELETE FROM undo WHERE node = ?1 AND content = ?2 AND offset = ?3 \
+                     RETURNING segment, length",
+                )?
+                .query_row(params![node, content, *offset as i64], |row| {
+                    Ok((row.get(0)?, row.get(1)?))
+                })
+                .optional()?;
+            if let Some((Some(segment), length)) = gone
+                && segment > 0
+            {
+                head.undo_bytes -= length;
+            }
+        }
+        ForgetChange::UndoPut(row) => head.undo_bytes += write_undo(db, row.clone())?,
+        ForgetChange::Recipe(id) => packed::forget_recipe(db, *id)?,
+        ForgetChange::Symlink(node) => {
+            db.prepare_cached("DELETE FROM symlink WHERE node = ?1")?.execute(params![node])?;
+        }
+        ForgetChange::MomentPut(g) => {
+            db.prepare_cached("INSERT OR IGNORE INTO moment(g) VALUES(?1)")?.execute(params![g])?;
+        }
+        ForgetChange::MomentRemove(g) => {
+            db.prepare_cached("DELETE FROM moment WHERE g = ?1")?.execute(params![g])?;
+        }
+        ForgetChange::Horizon(g) => head.horizon = head.horizon.max(*g),
+        ForgetChange::SweepAdd { after, until } => {
+            // A gap that is entered again is swept again from its beginning.
+            db.prepare_cached(
+                "INSERT OR REPLACE INTO sweep(after, until, at_g, at_node) VALUES(?1, ?2, ?1, 0)",
+            )?
+            .execute(params![after, until])?;
+        }
+        ForgetChange::SweepAt { after, until, at: (g, node) } => {
+            db.prepare_cached(
+                "UPDATE sweep SET at_g = ?3, at_node = ?4 WHERE after = ?1 AND until = ?2",
+            )?
+            .execute(params![after, until, g, node])?;
+        }
+        ForgetChange::SweepEnd { after, until } => end_sweep(db, *after, *until)?,
+        ForgetChange::Purged(row) => {
+            db.prepare_cached(
+                "INSERT INTO purged(time, path, versions, bytes) VALUES(?1, ?2, ?3, ?4)",
+            )?
+            .execute(params![
+                Time(row.time),
+                row.path.to_bytes(),
+                row.versions as i64,
+                row.bytes as i64,
+            ])?;
+        }
+    }
+    Ok(())
+}
+
+/// The batches of a gap become one: what they touched counts as touched in the batch that holds the
+/// gap's end, and of their ticks the last one stays, which is the end's.
+fn end_sweep(db: &Connection, after: Generation, until: Generation) -> rusqlite::Result<()> {
+    let into: Option<Generation> = db
+        .prepare_cached("SELECT min(g) FROM touched WHERE g >= ?1")?
+        .query_row(params![until], |row| row.get(0))?;
+    let into = into.unwrap_or(until);
+    db.prepare_cached(
+        "INSERT OR IGNORE INTO touched(g, node) SELECT ?3, node FROM touched \
+         WHERE g > ?1 AND g < ?2",
+    )?
+    .execute(params![after, until, into])?;
+    db.prepare_cached("DELETE FROM touched WHERE g > ?1 AND g < ?2")?
+        .execute(params![after, until])?;
+    db.prepare_cached(
+        "DELETE FROM tick WHERE g > ?1 AND g < (SELECT max(g) FROM tick WHERE g <= ?2)",
+    )?
+    .execute(params![after, until])?;
+    db.prepare_cached("DELETE FROM sweep WHERE after = ?1 AND until = ?2")?
+        .execute(params![after, until])?;
+    Ok(())
+}
+
+/// Adds a change to the batch's hash.
+pub(super) fn digest(change: &ForgetChange, out: &mut Bytes) {
+    let entry = |out: &mut Bytes, parent: &NodeId, name: &EntryName| {
+        out.numbers(&[41, parent.0]);
+        out.blob(name.as_bytes());
+    };
+    match change {
+        ForgetChange::State { node, died } => out.numbers(&[40, node.0, died.0]),
+        ForgetChange::Entry { parent, name, born, died } => {
+            entry(out, parent, name);
+            out.numbers(&[born.0, died.0]);
+        }
+        ForgetChange::Content(id) => out.numbers(&[42, id.0]),
+        ForgetChange::Undo { node, content, offset } => {
+            out.numbers(&[43, node.0, content.0, *offset]);
+        }
+        ForgetChange::UndoPut(row) => {
+            out.numbers(&[44]);
+            out.undo(row);
+        }
+        ForgetChange::Recipe(id) => out.numbers(&[45, id.0]),
+        ForgetChange::Symlink(node) => out.numbers(&[46, node.0]),
+        ForgetChange::MomentPut(g) => out.numbers(&[47, g.0]),
+        ForgetChange::MomentRemove(g) => out.numbers(&[48, g.0]),
+        ForgetChange::Horizon(g) => out.numbers(&[49, g.0]),
+        ForgetChange::SweepAdd { after, until } => out.numbers(&[50, after.0, until.0]),
+        ForgetChange::SweepAt { after, until, at: (g, node) } => {
+            out.numbers(&[51, after.0, until.0, g.0, node.0]);
+        }
+        ForgetChange::SweepEnd { after, until } => out.numbers(&[52, after.0, until.0]),
+        ForgetChange::Purged(row) => {
+            out.numbers(&[53, row.time.secs as u64, row.time.nanos.into()]);
+            out.numbers(&[row.versions, row.bytes]);
+            out.blob(&row.path.to_bytes());
+        }
+    }
+}
