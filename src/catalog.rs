@@ -25,12 +25,14 @@ mod report;
 mod retain;
 mod schema;
 mod snapshot;
+mod sweep;
 #[cfg(test)]
 mod tests;
 mod xattr;
 
 pub use self::packed::{PackRow, WaitingContent};
 pub use self::retain::Sweep;
+pub use self::sweep::SweepStep;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -177,10 +179,24 @@ pub enum ForgetChange {
     SweepAdd { after: Generation, until: Generation },
     /// The sweep of a gap has come to this node of this batch.
     #[allow(missing_docs)]
-    SweepAt { after: Generation, until: Generation, at: (Generation, NodeId) },
+    SweepAt {
+        after: Generation,
+        until: Generation,
+        from: (Generation, NodeId),
+        at: (Generation, NodeId),
+    },
+    /// In a gap a generation has become visible: it is two gaps now.
+    #[allow(missing_docs)]
+    SweepSplit { after: Generation, until: Generation, at: Generation },
     /// A gap is swept; what it touched counts as touched at its end, and its ticks are gone.
     #[allow(missing_docs)]
     SweepEnd { after: Generation, until: Generation },
+    /// Of a living node only what is from this generation on is known: its past was removed.
+    #[allow(missing_docs)]
+    StateSince { node: NodeId, since: Generation },
+    /// Likewise of a living entry.
+    #[allow(missing_docs)]
+    EntrySince { parent: NodeId, name: EntryName, since: Generation },
     /// A path was removed from all of history on request.
     Purged(PurgeRow),
 }

@@ -42,14 +42,15 @@ impl Catalog {
     }
 }
 
-/// The nodes touched in (from, to], and a few more: touches are kept by batch.
+/// The nodes touched in (from, to], and a few more: touches are kept by batch, and the batch that
+/// follows may have begun before `to`.
 fn touched(db: &Connection, from: Generation, to: Generation) -> rusqlite::Result<Vec<NodeId>> {
     if from == to {
         return Ok(Vec::new());
     }
     let mut statement = db.prepare_cached(
         "SELECT DISTINCT node FROM touched WHERE g > ?1 \
-         AND g <= coalesce((SELECT min(g) FROM touched WHERE g >= ?2), ?2)",
+         AND g <= coalesce((SELECT min(g) FROM touched WHERE g > ?2), ?2)",
     )?;
     statement.query_map(params![from, to], |row| row.get(0))?.collect()
 }

@@ -6,7 +6,7 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::retain::{kept_points, visible};
+use super::retain::{visible, visible_from};
 use super::schema::{ContentState, NODE_COLUMNS, node_row, read_head_only, undo_row, unsigned};
 use super::{Base, Catalog, Durability, Listed, NodeRow, Sources};
 use crate::error::Result;
@@ -215,8 +215,8 @@ impl Catalog {
 
     /// The oldest generation whose tree is still known.
     pub fn oldest(&self) -> Result<Generation> {
-        let oldest = self.shared.read_at_once(|db| Ok(kept_points(db)?.first().copied()))?;
-        Ok(oldest.unwrap_or(Generation(1)).min(self.generation()))
+        let oldest = self.shared.read_at_once(|db| visible_from(db, Generation(1)))?;
+        Ok(oldest.min(self.generation()))
     }
 }
 

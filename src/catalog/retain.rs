@@ -13,7 +13,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::apply::write_undo;
 use super::overlay::Bytes;
 use super::schema::{ContentState, HeadRow, Time, read_head};
-use super::{Catalog, ForgetChange, packed};
+use super::{Catalog, Change, ForgetChange, packed};
 use crate::error::Result;
 use crate::types::{EntryName, Generation, NodeId, Timestamp};
 
@@ -47,6 +47,52 @@ impl Catalog {
         self.shared.read(|db| {
             db.prepare_cached("SELECT g FROM moment")?.query_map([], |row| row.get(0))?.collect()
         })
+    }
+
+    /// Makes `horizon` the horizon, unless it is further already, and of the generations below it
+    /// only those in `keep` visible, beside the snapshots. Returns how many gaps that leaves to be
+    /// swept. What is not visible any more cannot become so again.
+    pub fn thin(&self, horizon: Generation, keep: &BTreeSet<Generation>) -> Result<usize> {
+        let _names = self.shared.snapshots.lock();
+        self.settle_late()?;
+        let (old, moments, old_horizon) = self.shared.read_at_once(|db| {
+            let moments: BTreeSet<Generation> = db
+                .prepare_cached("SELECT g FROM moment")?
+                .query_map([], |row| row.get(0))?
+                .collect::<rusqlite::Result<_>>()?;
+            Ok((kept_points(db)?, moments, read_head(db)?.horizon))
+        })?;
+        let horizon = horizon.max(old_horizon).min(self.generation());
+        let snapshots: Vec<Generation> =
+            self.snapshots()?.iter().map(|snapshot| snapshot.generation).collect();
+        let visible = |g: &Generation| *g >= old_horizon || old.contains(g);
+        let keep: BTreeSet<Generation> =
+            keep.iter().copied().filter(|g| *g < horizon && visible(g)).collect();
+        let mut changes = Vec::new();
+        changes.extend(keep.difference(&moments).map(|&g| ForgetChange::MomentPut(g)));
+        changes.extend(moments.difference(&keep).map(|&g| ForgetChange::MomentRemove(g)));
+        if horizon > old_horizon {
+            changes.push(ForgetChange::Horizon(horizon));
+        }
+        let mut points = keep;
+        points.extend(snapshots.into_iter().filter(|g| *g < horizon));
+        points.insert(horizon);
+        let mut after = Generation(0);
+        let mut gaps = 0;
+        for &until in &points {
+            // Was anything between the two visible until now?
+            let point = old.range(Generation(after.0 + 1)..until).next().is_some();
+            let all = until > old_horizon && until.0 > old_horizon.0.max(after.0 + 1);
+            if point || all {
+                changes.push(ForgetChange::SweepAdd { after, until });
+                gaps += 1;
+            }
+            after = until;
+        }
+        if !changes.is_empty() {
+            self.push(changes.into_iter().map(Change::Forget).collect())?;
+        }
+        Ok(gaps)
     }
 
     /// The gaps that are to be swept, oldest first.
@@ -202,20 +248,34 @@ pub(super) fn apply(
             db.prepare_cached("DELETE FROM moment WHERE g = ?1")?.execute(params![g])?;
         }
         ForgetChange::Horizon(g) => head.horizon = head.horizon.max(*g),
-        ForgetChange::SweepAdd { after, until } => {
-            // A gap that is entered again is swept again from its beginning.
-            db.prepare_cached(
-                "INSERT OR REPLACE INTO sweep(after, until, at_g, at_node) VALUES(?1, ?2, ?1, 0)",
-            )?
-            .execute(params![after, until])?;
-        }
-        ForgetChange::SweepAt { after, until, at: (g, node) } => {
+        ForgetChange::SweepAdd { after, until } => add_sweep(db, *after, *until)?,
+        ForgetChange::SweepAt { after, until, from, at } => {
+            fold(db, *until, *from, *at)?;
             db.prepare_cached(
                 "UPDATE sweep SET at_g = ?3, at_node = ?4 WHERE after = ?1 AND until = ?2",
             )?
-            .execute(params![after, until, g, node])?;
+            .execute(params![after, until, at.0, at.1])?;
         }
-        ForgetChange::SweepEnd { after, until } => end_sweep(db, *after, *until)?,
+        ForgetChange::SweepSplit { after, until, at } => {
+            drop_sweep(db, *after, *until)?;
+            add_sweep(db, *after, *at)?;
+            add_sweep(db, *at, *until)?;
+        }
+        ForgetChange::SweepEnd { after, until } => {
+            let rest = (Generation(until.0.saturating_sub(1)), NodeId(i64::MAX as u64));
+            fold(db, *until, (*after, NodeId(i64::MAX as u64)), rest)?;
+            drop_sweep(db, *after, *until)?;
+        }
+        ForgetChange::StateSince { node, since } => {
+            db.prepare_cached("UPDATE node SET born = max(born, ?2) WHERE id = ?1")?
+                .execute(params![node, since])?;
+        }
+        ForgetChange::EntrySince { parent, name, since } => {
+            db.prepare_cached(
+                "UPDATE entry SET born = max(born, ?3) WHERE parent = ?1 AND name = ?2",
+            )?
+            .execute(params![parent, name, since])?;
+        }
         ForgetChange::Purged(row) => {
             db.prepare_cached(
                 "INSERT INTO purged(time, path, versions, bytes) VALUES(?1, ?2, ?3, ?4)",
@@ -231,26 +291,47 @@ pub(super) fn apply(
     Ok(())
 }
 
-/// The batches of a gap become one: what they touched counts as touched in the batch that holds the
-/// gap's end, and of their ticks the last one stays, which is the end's.
-fn end_sweep(db: &Connection, after: Generation, until: Generation) -> rusqlite::Result<()> {
-    let into: Option<Generation> = db
-        .prepare_cached("SELECT min(g) FROM touched WHERE g >= ?1")?
-        .query_row(params![until], |row| row.get(0))?;
-    let into = into.unwrap_or(until);
+/// Enters a gap. One that is there is swept again from its beginning, which is its end: see
+/// [`super::sweep`].
+fn add_sweep(db: &Connection, after: Generation, until: Generation) -> rusqlite::Result<()> {
     db.prepare_cached(
-        "INSERT OR IGNORE INTO touched(g, node) SELECT ?3, node FROM touched \
-         WHERE g > ?1 AND g < ?2",
-    )?
-    .execute(params![after, until, into])?;
-    db.prepare_cached("DELETE FROM touched WHERE g > ?1 AND g < ?2")?
-        .execute(params![after, until])?;
-    db.prepare_cached(
-        "DELETE FROM tick WHERE g > ?1 AND g < (SELECT max(g) FROM tick WHERE g <= ?2)",
+        "INSERT OR REPLACE INTO sweep(after, until, at_g, at_node) VALUES(?1, ?2, ?2, 0)",
     )?
     .execute(params![after, until])?;
+    Ok(())
+}
+
+fn drop_sweep(db: &Connection, after: Generation, until: Generation) -> rusqlite::Result<()> {
     db.prepare_cached("DELETE FROM sweep WHERE after = ?1 AND until = ?2")?
         .execute(params![after, until])?;
+    Ok(())
+}
+
+/// The batches of a gap become one, piece by piece: what they touched counts as touched at the
+/// gap's end, and of their ticks the last one stays, which is the end's.
+fn fold(
+    db: &Connection,
+    until: Generation,
+    from: (Generation, NodeId),
+    to: (Generation, NodeId),
+) -> rusqlite::Result<()> {
+    if from.0 >= until {
+        return Ok(());
+    }
+    db.prepare_cached(
+        "INSERT OR IGNORE INTO touched(g, node) SELECT ?1, node FROM touched \
+         WHERE (g, node) > (?2, ?3) AND (g, node) <= (?4, ?5) AND g < ?1",
+    )?
+    .execute(params![until, from.0, from.1, to.0, to.1])?;
+    db.prepare_cached(
+        "DELETE FROM touched WHERE (g, node) > (?2, ?3) AND (g, node) <= (?4, ?5) AND g < ?1",
+    )?
+    .execute(params![until, from.0, from.1, to.0, to.1])?;
+    db.prepare_cached(
+        "DELETE FROM tick WHERE g > ?2 AND g <= ?3 \
+         AND g < (SELECT max(g) FROM tick WHERE g <= ?1)",
+    )?
+    .execute(params![until, from.0, to.0])?;
     Ok(())
 }
 
@@ -280,8 +361,16 @@ pub(super) fn digest(change: &ForgetChange, out: &mut Bytes) {
         ForgetChange::MomentRemove(g) => out.numbers(&[48, g.0]),
         ForgetChange::Horizon(g) => out.numbers(&[49, g.0]),
         ForgetChange::SweepAdd { after, until } => out.numbers(&[50, after.0, until.0]),
-        ForgetChange::SweepAt { after, until, at: (g, node) } => {
-            out.numbers(&[51, after.0, until.0, g.0, node.0]);
+        ForgetChange::SweepAt { after, until, from, at } => {
+            out.numbers(&[51, after.0, until.0, from.0.0, from.1.0, at.0.0, at.1.0]);
+        }
+        ForgetChange::SweepSplit { after, until, at } => {
+            out.numbers(&[54, after.0, until.0, at.0]);
+        }
+        ForgetChange::StateSince { node, since } => out.numbers(&[55, node.0, since.0]),
+        ForgetChange::EntrySince { parent, name, since } => {
+            out.numbers(&[56, parent.0, since.0]);
+            out.blob(name.as_bytes());
         }
         ForgetChange::SweepEnd { after, until } => out.numbers(&[52, after.0, until.0]),
         ForgetChange::Purged(row) => {

@@ -3,8 +3,8 @@
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::query::time_of;
-use super::schema::Time;
-use super::{Catalog, Change, Durability, Snapshot};
+use super::schema::{Time, read_head};
+use super::{Catalog, Change, Durability, ForgetChange, Snapshot};
 use crate::error::{Error, Result};
 use crate::types::{EntryName, Generation, escape};
 
@@ -80,7 +80,9 @@ impl Catalog {
             let shown = escape(name.as_bytes());
             return Err(Error::InUse(format!("snapshot '{shown}' is held: release it first")));
         }
-        self.push(vec![Change::SnapshotRemove(snapshot.id)])?;
+        let mut changes = vec![Change::SnapshotRemove(snapshot.id)];
+        changes.extend(self.gap_without(&snapshot)?.map(Change::Forget));
+        self.push(changes)?;
         self.flush(Durability::Written)?;
         Ok(snapshot)
     }
@@ -105,6 +107,32 @@ impl Catalog {
             return Ok(snapshot);
         }
         self.put_snapshot(Snapshot { held, ..snapshot })
+    }
+
+    /// The gap that a snapshot leaves, unless its generation is visible without it.
+    fn gap_without(&self, snapshot: &Snapshot) -> Result<Option<ForgetChange>> {
+        let g = snapshot.generation;
+        self.shared.read_at_once(|db| {
+            let horizon = read_head(db)?.horizon;
+            let shared = db
+                .prepare_cached(
+                    "SELECT 1 FROM snapshot WHERE g = ?1 AND id <> ?2 \
+                     UNION ALL SELECT 1 FROM moment WHERE g = ?1",
+                )?
+                .exists(params![g, snapshot.id])?;
+            if shared || g >= horizon {
+                return Ok(None);
+            }
+            let (after, until) = db
+                .prepare_cached(
+                    "SELECT max(coalesce((SELECT max(g) FROM moment WHERE g < ?1), 0), \
+                     coalesce((SELECT max(g) FROM snapshot WHERE g < ?1), 0)), \
+                     min(coalesce((SELECT min(g) FROM moment WHERE g > ?1), ?2), \
+                     coalesce((SELECT min(g) FROM snapshot WHERE g > ?1), ?2), ?2)",
+                )?
+                .query_row(params![g, horizon], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            Ok(Some(ForgetChange::SweepAdd { after, until }))
+        })
     }
 
     fn put_snapshot(&self, snapshot: Snapshot) -> Result<Snapshot> {
