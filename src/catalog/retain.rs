@@ -77,6 +77,7 @@ impl Catalog {
         let mut points = keep;
         points.extend(snapshots.into_iter().filter(|g| *g < horizon));
         points.insert(horizon);
+        points.remove(&Generation(0));
         let mut after = Generation(0);
         let mut gaps = 0;
         for &until in &points {
