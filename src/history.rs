@@ -10,7 +10,9 @@
 //! Deliberately not here: when to preserve (the volume's write path), what a path was (the
 //! catalog).
 
+pub mod chunker;
 mod extents;
+pub mod pack;
 pub mod ranges;
 pub mod undo;
 
