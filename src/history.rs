@@ -13,6 +13,7 @@
 pub mod chunker;
 mod extents;
 pub mod pack;
+pub mod packs;
 pub mod ranges;
 pub mod undo;
 

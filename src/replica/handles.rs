@@ -50,6 +50,8 @@ pub enum PrivateDir {
     Preserved(u8),
     /// `undo`: before-images.
     Undo,
+    /// `packs/XX`: packed history, in 256 shards.
+    Packs(u8),
     /// `quarantine`: what healing replaced.
     Quarantine,
     /// `tmp`: what is not finished; emptied at mount.
@@ -67,6 +69,7 @@ impl PrivateDir {
                 vec![root, name("preserved"), name(&format!("{shard:02x}"))]
             }
             PrivateDir::Undo => vec![root, name("undo")],
+            PrivateDir::Packs(shard) => vec![root, name("packs"), name(&format!("{shard:02x}"))],
             PrivateDir::Quarantine => vec![root, name("quarantine")],
             PrivateDir::Tmp => vec![root, name("tmp")],
         })
