@@ -30,7 +30,7 @@ mod sweep;
 mod tests;
 mod xattr;
 
-pub use self::packed::{PackRow, WaitingContent};
+pub use self::packed::{PackRow, WaitingContent, Whereabouts};
 pub use self::retain::Sweep;
 pub use self::sweep::SweepStep;
 

@@ -13,6 +13,7 @@
 pub mod chunker;
 mod extents;
 pub mod pack;
+pub mod packer;
 pub mod packs;
 pub mod ranges;
 pub mod undo;
@@ -22,22 +23,29 @@ use std::sync::Arc;
 
 use lru::LruCache;
 use parking_lot::Mutex;
+use rustix::io::Errno;
 
 pub use extents::{Extent, Extents, Place};
 
-use crate::catalog::{Base, Catalog, Change, UndoFile, UndoPlace, UndoRow};
-use crate::error::Result;
+use crate::catalog::{Base, Catalog, Change, UndoFile, UndoPlace, UndoRow, Whereabouts};
+use crate::error::{Error, Result};
 use crate::replica::backing::{Access, Backing, Creds, Handle, Seek};
 use crate::replica::{Handles, PrivateDir, ReplicaSet};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
+use packs::{PackStore, PlacedRecipe};
 use ranges::ByteRange;
 use undo::UndoLog;
 
 /// Owner of what the daemon makes for itself: root's, or the mounter's own, with no umask.
 pub const OWN: Creds = Creds::DAEMON;
+/// Clones of at least this size stay as they are: they share the blocks that did not change since,
+/// which no pack could.
+const CLONE_BYTES_MIN: u64 = 1 << 20;
 /// Resolved extent maps kept in memory. One of a database with many changed pages is some MiB.
 const EXTENT_MAPS_MAX: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");
+/// Recipes kept in memory. One of a content of 1 GiB is some MiB.
+const RECIPES_MAX: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
 /// Before-images are taken in blocks of this size: what filesystems and databases write at least.
 const BLOCK_BYTES: u64 = 4096;
 /// The most bytes of a before-image held in memory at once.
@@ -48,7 +56,10 @@ type StampedMap = (u64, Arc<Extents>);
 
 /// The preserved contents and before-images of a mounted store.
 pub struct History {
+    store: uuid::Uuid,
     undo: UndoLog,
+    packs: PackStore,
+    recipes: Mutex<LruCache<ContentId, Arc<PlacedRecipe>>>,
     maps: Mutex<LruCache<(NodeId, ContentId), StampedMap>>,
     reflink: bool,
 }
@@ -75,10 +86,13 @@ pub fn parse_preserved_name(name: &EntryName) -> Option<(NodeId, ContentId)> {
 }
 
 impl History {
-    /// Opens the history of a store whose replicas agree.
-    pub fn open(replicas: &ReplicaSet) -> Result<History> {
+    /// Opens the history of the store `store`, whose replicas agree.
+    pub fn open(replicas: &ReplicaSet, store: uuid::Uuid) -> Result<History> {
         Ok(History {
+            store,
             undo: UndoLog::open(replicas)?,
+            packs: PackStore::new(store),
+            recipes: Mutex::new(LruCache::new(RECIPES_MAX)),
             maps: Mutex::new(LruCache::new(EXTENT_MAPS_MAX)),
             reflink: all_can_reflink(replicas)?,
         })
@@ -95,6 +109,7 @@ impl History {
         file: &Handles,
         range: ByteRange,
     ) -> Result<()> {
+        let _pin = self.undo.pin();
         let mut rows = Vec::new();
         let mut at = range.start;
         while at < range.end {
@@ -134,6 +149,7 @@ impl History {
         replicas: &ReplicaSet,
         catalog: &Catalog,
         of: (NodeId, ContentId),
+        size: u64,
         file: &Handles,
     ) -> Result<bool> {
         if !self.reflink {
@@ -149,7 +165,9 @@ impl History {
             b.clone_file(file.get(id)?, &clone)?;
             b.sync(&clone, true)
         })?;
-        catalog.push(vec![Change::ContentPreserved { id: content, cloned: true }])?;
+        // A small one is packed as any other: it costs less so than as a file.
+        let cloned = size >= CLONE_BYTES_MIN;
+        catalog.push(vec![Change::ContentPreserved { id: content, cloned }])?;
         Ok(true)
     }
 
@@ -181,6 +199,28 @@ impl History {
     /// Forgets the extent maps: what they point at has moved.
     pub fn forget_maps(&self) {
         self.maps.lock().clear();
+        self.recipes.lock().clear();
+    }
+
+    /// The chunk store.
+    pub fn packs(&self) -> &PackStore {
+        &self.packs
+    }
+
+    /// The undo log.
+    pub fn undo(&self) -> &UndoLog {
+        &self.undo
+    }
+
+    /// The recipe of a packed content or stream.
+    fn recipe(&self, catalog: &Catalog, id: ContentId) -> Result<Arc<PlacedRecipe>> {
+        if let Some(recipe) = self.recipes.lock().get(&id) {
+            return Ok(recipe.clone());
+        }
+        let recipe = catalog.recipe(id)?.ok_or(Error::Posix(Errno::IO))?;
+        let recipe = Arc::new(PlacedRecipe::from(recipe));
+        self.recipes.lock().put(id, recipe.clone());
+        Ok(recipe)
     }
 
     /// Reads a piece of a before-image.
@@ -200,43 +240,54 @@ impl History {
     /// Reads a piece of a packed content or stream of before-images.
     pub fn read_packed(
         &self,
-        _replicas: &ReplicaSet,
-        _catalog: &Catalog,
-        _id: ContentId,
-        _offset: u64,
-        _buffer: &mut [u8],
+        replicas: &ReplicaSet,
+        catalog: &Catalog,
+        id: ContentId,
+        offset: u64,
+        buffer: &mut [u8],
     ) -> Result<()> {
-        Err(crate::error::Error::Posix(rustix::io::Errno::IO))
+        self.packs.read(replicas, &*self.recipe(catalog, id)?, offset, buffer)
     }
 
     /// Whether data or a hole begins at `at` of a packed content, and where it ends (at most
     /// `limit`).
     pub fn packed_run(
         &self,
-        _catalog: &Catalog,
-        _id: ContentId,
-        _at: u64,
+        catalog: &Catalog,
+        id: ContentId,
+        at: u64,
         limit: u64,
     ) -> Result<(bool, u64)> {
-        Ok((true, limit))
+        Ok(self.recipe(catalog, id)?.run(at, limit))
     }
 
     /// Finds again what an unclean end left unrecorded: before-images whose rows and whole contents
     /// whose marks were not committed yet. To be called before the live tree is compared.
     pub fn recover(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
         undo::recover(replicas, catalog)?;
+        remove_orphan_packs(replicas, catalog)?;
         for shard in 0..=255 {
             let dir = replicas.private(PrivateDir::Preserved(shard))?;
             let names = replicas.read("list", |id, b| b.list(dir.get(id)?))?;
             let mut found = Vec::new();
             for entry in names {
                 let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
-                let known = catalog.content_size(content)?.is_some();
-                let wanted = if known {
-                    catalog.is_preserved(content)? == Some(false)
-                } else {
-                    is_uncommitted(catalog, node, content)?
+                let whereabouts = catalog.whereabouts(content)?;
+                let known = whereabouts == Whereabouts::Chained;
+                let (wanted, useless) = match whereabouts {
+                    Whereabouts::Chained => (true, false),
+                    Whereabouts::Preserved => (false, false),
+                    Whereabouts::Elsewhere => (false, true),
+                    Whereabouts::Unknown => (is_uncommitted(catalog, node, content)?, false),
+                    Whereabouts::Forgotten => {
+                        let uncommitted = is_uncommitted(catalog, node, content)?;
+                        (uncommitted, !uncommitted)
+                    }
                 };
+                if useless {
+                    // Packed, or forgotten: we died before the original was removed.
+                    remove_leftover(replicas, &dir, &entry.name)?;
+                }
                 if !wanted || is_live_link(replicas, catalog, node, &dir, &entry.name)? {
                     continue;
                 }
@@ -254,6 +305,26 @@ impl History {
         }
         Ok(())
     }
+}
+
+/// Removes packs that were written and never recorded.
+fn remove_orphan_packs(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
+    let packs = PackStore::new(uuid::Uuid::nil());
+    let known: std::collections::HashSet<_> =
+        catalog.packs()?.into_iter().map(|pack| pack.id).collect();
+    for id in packs.list(replicas)?.into_iter().filter(|id| !known.contains(id)) {
+        packs.remove(replicas, id)?;
+        log::info!("history: removed the pack {id}, which was never recorded");
+    }
+    Ok(())
+}
+
+fn remove_leftover(replicas: &ReplicaSet, dir: &Handles, name: &EntryName) -> Result<()> {
+    replicas.apply("remove", |id, b| match b.unlink(dir.get(id)?, name) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        answer => answer,
+    })?;
+    Ok(())
 }
 
 /// Whether a content that the catalog does not know was sealed just before the end: its seal was
@@ -277,10 +348,7 @@ fn is_live_link(
     if links < 2 || catalog.node(node)?.is_none() {
         return Ok(false);
     }
-    replicas.apply("unlink", |id, b| match b.unlink(dir.get(id)?, name) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        answer => answer,
-    })?;
+    remove_leftover(replicas, dir, name)?;
     Ok(true)
 }
 

@@ -151,6 +151,13 @@ pub fn raise_nofile_limit() -> u64 {
     limit.maximum.unwrap_or(u64::MAX)
 }
 
+/// Makes this thread the last one to get the processor, and with it, unless told otherwise, the
+/// disks (`setpriority(2)`, `ioprio_set(2)`: the I/O priority follows the nice value).
+pub fn be_idle() {
+    // Fails for no reason that matters: the work is then done at normal priority.
+    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 19);
+}
+
 /// Reads at `offset` until `buffer` is full or the file ends; the count tells which.
 pub fn read_full_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;

@@ -96,6 +96,11 @@ impl ContentId {
     pub const EMPTY: ContentId = ContentId(0);
 }
 
+impl ChunkId {
+    /// In a recipe: no chunk, but a hole.
+    pub const HOLE: ChunkId = ChunkId(0);
+}
+
 impl XattrSetId {
     /// No extended attributes.
     pub const NONE: XattrSetId = XattrSetId(0);

@@ -16,12 +16,15 @@
 mod attributes;
 mod content;
 mod files;
+mod maintain;
 mod namespace;
 pub mod nodes;
+mod same;
 mod seal;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard, RwLock};
@@ -36,6 +39,7 @@ use crate::store::Store;
 use crate::types::{EntryName, Generation, NodeId, PRIVATE_DIR, RelPath, Timestamp};
 
 pub use attributes::{Changes, Privileges};
+use maintain::Maintenance;
 pub use namespace::Newborn;
 use nodes::{Node, Nodes, State};
 
@@ -51,11 +55,17 @@ pub struct VolumeOptions {
     pub idle_seal: Duration,
     /// How often the housekeeping looks.
     pub housekeeping: Duration,
+    /// What is preserved is packed at least so long after the last packing.
+    pub pack_after: Duration,
 }
 
 impl Default for VolumeOptions {
     fn default() -> VolumeOptions {
-        VolumeOptions { idle_seal: Duration::from_secs(30), housekeeping: Duration::from_secs(1) }
+        VolumeOptions {
+            idle_seal: Duration::from_secs(30),
+            housekeeping: Duration::from_secs(1),
+            pack_after: Duration::from_secs(60),
+        }
     }
 }
 
@@ -81,7 +91,9 @@ pub struct Volume {
     unsealed: Mutex<HashMap<NodeId, Arc<Node>>>,
     /// Directories whose times changed since they were recorded.
     stale_dirs: Mutex<HashSet<NodeId>>,
-    housekeeper: Mutex<Option<Housekeeper>>,
+    housekeepers: Mutex<Vec<Housekeeper>>,
+    maintenance: Mutex<Maintenance>,
+    stopping: AtomicBool,
 }
 
 struct Housekeeper {
@@ -122,7 +134,7 @@ pub struct VolumeStatus {
 impl Volume {
     /// Takes a store that was opened and begins to serve it.
     pub fn open(store: Store, options: VolumeOptions) -> Result<Arc<Volume>> {
-        let history = History::open(&store.replicas)?;
+        let history = History::open(&store.replicas, store.uuid)?;
         let volume = Arc::new(Volume {
             history,
             nodes: Nodes::with_root(),
@@ -132,7 +144,9 @@ impl Volume {
             tree: RwLock::new(()),
             unsealed: Mutex::default(),
             stale_dirs: Mutex::default(),
-            housekeeper: Mutex::new(None),
+            housekeepers: Mutex::default(),
+            maintenance: Mutex::new(Maintenance::new()),
+            stopping: AtomicBool::new(false),
             store,
         });
         // Before a change that a replica missed is acknowledged, the others have it on record that
@@ -146,14 +160,19 @@ impl Volume {
             }
         }));
         volume.ensure_root()?;
-        *volume.housekeeper.lock() = Some(Housekeeper::start(&volume)?);
+        let housekeepers = [
+            Housekeeper::start(&volume, "rv-housekeeping", housekeep)?,
+            Housekeeper::start(&volume, "rv-maintenance", maintain::run)?,
+        ];
+        volume.housekeepers.lock().extend(housekeepers);
         Ok(volume)
     }
 
     /// Seals and commits everything, durably, and marks the store clean. The volume is of no use
     /// after.
     pub fn close(&self) -> Result<()> {
-        if let Some(housekeeper) = self.housekeeper.lock().take() {
+        self.stopping.store(true, Ordering::Relaxed);
+        for housekeeper in std::mem::take(&mut *self.housekeepers.lock()) {
             drop(housekeeper.stop);
             let _ = housekeeper.thread.join();
         }
@@ -370,25 +389,31 @@ impl Volume {
 }
 
 impl Housekeeper {
-    fn start(volume: &Arc<Volume>) -> Result<Housekeeper> {
+    /// Starts a thread that works until its channel is disconnected.
+    fn start(
+        volume: &Arc<Volume>,
+        name: &str,
+        work: fn(&Weak<Volume>, &crossbeam_channel::Receiver<()>),
+    ) -> Result<Housekeeper> {
         let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
         let weak = Arc::downgrade(volume);
-        let every = volume.options.housekeeping;
         let thread = std::thread::Builder::new()
-            .name("rv-housekeeping".into())
-            .spawn(move || {
-                // A disconnect is the signal to stop; nothing is ever sent.
-                while let Err(crossbeam_channel::RecvTimeoutError::Timeout) =
-                    stopped.recv_timeout(every)
-                {
-                    let Some(volume) = weak.upgrade() else { return };
-                    if let Err(error) = volume.housekeep() {
-                        log::error!("housekeeping: {error}");
-                    }
-                }
-            })
+            .name(name.into())
+            .spawn(move || work(&weak, &stopped))
             .map_err(Error::from_io)?;
         Ok(Housekeeper { stop, thread })
+    }
+}
+
+/// The thread of what is done now and then.
+fn housekeep(volume: &Weak<Volume>, stopped: &crossbeam_channel::Receiver<()>) {
+    let Some(every) = volume.upgrade().map(|volume| volume.options.housekeeping) else { return };
+    // A disconnect is the signal to stop; nothing is ever sent.
+    while let Err(crossbeam_channel::RecvTimeoutError::Timeout) = stopped.recv_timeout(every) {
+        let Some(volume) = volume.upgrade() else { return };
+        if let Err(error) = volume.housekeep() {
+            log::error!("housekeeping: {error}");
+        }
     }
 }
 

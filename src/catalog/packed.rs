@@ -10,7 +10,7 @@ use super::overlay::Bytes;
 use super::schema::{ContentState, HeadRow, undo_row, unsigned};
 use super::{Catalog, ChunkPlace, ChunkRow, PackChange, Recipe, UndoRow};
 use crate::error::Result;
-use crate::types::{ChunkId, ContentId, NodeId, PackId};
+use crate::types::{ChunkId, ContentId, Kind, NodeId, PackId};
 
 /// A pack as the catalog knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,21 @@ pub struct PackRow {
     pub live: u64,
     /// BLAKE3 of the file, without its trailer's own hash.
     pub hash: [u8; 32],
+}
+
+/// Where a content lies as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// Nowhere: it is reached through others.
+    Chained,
+    /// In `preserved/`.
+    Preserved,
+    /// Packed, or it is the same as another.
+    Elsewhere,
+    /// It was forgotten: newer ones are known.
+    Forgotten,
+    /// It was never recorded.
+    Unknown,
 }
 
 /// A preserved content that waits to be packed.
@@ -45,7 +60,10 @@ impl Catalog {
             let Some(parts) = recipe_parts(db, id)? else { return Ok(None) };
             let sql = format!("SELECT {CHUNK_COLUMNS} FROM chunk WHERE id = ?1");
             let mut statement = db.prepare_cached(&sql)?;
-            let chunks = parts.iter().map(|(id, _)| statement.query_row(params![id], chunk_row));
+            let chunks = parts.iter().map(|&(id, length)| match id {
+                ChunkId::HOLE => Ok(hole(length)),
+                id => statement.query_row(params![id], chunk_row),
+            });
             Ok(Some(Recipe { chunks: chunks.collect::<rusqlite::Result<_>>()? }))
         })
     }
@@ -75,6 +93,36 @@ impl Catalog {
                 Ok(WaitingContent { id: row.get(0)?, node: row.get(1)?, size: unsigned(row, 2)? })
             })?;
             rows.collect()
+        })
+    }
+
+    /// The live file that took a preserved content's place and has its size: the node's own, or
+    /// that under the node's last name; with its content.
+    pub fn successor(&self, of: &WaitingContent) -> Result<Option<(NodeId, ContentId)>> {
+        self.settle_pending()?;
+        self.shared.read_at_once(|db| {
+            let live = "SELECT id, content FROM node WHERE id = ?1 AND size = ?2 AND kind = ?3 \
+                        AND content > 0 AND content <> ?4";
+            let file_of = |node: NodeId| {
+                let values = params![node, of.size as i64, Kind::File, of.id];
+                db.prepare_cached(live)?
+                    .query_row(values, |row| Ok((row.get(0)?, row.get(1)?)))
+                    .optional()
+            };
+            let alive =
+                db.prepare_cached("SELECT 1 FROM node WHERE id = ?1")?.exists(params![of.node])?;
+            if alive {
+                return file_of(of.node);
+            }
+            let heir: Option<NodeId> = db
+                .prepare_cached(
+                    "SELECT e.node FROM entry_h h JOIN entry e \
+                     ON e.parent = h.parent AND e.name = h.name \
+                     WHERE h.node = ?1 ORDER BY h.died DESC LIMIT 1",
+                )?
+                .query_row(params![of.node], |row| row.get(0))
+                .optional()?;
+            heir.map_or(Ok(None), file_of)
         })
     }
 
@@ -128,16 +176,28 @@ impl Catalog {
         })
     }
 
-    /// Whether a content lies in `preserved/`; `None` for one that the catalog does not know.
-    pub fn is_preserved(&self, content: ContentId) -> Result<Option<bool>> {
+    /// Where the catalog takes a content to lie as a whole.
+    pub fn whereabouts(&self, content: ContentId) -> Result<Whereabouts> {
         self.settle_pending()?;
         self.shared.read(|db| {
             let state: Option<i64> = db
                 .prepare_cached("SELECT state FROM content WHERE id = ?1")?
                 .query_row(params![content], |row| row.get(0))
                 .optional()?;
-            let whole = [ContentState::Preserved as i64, ContentState::Cloned as i64];
-            Ok(state.map(|state| whole.contains(&state)))
+            let newest: Option<ContentId> =
+                db.query_row("SELECT max(id) FROM content", [], |row| row.get(0))?;
+            let is = |state: i64, other: ContentState| state == other as i64;
+            Ok(match state {
+                None if newest.is_some_and(|newest| content < newest) => Whereabouts::Forgotten,
+                None => Whereabouts::Unknown,
+                Some(0) => Whereabouts::Chained,
+                Some(state)
+                    if is(state, ContentState::Preserved) || is(state, ContentState::Cloned) =>
+                {
+                    Whereabouts::Preserved
+                }
+                Some(_) => Whereabouts::Elsewhere,
+            })
         })
     }
 }
@@ -281,6 +341,9 @@ pub(super) fn forget_recipe(db: &Connection, id: ContentId) -> rusqlite::Result<
 }
 
 fn count_use(db: &Connection, chunk: ChunkId, by: i64) -> rusqlite::Result<()> {
+    if chunk == ChunkId::HOLE {
+        return Ok(());
+    }
     let (refs, pack, stored): (i64, PackId, i64) = db
         .prepare_cached(
             "UPDATE chunk SET refs = refs + ?2 WHERE id = ?1 RETURNING refs, pack, stored",
@@ -355,6 +418,12 @@ fn decode(body: &[u8]) -> Option<Vec<(ChunkId, u32)>> {
         chunks.push((ChunkId(id), u32::try_from(next()?).ok()?));
     }
     (encode(&chunks) == body).then_some(chunks)
+}
+
+/// What stands for a hole in a recipe.
+fn hole(length: u32) -> ChunkRow {
+    let place = ChunkPlace { pack: PackId(0), frame: 0, at: 0 };
+    ChunkRow { id: ChunkId::HOLE, hash: [0; 32], place, length, stored: 0 }
 }
 
 fn key(hash: &[u8; 32]) -> i64 {

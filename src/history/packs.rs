@@ -28,7 +28,7 @@ use crate::history::OWN;
 use crate::history::pack::{Flaw, Frame, Pack};
 use crate::replica::backing::{Backing, Handle, RenameMode};
 use crate::replica::{PrivateDir, ReplicaSet};
-use crate::types::{EntryName, PackId, ReplicaId};
+use crate::types::{ChunkId, EntryName, PackId, ReplicaId};
 
 use cache::{Found, FrameCache};
 use heal::Damage;
@@ -72,6 +72,24 @@ impl PlacedRecipe {
     /// Bytes of the content.
     pub fn size(&self) -> u64 {
         self.ends.last().copied().unwrap_or(0)
+    }
+
+    /// Whether data or a hole begins at `at`, and where it ends (at most `limit`).
+    pub fn run(&self, at: u64, limit: u64) -> (bool, u64) {
+        let first = self.index_at(at);
+        let is_data = |index: usize| self.chunks[index].id != ChunkId::HOLE;
+        let Some(data) = (first < self.chunks.len()).then(|| is_data(first)) else {
+            return (false, limit);
+        };
+        let same = (first..self.chunks.len()).take_while(|&index| is_data(index) == data);
+        let mut end = at;
+        for index in same {
+            end = self.ends[index];
+            if end >= limit {
+                break;
+            }
+        }
+        (data, end.min(limit))
     }
 
     /// The index of the chunk that has the byte at `offset`.
@@ -227,6 +245,14 @@ impl PackStore {
         let mut filled = 0;
         while filled < buffer.len() {
             let row = &recipe.chunks[index];
+            if row.id == ChunkId::HOLE {
+                let count =
+                    ((recipe.ends[index] - offset) as usize - filled).min(buffer.len() - filled);
+                buffer[filled..filled + count].fill(0);
+                filled += count;
+                index += 1;
+                continue;
+            }
             let frame = self.frame(replicas, row)?;
             let chunk = self.chunk(&frame, row)?;
             let begin = recipe.ends[index] - u64::from(row.length);
@@ -285,7 +311,7 @@ impl PackStore {
         let mut keys = Vec::with_capacity(AHEAD_FRAMES);
         for row in &recipe.chunks[recipe.index_at(offset)..] {
             let key = (row.place.pack, row.place.frame);
-            if keys.contains(&key) {
+            if row.id == ChunkId::HOLE || keys.contains(&key) {
                 continue;
             }
             if keys.len() == AHEAD_FRAMES {

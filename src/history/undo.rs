@@ -16,21 +16,24 @@
 //! A catalog row points at the data. If we die before the row is committed, the record itself tells
 //! all that the row would say, and [`recover`] adds the row.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
 
 use crate::catalog::{Catalog, Change, UndoFile, UndoPlace, UndoRow};
 use crate::error::{Error, Result};
-use crate::replica::backing::Access;
+use crate::replica::backing::{Access, Backing, Handle};
 use crate::replica::{Handles, PrivateDir, ReplicaSet};
 use crate::types::{ContentId, EntryName, NodeId};
+
+use super::ranges::ByteRange;
 
 const MAGIC: [u8; 4] = *b"RVU1";
 const HEADER_BYTES: usize = 64;
 const RECORD_ALIGN: u64 = 64;
 /// A new segment is begun at this size, so that space can be given back by removing whole files.
-const SEGMENT_BYTES_MAX: u64 = 64 << 20;
+const SEGMENT_BYTES_MAX: u64 = 16 << 20;
 /// No record's data is longer; a longer length in a header is garbage.
 const DATA_BYTES_MAX: u32 = 4 << 20;
 
@@ -39,6 +42,26 @@ pub struct UndoLog {
     tail: Mutex<Tail>,
     synced: Mutex<Synced>,
     synced_more: Condvar,
+    /// By segment, how many appenders began with it whose rows are not in the catalog yet.
+    pins: Mutex<BTreeMap<u64, usize>>,
+}
+
+/// While it lives, no segment that the appender may have written to is complete.
+pub struct Pin<'a> {
+    log: &'a UndoLog,
+    segment: u64,
+}
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        let mut pins = self.log.pins.lock();
+        if let Some(count) = pins.get_mut(&self.segment) {
+            *count -= 1;
+            if *count == 0 {
+                pins.remove(&self.segment);
+            }
+        }
+    }
 }
 
 struct Tail {
@@ -127,7 +150,95 @@ impl UndoLog {
             tail: Mutex::new(tail),
             synced: Mutex::default(),
             synced_more: Condvar::new(),
+            pins: Mutex::default(),
         })
+    }
+
+    /// To be held from before an append until its row is pushed.
+    pub fn pin(&self) -> Pin<'_> {
+        let mut pins = self.pins.lock();
+        let segment = self.tail.lock().segment;
+        *pins.entry(segment).or_default() += 1;
+        Pin { log: self, segment }
+    }
+
+    /// Ends the open segment, so that it can be packed. Later appends begin a new one.
+    pub fn rotate(&self, replicas: &ReplicaSet) -> Result<()> {
+        let mut tail = self.tail.lock();
+        if let Some(full) = tail.files.take() {
+            replicas.apply("fsync", |id, b| b.sync(full.get(id)?, true))?;
+            tail.segment += 1;
+            tail.end = 0;
+        }
+        Ok(())
+    }
+
+    /// Bytes in the open segment.
+    pub fn open_bytes(&self) -> u64 {
+        self.tail.lock().end
+    }
+
+    /// The segments that nobody appends to any more, all of whose rows are in the catalog.
+    pub fn complete(&self, replicas: &ReplicaSet) -> Result<Vec<u64>> {
+        // Whoever begins to append after this look does so to the tail or a later segment.
+        let tail = self.tail.lock().segment;
+        let first = self.pins.lock().keys().next().copied().unwrap_or(tail).min(tail);
+        let mut all = segments(replicas)?;
+        all.retain(|&segment| segment < first);
+        Ok(all)
+    }
+
+    /// Removes a segment that no row points to.
+    pub fn remove(&self, replicas: &ReplicaSet, segment: u64) -> Result<()> {
+        let dir = replicas.private(PrivateDir::Undo)?;
+        let name = segment_name(segment);
+        replicas.apply("remove", |id, b| match b.unlink(dir.get(id)?, &name) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            answer => answer,
+        })?;
+        Ok(())
+    }
+
+    /// The bytes of before-images in a segment, each from a replica on which its record is whole;
+    /// `None` for one that no replica has so.
+    pub fn load(
+        &self,
+        replicas: &ReplicaSet,
+        segment: u64,
+        rows: &[UndoRow],
+    ) -> Result<Vec<Option<Vec<u8>>>> {
+        let mut images = vec![None; rows.len()];
+        for id in replicas.online().collect::<Vec<_>>() {
+            if images.iter().all(Option::is_some) {
+                break;
+            }
+            let backing = replicas.get(id).backing();
+            let read = || -> std::io::Result<Vec<u8>> {
+                let dir = replicas.private(PrivateDir::Undo).map_err(|e| e.to_errno())?;
+                read_segment(backing, dir.get(id)?, segment)
+            };
+            let path = replicas.get(id).path.display();
+            let bytes = match read() {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    log::warn!("{path}: undo segment {segment} cannot be read: {error}");
+                    continue;
+                }
+            };
+            let whole = records(&bytes);
+            for (row, image) in rows.iter().zip(&mut images).filter(|(_, image)| image.is_none()) {
+                let Some(at) = row.at else { continue };
+                let range = ByteRange::new(at.offset, row.length);
+                let record = whole.range(..=range.start).next_back();
+                if record.is_some_and(|(_, (end, _))| range.end <= *end) {
+                    *image = Some(bytes[range.start as usize..range.end as usize].to_vec());
+                }
+            }
+            if images.iter().any(Option::is_none) {
+                log::warn!("{path}: undo segment {segment} is damaged");
+            }
+        }
+        Ok(images)
     }
 
     /// Appends the bytes that a content has at `offset`, on every replica. Not durable yet.
@@ -229,29 +340,39 @@ impl UndoLog {
     }
 }
 
-/// Adds the rows of records that no commit knows. A torn record is one whose overwrite never began,
-/// so it is passed over; the scan goes on at the next multiple of 64.
+/// All of a segment on one replica.
+fn read_segment(b: &dyn Backing, dir: &Handle, segment: u64) -> std::io::Result<Vec<u8>> {
+    let file = b.open_file(dir, &segment_name(segment), Access::Read)?;
+    let mut bytes = vec![0; b.stat(&file)?.size as usize];
+    let got = b.read_at(&file, &mut bytes, 0)?;
+    bytes.truncate(got);
+    Ok(bytes)
+}
+
+/// The whole records of a segment: by where their data begins, where it ends and what it is. A torn
+/// one is passed over; the scan goes on at the next multiple of 64.
+fn records(bytes: &[u8]) -> BTreeMap<u64, (u64, UndoRow)> {
+    let mut whole = BTreeMap::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        let Some((row, used)) = decode(&bytes[at..]) else {
+            at += RECORD_ALIGN as usize;
+            continue;
+        };
+        whole.insert((at + HEADER_BYTES) as u64, ((at + used) as u64, row));
+        at = (at + used).next_multiple_of(RECORD_ALIGN as usize);
+    }
+    whole
+}
+
+/// Adds the rows of records that no commit knows. A torn record is one whose overwrite never began.
 pub fn recover(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
     let dir = replicas.private(PrivateDir::Undo)?;
     let mut found = 0;
     for segment in segments(replicas)? {
-        let name = segment_name(segment);
-        let bytes = replicas.read("undo", |id, b| {
-            let file = b.open_file(dir.get(id)?, &name, Access::Read)?;
-            let mut bytes = vec![0; b.stat(&file)?.size as usize];
-            let got = b.read_at(&file, &mut bytes, 0)?;
-            bytes.truncate(got);
-            Ok(bytes)
-        })?;
-        let mut at = 0;
-        while at < bytes.len() {
-            let Some((mut row, used)) = decode(&bytes[at..]) else {
-                at += RECORD_ALIGN as usize;
-                continue;
-            };
-            let offset = (at + HEADER_BYTES) as u64;
+        let bytes = replicas.read("undo", |id, b| read_segment(b, dir.get(id)?, segment))?;
+        for (offset, (_, mut row)) in records(&bytes) {
             row.at = Some(UndoPlace { file: UndoFile::Segment(segment), offset });
-            at = (at + used).next_multiple_of(RECORD_ALIGN as usize);
             if needs_row(catalog, &row)? {
                 catalog.push(vec![Change::UndoAdd(row)])?;
                 found += 1;

@@ -265,7 +265,7 @@ impl Volume {
         // An orphan is itself the file under which its last content is preserved.
         let cloned = untouched
             && !state.orphan
-            && self.history.clone_whole(replicas, self.catalog(), of, &handles)?;
+            && self.history.clone_whole(replicas, self.catalog(), of, whole.end, &handles)?;
         if cloned {
             let open = state.open.as_mut().expect("as above");
             open.saved.insert(whole);

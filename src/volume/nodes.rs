@@ -115,6 +115,11 @@ impl Node {
         self.state.lock()
     }
 
+    /// Locks the node unless an operation has it.
+    pub fn try_lock(&self) -> Option<MutexGuard<'_, State>> {
+        self.state.try_lock()
+    }
+
     /// Counts one more lookup by the kernel. The caller holds an `Arc` of the node.
     pub fn looked_up(&self) {
         self.lookups.fetch_add(1, Ordering::Relaxed);

@@ -1,0 +1,443 @@
+//! The packer: what is preserved becomes chunks in packs.
+//!
+//! The order is the contract. Chunks are collected into a pack, which is written to every replica
+//! and synced; the catalog learns of the pack and its chunks; once it also knows, durably, the
+//! recipes that use them, and only then, the originals are removed. Dead at any step, either the
+//! originals count and the packs are orphans or hold chunks that nobody uses, or the recipes count
+//! and the originals are leftovers. Recovery and the sweep remove either.
+//!
+//! One thread at a time packs, repacks and sweeps, so a chunk that is found stays while it is
+//! wanted.
+
+use std::collections::{HashMap, HashSet};
+
+use super::chunker::{Chunker, cut_fixed};
+use super::pack::PackBuilder;
+use super::{Extents, History, Place, preserved_dir, preserved_name, run_at};
+use crate::catalog::{
+    Base, Catalog, Change, ChunkRow, Durability, ForgetChange, PackChange, UndoRow, WaitingContent,
+};
+use crate::error::{Error, Result};
+use crate::replica::ReplicaSet;
+use crate::types::{ChunkId, ContentId, NodeId};
+
+/// Contents are packed in runs of about this many bytes; after each the originals go.
+const RUN_BYTES: u64 = 64 << 20;
+/// Contents that one run takes at most.
+const RUN_CONTENTS: usize = 4096;
+/// Streams of before-images end at about this many bytes: what is to stay of one keeps all of it.
+const STREAM_BYTES: u64 = 1 << 20;
+/// The longest hole that one part of a recipe stands for.
+const HOLE_BYTES_MAX: u64 = 1 << 30;
+/// A pack is copied when less than this share of it is in use, in percent.
+const REPACK_PERCENT: u64 = 60;
+/// Packs smaller than this are joined when there are [`JOIN_COUNT`] of them.
+const JOIN_BYTES: u64 = 1 << 20;
+const JOIN_COUNT: usize = 16;
+
+/// Called after each step of the order above, by its name. An error ends the work there, as death
+/// would: tests use it.
+pub type Step<'a> = &'a (dyn Fn(&str) -> Result<()> + Sync);
+
+/// What is to be done with a preserved content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// It is to be packed.
+    Pack,
+    /// Its file is in use as such.
+    Wait,
+    /// The catalog was told that it has the bytes of another content.
+    Same,
+}
+
+/// What a run did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Packed {
+    /// How many contents and before-images are packed now.
+    pub count: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Nothing more waits.
+    pub done: bool,
+}
+
+/// The work on one store.
+pub struct Packer<'a> {
+    history: &'a History,
+    replicas: &'a ReplicaSet,
+    catalog: &'a Catalog,
+    step: Step<'a>,
+    builder: Option<PackBuilder>,
+    /// The chunks of the pack that is being built, in its order.
+    building: Vec<ChunkId>,
+    /// The chunks of this run by their hashes: the catalog may not know them yet.
+    fresh: HashMap<[u8; 32], ChunkId>,
+}
+
+impl<'a> Packer<'a> {
+    /// Begins work on a store.
+    pub fn new(
+        history: &'a History,
+        replicas: &'a ReplicaSet,
+        catalog: &'a Catalog,
+        step: Step<'a>,
+    ) -> Packer<'a> {
+        Packer {
+            history,
+            replicas,
+            catalog,
+            step,
+            builder: None,
+            building: Vec::new(),
+            fresh: HashMap::new(),
+        }
+    }
+
+    /// Packs preserved contents after `after`, one run of them, as far as `claim` lets it. Returns
+    /// where the next run goes on, and what was done.
+    pub fn contents(
+        &mut self,
+        after: ContentId,
+        claim: &mut dyn FnMut(&WaitingContent) -> Result<Claim>,
+    ) -> Result<(ContentId, Packed)> {
+        let waiting = self.catalog.waiting_contents(after, RUN_CONTENTS)?;
+        let mut packed = Packed { done: waiting.len() < RUN_CONTENTS, ..Packed::default() };
+        let (mut run, mut same) = (Vec::new(), Vec::new());
+        let mut last = after;
+        for content in waiting {
+            if packed.bytes >= RUN_BYTES {
+                packed.done = false;
+                break;
+            }
+            last = content.id;
+            match claim(&content)? {
+                Claim::Wait => {}
+                Claim::Same => same.push(content),
+                Claim::Pack => {
+                    packed.bytes += content.size;
+                    run.push(content);
+                }
+            }
+        }
+        // Versions of one file beside each other compress together.
+        run.sort_unstable_by_key(|content| (content.node, content.id));
+        let mut changes = Vec::new();
+        let mut originals = Vec::new();
+        for content in &run {
+            match self.content(content, &mut changes) {
+                Ok(()) => originals.push(content),
+                Err(error) if error.is(rustix::io::Errno::NOSPC) => return Err(error),
+                Err(error) => {
+                    let (id, node) = (content.id, content.node);
+                    log::error!("content {id} of node {node} cannot be packed: {error}");
+                }
+            }
+        }
+        packed.count = originals.len() as u64;
+        self.record(changes)?;
+        for content in originals.into_iter().chain(&same) {
+            self.history.remove_preserved(self.replicas, content.node, content.id)?;
+            (self.step)("an original was removed")?;
+        }
+        Ok((last, packed))
+    }
+
+    /// Cuts and adds one content.
+    fn content(&mut self, content: &WaitingContent, changes: &mut Vec<Change>) -> Result<()> {
+        let sources = self.catalog.sources(content.node, content.id)?;
+        let of = Base::Preserved { node: content.node, content: content.id };
+        if sources.base != of {
+            return Err(Error::Refused("it lies elsewhere".into()));
+        }
+        let own: Vec<UndoRow> = sources.undo.clone();
+        let extents = Extents::resolve(content.size, sources);
+        let (on, file) = super::open_whole(self.replicas, content.node, content.id)?;
+        let (history, replicas, catalog) = (self.history, self.replicas, self.catalog);
+        let read_file = |at: u64, buffer: &mut [u8]| -> Result<()> {
+            replicas.read("read", |id, b| {
+                let other;
+                let file = if id == on {
+                    &file
+                } else {
+                    other = super::open_whole_on(replicas, id, content.node, content.id)?;
+                    &other
+                };
+                match b.read_at(file, buffer, at)? {
+                    got if got < buffer.len() => Err(std::io::Error::from_raw_os_error(libc::EIO)),
+                    _ => Ok(()),
+                }
+            })
+        };
+        let mut parts = Vec::new();
+        let mut at = 0;
+        while at < extents.size {
+            let run = extents.run(at, extents.size);
+            let (data, end) = match run.place {
+                Place::Hole => (false, run.range.end),
+                Place::Undo(_) => (true, run.range.end),
+                Place::Base => replicas.read("seek", |id, b| match id == on {
+                    true => run_at(b, &file, at, run.range.end),
+                    false => Ok((true, run.range.end)),
+                })?,
+            };
+            if !data {
+                push_hole(&mut parts, end - at);
+                at = end;
+                continue;
+            }
+            let read = |offset: u64, buffer: &mut [u8]| -> Result<usize> {
+                let from = at + offset;
+                match run.place {
+                    Place::Undo(place) => {
+                        let place = place.further(offset);
+                        history.read_undo(replicas, catalog, place, buffer)?;
+                    }
+                    _ => read_file(from, buffer)?,
+                }
+                Ok(buffer.len())
+            };
+            for chunk in Chunker::new(end - at, read) {
+                let (_, bytes) = chunk?;
+                parts.push((self.chunk(&bytes)?, bytes.len() as u32));
+            }
+            at = end;
+        }
+        changes.push(Change::Pack(PackChange::RecipeAdd { id: content.id, chunks: parts }));
+        changes.push(Change::Pack(PackChange::ContentPacked(content.id)));
+        // An orphan that was overwritten while it was open: the recipe has the old bytes.
+        changes.extend(own.iter().map(|row| {
+            let (node, content, offset) = (row.node, row.content, row.offset);
+            Change::Forget(ForgetChange::Undo { node, content, offset })
+        }));
+        Ok(())
+    }
+
+    /// Packs the before-images of all segments that are complete.
+    pub fn segments(&mut self) -> Result<Packed> {
+        let mut packed = Packed::default();
+        for segment in self.history.undo.complete(self.replicas)? {
+            let rows = self.catalog.segment_rows(segment)?;
+            if !rows.is_empty() {
+                let mut changes = Vec::new();
+                let images = self.history.undo.load(self.replicas, segment, &rows)?;
+                let mut first = 0;
+                while first < rows.len() {
+                    let mut bytes = Vec::new();
+                    let mut end = first;
+                    while end < rows.len() && (bytes.len() as u64) < STREAM_BYTES {
+                        if let Some(image) = &images[end] {
+                            bytes.extend_from_slice(image);
+                        }
+                        end += 1;
+                    }
+                    let part = rows[first..end].iter().zip(&images[first..end]);
+                    self.stream(&bytes, part, &mut changes)?;
+                    packed.count += (end - first) as u64;
+                    packed.bytes += bytes.len() as u64;
+                    first = end;
+                }
+                self.record(changes)?;
+            }
+            // What no replica has whole stays where it is.
+            if !self.catalog.needs_segment(segment)? {
+                self.history.undo.remove(self.replicas, segment)?;
+                (self.step)("a segment was removed")?;
+            }
+        }
+        packed.done = true;
+        Ok(packed)
+    }
+
+    fn stream<'r>(
+        &mut self,
+        bytes: &[u8],
+        rows: impl Iterator<Item = (&'r UndoRow, &'r Option<Vec<u8>>)>,
+        changes: &mut Vec<Change>,
+    ) -> Result<()> {
+        let stream = self.catalog.next_content();
+        let mut parts = Vec::new();
+        for range in cut_fixed(bytes) {
+            let chunk = &bytes[range];
+            parts.push((self.chunk(chunk)?, chunk.len() as u32));
+        }
+        changes.push(Change::Pack(PackChange::RecipeAdd { id: stream, chunks: parts }));
+        let mut at = 0;
+        for (row, image) in rows {
+            if image.is_none() {
+                continue;
+            }
+            changes.push(Change::Pack(PackChange::UndoMove {
+                node: row.node,
+                content: row.content,
+                offset: row.offset,
+                stream,
+                at,
+            }));
+            at += row.length;
+        }
+        Ok(())
+    }
+
+    /// The id of a chunk with these bytes, new or known.
+    fn chunk(&mut self, bytes: &[u8]) -> Result<ChunkId> {
+        let hash = *blake3::hash(bytes).as_bytes();
+        if let Some(id) = self.fresh.get(&hash) {
+            return Ok(*id);
+        }
+        if let Some(row) = self.catalog.chunk(&hash)? {
+            return Ok(row.id);
+        }
+        let id = self.catalog.next_chunk();
+        self.fresh.insert(hash, id);
+        self.add(id, hash, bytes)?;
+        Ok(id)
+    }
+
+    fn add(&mut self, id: ChunkId, hash: [u8; 32], bytes: &[u8]) -> Result<()> {
+        let builder = self
+            .builder
+            .get_or_insert_with(|| PackBuilder::new(self.history.store, self.catalog.next_pack()));
+        builder.add(hash, bytes);
+        self.building.push(id);
+        if builder.is_full() {
+            self.finish_pack()?;
+        }
+        Ok(())
+    }
+
+    /// Writes the pack that is being built and makes the catalog know it.
+    fn finish_pack(&mut self) -> Result<()> {
+        let Some(builder) = self.builder.take() else { return Ok(()) };
+        let building = std::mem::take(&mut self.building);
+        let pack = builder.finish();
+        self.history.packs.write(self.replicas, &pack)?;
+        (self.step)("a pack was written")?;
+        let (id, bytes, hash) = (pack.id, pack.bytes.len() as u64, pack.hash);
+        let mut changes = vec![Change::Pack(PackChange::PackAdd { id, bytes, hash })];
+        changes.extend(building.into_iter().zip(pack.chunks).map(|(id, chunk)| {
+            Change::Pack(PackChange::ChunkAdd(ChunkRow {
+                id,
+                hash: chunk.hash,
+                place: chunk.place,
+                length: chunk.length,
+                stored: chunk.stored,
+            }))
+        }));
+        self.catalog.push(changes)?;
+        (self.step)("a pack was recorded")
+    }
+
+    /// Finishes the packs and records, durably, what uses them.
+    fn record(&mut self, changes: Vec<Change>) -> Result<()> {
+        self.finish_pack()?;
+        self.fresh.clear();
+        if !changes.is_empty() {
+            self.catalog.push(changes)?;
+            (self.step)("recipes were recorded")?;
+        }
+        self.catalog.flush(Durability::Durable)?;
+        self.history.forget_maps();
+        (self.step)("recipes were made durable")
+    }
+
+    /// Removes packs that nobody uses, and copies what is used out of those that are mostly unused,
+    /// or many and small; at most `bytes_max` bytes of them. Returns how many packs went.
+    pub fn repack(&mut self, bytes_max: u64) -> Result<u64> {
+        let packs = self.catalog.packs()?;
+        let small = packs.iter().filter(|pack| pack.bytes < JOIN_BYTES).count() >= JOIN_COUNT;
+        let mut removed = Vec::new();
+        let mut changes = Vec::new();
+        let mut copied = 0;
+        let mut moved = Vec::new();
+        for pack in packs {
+            let unused = pack.live.saturating_mul(100) < pack.bytes.saturating_mul(REPACK_PERCENT);
+            if !unused && !(small && pack.bytes < JOIN_BYTES) {
+                continue;
+            }
+            if pack.live > 0 {
+                if copied >= bytes_max {
+                    continue;
+                }
+                copied += pack.live;
+                for row in self.catalog.pack_chunks(pack.id)? {
+                    let bytes = self.history.packs.read_chunk(self.replicas, &row)?;
+                    moved.push((row.id, row.hash));
+                    self.copy(&row, &bytes, &mut changes)?;
+                }
+            }
+            removed.push(pack.id);
+        }
+        if removed.is_empty() {
+            return Ok(0);
+        }
+        self.finish_copy(&mut changes)?;
+        changes.extend(removed.iter().map(|&id| Change::Pack(PackChange::PackRemove(id))));
+        self.record(changes)?;
+        let left: HashSet<_> = self.catalog.packs()?.into_iter().map(|pack| pack.id).collect();
+        let mut count = 0;
+        for id in removed {
+            if !left.contains(&id) {
+                self.history.packs.remove(self.replicas, id)?;
+                count += 1;
+                (self.step)("a pack was removed")?;
+            }
+        }
+        Ok(count)
+    }
+
+    fn copy(&mut self, row: &ChunkRow, bytes: &[u8], changes: &mut Vec<Change>) -> Result<()> {
+        let builder = self
+            .builder
+            .get_or_insert_with(|| PackBuilder::new(self.history.store, self.catalog.next_pack()));
+        builder.add(row.hash, bytes);
+        self.building.push(row.id);
+        if builder.is_full() {
+            self.finish_copy(changes)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the pack of copies; the chunks move when the changes are pushed.
+    fn finish_copy(&mut self, changes: &mut Vec<Change>) -> Result<()> {
+        let Some(builder) = self.builder.take() else { return Ok(()) };
+        let building = std::mem::take(&mut self.building);
+        let pack = builder.finish();
+        self.history.packs.write(self.replicas, &pack)?;
+        (self.step)("a pack was written")?;
+        let (id, bytes, hash) = (pack.id, pack.bytes.len() as u64, pack.hash);
+        changes.push(Change::Pack(PackChange::PackAdd { id, bytes, hash }));
+        changes.extend(building.into_iter().zip(pack.chunks).map(|(id, chunk)| {
+            let (place, stored) = (chunk.place, chunk.stored);
+            Change::Pack(PackChange::ChunkMove { id, place, stored })
+        }));
+        Ok(())
+    }
+}
+
+fn push_hole(parts: &mut Vec<(ChunkId, u32)>, length: u64) {
+    let mut left = length;
+    while left > 0 {
+        let part = left.min(HOLE_BYTES_MAX);
+        parts.push((ChunkId::HOLE, part as u32));
+        left -= part;
+    }
+}
+
+impl History {
+    /// Removes the file of a content that is needed no more; one that is not there is fine. The
+    /// catalog says so durably.
+    pub fn remove_preserved(
+        &self,
+        replicas: &ReplicaSet,
+        node: NodeId,
+        content: ContentId,
+    ) -> Result<()> {
+        let dir = replicas.private(preserved_dir(node))?;
+        let name = preserved_name(node, content);
+        replicas.apply("remove", |id, b| match b.unlink(dir.get(id)?, &name) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            answer => answer,
+        })?;
+        Ok(())
+    }
+}

@@ -1,0 +1,192 @@
+//! What is done in the background, at idle priority: packing, sweeping, repacking, healing packs.
+//!
+//! All of it runs under one lock, `maintenance`, which no operation of the live tree takes. So
+//! whoever packs or forgets does so alone, and nothing in the foreground waits for it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::catalog::{Durability, WaitingContent};
+use crate::error::{Error, Result};
+use crate::history::packer::{Claim, Packed, Packer, Step};
+use crate::types::{ContentId, Generation};
+
+use super::Volume;
+
+/// Bytes of packs that one pass copies at most.
+const REPACK_BYTES: u64 = 64 << 20;
+/// Steps of a sweep between two durable commits, after which files are removed.
+const STEPS_MAX: usize = 64;
+
+/// What the background work remembers.
+pub(super) struct Maintenance {
+    /// When it packed last.
+    packed: Instant,
+    /// An error of the last pass, so that it is told once.
+    told: Option<String>,
+}
+
+impl Maintenance {
+    pub(super) fn new() -> Maintenance {
+        Maintenance { packed: Instant::now(), told: None }
+    }
+}
+
+impl Volume {
+    /// One pass of the background work: what is due.
+    pub(super) fn maintain(&self) {
+        let Some(mut state) = self.maintenance.try_lock() else { return };
+        let outcome = self.maintain_due(&mut state);
+        match outcome {
+            Err(Error::Interrupted) | Ok(()) => state.told = None,
+            Err(error) => {
+                let text = error.to_string();
+                if state.told.as_ref() != Some(&text) {
+                    log::error!("work on the history is put off: {text}");
+                }
+                state.told = Some(text);
+            }
+        }
+    }
+
+    fn maintain_due(&self, state: &mut Maintenance) -> Result<()> {
+        self.sweep(Some(Duration::from_millis(500)))?;
+        let totals = self.catalog().totals()?;
+        let waiting = totals.preserved_bytes + totals.undo_bytes > 0;
+        if waiting && state.packed.elapsed() >= self.options.pack_after {
+            state.packed = Instant::now();
+            self.pack(&|_| self.check_stop())?;
+        }
+        self.packer(&|_| self.check_stop()).repack(REPACK_BYTES)?;
+        self.history.packs().heal(self.replicas())?;
+        Ok(())
+    }
+
+    /// Does all the background work there is, now: sweeps every gap, packs everything that waits,
+    /// frees packs that nobody uses.
+    pub fn tidy_history(&self) -> Result<Packed> {
+        let _state = self.maintenance.lock();
+        self.sweep(None)?;
+        let packed = self.pack(&|_| self.check_stop())?;
+        while self.packer(&|_| self.check_stop()).repack(REPACK_BYTES)? > 0 {}
+        Ok(packed)
+    }
+
+    /// Packs everything that waits, with a call of `step` after each step of it.
+    #[doc(hidden)]
+    pub fn pack_in_steps(&self, step: Step<'_>) -> Result<Packed> {
+        let _state = self.maintenance.lock();
+        let packed = self.pack(step)?;
+        self.packer(step).repack(REPACK_BYTES)?;
+        Ok(packed)
+    }
+
+    fn packer<'a>(&'a self, step: Step<'a>) -> Packer<'a> {
+        Packer::new(&self.history, self.replicas(), self.catalog(), step)
+    }
+
+    fn pack(&self, step: Step<'_>) -> Result<Packed> {
+        let mut packer = self.packer(step);
+        let mut all = Packed::default();
+        let mut after = ContentId::EMPTY;
+        loop {
+            let (last, run) = packer.contents(after, &mut |content| self.claim(content))?;
+            all.count += run.count;
+            all.bytes += run.bytes;
+            after = last;
+            if run.done {
+                break;
+            }
+        }
+        if self.history.undo().open_bytes() > 0 {
+            self.history.undo().rotate(self.replicas())?;
+        }
+        let images = packer.segments()?;
+        all.count += images.count;
+        all.bytes += images.bytes;
+        all.done = true;
+        Ok(all)
+    }
+
+    /// What is to be done with a preserved content.
+    fn claim(&self, content: &WaitingContent) -> Result<Claim> {
+        // The preserved file of an orphan that somebody can still reach is the orphan.
+        if let Some(node) = self.nodes.get(content.node) {
+            let orphan = node.try_lock().is_none_or(|state| state.orphan);
+            drop(node);
+            self.nodes.drop_unused(content.node);
+            if orphan {
+                return Ok(Claim::Wait);
+            }
+        }
+        Ok(if self.same_as_live(content)? { Claim::Same } else { Claim::Pack })
+    }
+
+    /// Sweeps the gaps that retention left, for about as long as `time` allows. What is removed on
+    /// the backings is durably forgotten before.
+    pub(super) fn sweep(&self, time: Option<Duration>) -> Result<()> {
+        let begin = Instant::now();
+        let deleted_since = self.deleted_since()?;
+        let mut steps = 0;
+        let mut useless = Vec::new();
+        'sweeps: loop {
+            let sweeps = self.catalog().sweeps()?;
+            if sweeps.is_empty() {
+                break;
+            }
+            for sweep in sweeps {
+                let step = self.catalog().sweep_on(&sweep, deleted_since)?;
+                useless.extend(step.unpreserved);
+                steps += 1;
+                if steps % STEPS_MAX == 0 {
+                    self.remove_useless(&mut useless)?;
+                }
+                self.check_stop()?;
+                if time.is_some_and(|time| begin.elapsed() >= time) {
+                    break 'sweeps;
+                }
+            }
+        }
+        self.remove_useless(&mut useless)
+    }
+
+    fn remove_useless(&self, useless: &mut Vec<(crate::types::NodeId, ContentId)>) -> Result<()> {
+        if useless.is_empty() {
+            return Ok(());
+        }
+        self.catalog().flush(Durability::Durable)?;
+        self.history.forget_maps();
+        for (node, content) in useless.drain(..) {
+            self.history.remove_preserved(self.replicas(), node, content)?;
+        }
+        Ok(())
+    }
+
+    /// Deletions from this generation on keep their last state.
+    fn deleted_since(&self) -> Result<Generation> {
+        let stored = self.catalog().meta("deleted_since")?;
+        Ok(stored.and_then(|text| text.parse().ok()).map_or(Generation(0), Generation))
+    }
+
+    /// Background work ends at the next step once the volume is to be closed.
+    fn check_stop(&self) -> Result<()> {
+        match self.stopping.load(Ordering::Relaxed) {
+            true => Err(Error::Interrupted),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The thread of the background work.
+pub(super) fn run(volume: &std::sync::Weak<Volume>, stopped: &crossbeam_channel::Receiver<()>) {
+    crate::sys::be_idle();
+    let every = volume
+        .upgrade()
+        .map_or(Duration::from_secs(1), |volume: Arc<Volume>| volume.options.housekeeping);
+    // A disconnect is the signal to stop; nothing is ever sent.
+    while let Err(crossbeam_channel::RecvTimeoutError::Timeout) = stopped.recv_timeout(every) {
+        let Some(volume) = volume.upgrade() else { return };
+        volume.maintain();
+    }
+}
