@@ -14,6 +14,7 @@
 //! | 3 | [`store`] | opening, adopting and filling a store |
 //! | 2 | [`history`] | what was overwritten or deleted, kept and read back |
 //! | 1 | [`replica`], [`catalog`] | the backings and their common answer; what every path was |
+//! | 1 | [`retention`] | which snapshots and versions are kept, decided without I/O |
 //! | 0 | [`types`], [`error`], [`sys`], [`time`], [`progress`] | words of the domain |
 //!
 //! # Four walks
@@ -51,6 +52,7 @@ pub mod past;
 pub mod progress;
 pub mod replica;
 pub mod report;
+pub mod retention;
 pub mod store;
 pub mod sys;
 pub mod time;

@@ -215,11 +215,13 @@ fn resolve(date_time: DateTime, zone: &TimeZone) -> Option<Timestamp> {
     date_time.to_zoned(zone.clone()).ok().map(|zoned| from_jiff(zoned.timestamp()))
 }
 
-fn to_jiff(time: Timestamp) -> Option<jiff::Timestamp> {
+/// The same instant in jiff's form; `None` beyond the years -9999 to 9999.
+pub(crate) fn to_jiff(time: Timestamp) -> Option<jiff::Timestamp> {
     jiff::Timestamp::new(time.secs, i32::try_from(time.nanos).ok()?).ok()
 }
 
-fn from_jiff(time: jiff::Timestamp) -> Timestamp {
+/// The same instant in our form.
+pub(crate) fn from_jiff(time: jiff::Timestamp) -> Timestamp {
     let nanos = time.as_nanosecond();
     // Both fit: jiff's years lie between -9999 and 9999.
     Timestamp {
