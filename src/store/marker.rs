@@ -19,6 +19,7 @@
 //! [clean]                     # only after a clean end: the catalog's head at that moment
 //! sequence = 7
 //! chain = "<64 hex digits>"
+//! [policy]                    # what is kept, where it is not the default: crate::retention::store
 //! [[peers]]                   # the other replicas as this one knows them
 //! replica = "<uuid>"
 //! label = "copy"
@@ -36,6 +37,7 @@ use uuid::Uuid;
 
 use crate::catalog::Head;
 use crate::error::{Error, Result};
+use crate::retention::StorePolicy;
 use crate::store::site::Site;
 
 /// The marker's file name in the private directory.
@@ -151,6 +153,9 @@ pub struct Marker {
     /// The catalog's head at the last clean end; absent while mounted and after a crash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clean: Option<CleanMark>,
+    /// What the store keeps; the same in every backing.
+    #[serde(default, skip_serializing_if = "StorePolicy::is_default")]
+    pub policy: StorePolicy,
     /// The other replicas.
     #[serde(default)]
     pub peers: Vec<Peer>,
@@ -179,6 +184,7 @@ impl Marker {
             opened: None,
             features: Features::default(),
             clean: None,
+            policy: StorePolicy::default(),
             peers: Vec::new(),
         }
     }
@@ -269,7 +275,7 @@ impl Marker {
         if ids.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err("it names one replica twice".into());
         }
-        Ok(())
+        self.policy.check().map_err(|error| format!("policy: {error}"))
     }
 }
 
@@ -314,6 +320,22 @@ mod tests {
     fn a_marker_survives_the_round_trip() {
         let marker = sample();
         assert_eq!(parse(marker.to_text().as_bytes()).unwrap(), marker);
+    }
+
+    #[test]
+    fn a_policy_is_written_only_where_it_is_not_the_default() {
+        let mut marker = sample();
+        assert!(!marker.to_text().contains("policy"));
+        marker.policy.every = crate::retention::Span::hours(6);
+        marker.policy.snapshots.tags.push("a,b".parse().unwrap());
+        let text = marker.to_text();
+        assert!(text.contains("[policy]\nevery = \"6h\"\n"), "{text}");
+        assert_eq!(parse(text.as_bytes()).unwrap(), marker);
+        let body = checked_body(&text).unwrap();
+        for (good, bad) in [("\"6h\"", "\"6m\""), ("\"6h\"", "6"), ("every", "evary")] {
+            let error = parse(resealed(&body.replace(good, bad)).as_bytes()).unwrap_err();
+            assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        }
     }
 
     #[test]
