@@ -168,6 +168,7 @@ Examples:
   rearview snapshot create before-cleanup
   rearview snapshot create ~/Rearview before-cleanup
   rearview snapshot create --at yesterday as-it-was
+  rearview snapshot create --tag release v1.0
   mkdir ~/Rearview/.snapshots/before-cleanup";
 
 /// Arguments of `mount`.
@@ -230,6 +231,9 @@ pub enum SnapshotCommand {
         /// The moment: 2h, yesterday, 2026-11-22 19:30, @1795375800, or a snapshot
         #[arg(long)]
         at: Option<String>,
+        /// Give it a tag; may be said several times, or with commas
+        #[arg(long = "tag", value_name = "TAG", value_delimiter = ',')]
+        tags: Vec<String>,
         /// Mark it as made by a schedule
         #[arg(long, hide = true)]
         automatic: bool,
@@ -486,7 +490,7 @@ mod tests {
             "rearview status --json /m",
             "rearview umount --lazy /m",
             "rearview snapshot create",
-            "rearview snapshot create /m x --at 2h",
+            "rearview snapshot create /m x --at 2h --tag a,b --tag c",
             "rearview snapshot rename a b",
             "rearview snapshot rename /m a b --json",
             "rearview snapshot delete a b c",

@@ -23,7 +23,7 @@ pub mod service;
 /// The socket's name in `.rearview`.
 pub const SOCKET_NAME: &str = "control.sock";
 /// The protocol's version; both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// The longest request: a path and a few names.
 pub const REQUEST_BYTES_MAX: u32 = 64 * 1024;
 /// The longest response: a diff of some million paths.
@@ -45,6 +45,8 @@ pub enum Request {
         at: Option<MomentText>,
         /// Made by a schedule.
         automatic: bool,
+        /// Its tags.
+        tags: Vec<String>,
     },
     /// All snapshots.
     SnapshotList,

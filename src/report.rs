@@ -18,7 +18,7 @@ pub mod lost;
 
 /// The version of all `--json` forms. The first number grows when a field changes its meaning or
 /// goes away, the second when one is added.
-pub const OUTPUT_VERSION: (u32, u32) = (1, 0);
+pub const OUTPUT_VERSION: (u32, u32) = (1, 1);
 
 /// How many names an error offers when the asked one is not there.
 const NEAREST_MAX: usize = 3;
@@ -102,6 +102,9 @@ pub struct SnapshotReport {
     pub automatic: bool,
     /// Cannot be deleted.
     pub held: bool,
+    /// Its tags.
+    #[serde(default)]
+    pub tags: Vec<String>,
 }
 
 impl From<&Snapshot> for SnapshotReport {
@@ -112,6 +115,7 @@ impl From<&Snapshot> for SnapshotReport {
             generation: snapshot.generation.0,
             automatic: snapshot.automatic,
             held: snapshot.held,
+            tags: snapshot.tags.clone(),
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::types::escape;
 /// Does one of the commands on snapshots.
 pub fn run(command: SnapshotCommand) -> Result<Exit> {
     match command {
-        SnapshotCommand::Create { words, at, automatic, json } => {
+        SnapshotCommand::Create { words, at, tags, automatic, json } => {
             refuse_lone_slash(&words)?;
             let (located, names) = split(&words, 2)?;
             let [name] = take::<1>(&names)?;
@@ -22,7 +22,7 @@ pub fn run(command: SnapshotCommand) -> Result<Exit> {
                 refuse_time_word(name)?;
             }
             let at = at.as_deref().map(MomentText::new);
-            let request = Request::SnapshotCreate { name, at, automatic };
+            let request = Request::SnapshotCreate { name, at, automatic, tags };
             let snapshot = one(located.ask(&request)?)?;
             tell(&snapshot, "created", json)
         }
@@ -195,7 +195,12 @@ fn row(snapshot: &SnapshotReport) -> Vec<String> {
     if snapshot.automatic {
         marks.push("automatic");
     }
-    vec![text::local_time(&snapshot.time), escape(snapshot.name.as_bytes()), marks.join(", ")]
+    vec![
+        text::local_time(&snapshot.time),
+        escape(snapshot.name.as_bytes()),
+        marks.join(", "),
+        text::tags(&snapshot.tags),
+    ]
 }
 
 #[cfg(test)]

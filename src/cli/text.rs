@@ -69,6 +69,14 @@ pub fn local_time(time: &str) -> String {
     }
 }
 
+/// Tags for people: `[a, b]`, or nothing.
+pub fn tags(tags: &[String]) -> String {
+    match tags.is_empty() {
+        true => String::new(),
+        false => format!("[{}]", crate::types::escape(tags.join(", ").as_bytes())),
+    }
+}
+
 /// Rows in columns as wide as their widest cell; the last column is not padded.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
@@ -133,6 +141,12 @@ mod tests {
         use crate::types::Kind;
         assert_eq!(mode(Kind::Dir, 0o1777), "drwxrwxrwt");
         assert_eq!(mode(Kind::File, 0o4640), "-rwSr-----");
+    }
+
+    #[test]
+    fn tags_stand_in_brackets() {
+        assert_eq!(tags(&["a".into(), "b\n".into()]), "[a, b\\n]");
+        assert_eq!(tags(&[]), "");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::fs::Filesystem;
 use crate::replica::health::State;
 use crate::report::{self, Moment, MomentText, PathText, ReplicaReport, StatusReport};
+use crate::retention::policy::check_tags;
 use crate::types::{RelPath, Timestamp};
 use crate::volume::{ReplicaStatus, VolumeStatus};
 
@@ -48,16 +49,18 @@ impl Service {
         name: Option<String>,
         at: Option<MomentText>,
         automatic: bool,
+        tags: Vec<String>,
     ) -> Result<Response> {
+        let tags = check_tags(tags)?;
         let Some(at) = at else {
             let name = self.name_or_time(name, Timestamp::now())?;
-            let snapshot = self.fs.create_snapshot(&name, automatic, &[])?;
+            let snapshot = self.fs.create_snapshot(&name, automatic, &tags)?;
             return Ok(Response::Snapshot((&snapshot).into()));
         };
         let moment = self.moment(&at)?;
         let name = self.name_or_time(name, moment.time)?;
         let catalog = self.fs.volume().catalog();
-        let snapshot = catalog.create_snapshot(&name, moment.generation, automatic, &[])?;
+        let snapshot = catalog.create_snapshot(&name, moment.generation, automatic, &tags)?;
         Ok(Response::Snapshot((&snapshot).into()))
     }
 
@@ -99,7 +102,9 @@ impl Handler for Service {
         Ok(match request {
             Request::Ping => Response::Pong(self.info.clone()),
             Request::Status => Response::Status(self.status()?),
-            Request::SnapshotCreate { name, at, automatic } => self.create(name, at, automatic)?,
+            Request::SnapshotCreate { name, at, automatic, tags } => {
+                self.create(name, at, automatic, tags)?
+            }
             Request::SnapshotList => Response::Snapshots { snapshots: report::snapshots(catalog)? },
             Request::SnapshotDelete { name } => {
                 Response::Snapshot((&catalog.delete_snapshot(&name)?).into())
