@@ -24,6 +24,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::progress::Progress;
 use crate::replica::dir_backing::DirBacking;
 use crate::replica::{Replica, ReplicaSet};
+use crate::retention::StorePolicy;
 use crate::types::{ReplicaId, ReplicaMap, Timestamp};
 
 use identify::{Candidate, Found, Plan};
@@ -309,6 +310,12 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
     let files = members.iter().map(|member| Some(member.catalog_file())).collect();
     // Recovery is done: as far as ids go, this is a clean start.
     let catalog = Catalog::open(ReplicaMap::new(files), true)?;
+    // Who was away, or is new, takes over what the store keeps. The winner need not be the one who
+    // knows: who was away and missed no change of the tree can win as well.
+    let latest =
+        members.iter().map(|member| &member.marker).max_by_key(|marker| marker.policy_changed);
+    let latest = latest.expect("a store has a member");
+    let (policy, policy_changed) = (latest.policy.clone(), latest.policy_changed);
     let before: Vec<Marker> = members.iter().map(|member| member.marker.clone()).collect();
     let noted = members.iter_mut().try_for_each(|member| {
         let own = member.marker.replica;
@@ -316,6 +323,8 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
         member.marker.peers = others.chain(&absent).cloned().collect();
         member.marker.clean = None;
         member.marker.opened = Some(now);
+        member.marker.policy.clone_from(&policy);
+        member.marker.policy_changed = policy_changed;
         member.left_behind.clone_from(&left_behind);
         member.write_marker()?;
         empty_tmp(&member.site)
@@ -424,6 +433,38 @@ impl Store {
             members[index].close(&head, &self.opened_at, &behind)?;
         }
         Ok(())
+    }
+
+    /// What the store keeps.
+    pub fn policy(&self) -> StorePolicy {
+        let members = self.members.lock();
+        let current = members.iter().find(|member| !member.stale);
+        current.map(|member| member.marker.policy.clone()).unwrap_or_default()
+    }
+
+    /// Changes what the store keeps, durably in the markers of all replicas in use. If we die
+    /// midway, the next mount gives all of them the same again, the old or the new one. `Refused`
+    /// for a policy that cannot be meant; fails otherwise only if no replica can note it.
+    pub fn set_policy(&self, policy: &StorePolicy) -> Result<()> {
+        policy.check()?;
+        let mut members = self.members.lock();
+        let before = members.iter().filter_map(|member| member.marker.policy_changed).max();
+        // Later than the last change, whatever the clock says.
+        let changed = Timestamp::now().as_nanos().max(before.map_or(0, |at| at.saturating_add(1)));
+        let mut failure = None;
+        let mut noted = false;
+        for member in members.iter_mut().filter(|member| !member.stale) {
+            member.marker.policy.clone_from(policy);
+            member.marker.policy_changed = Some(changed);
+            match member.write_marker() {
+                Ok(()) => noted = true,
+                Err(error) => failure = Some(error),
+            }
+        }
+        match failure {
+            Some(error) if !noted => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Notes, durably in the markers of the others, that the store goes on without this replica.

@@ -35,6 +35,7 @@ use crate::error::{Error, Result};
 use crate::history::History;
 use crate::replica::backing::{Creds, Space};
 use crate::replica::{Fault, Handles, Health, ReplicaSet};
+use crate::retention::StorePolicy;
 use crate::store::Store;
 use crate::types::{EntryName, Generation, NodeId, PRIVATE_DIR, RelPath, Timestamp};
 
@@ -189,6 +190,16 @@ impl Volume {
     /// The replicas.
     pub fn replicas(&self) -> &ReplicaSet {
         &self.store.replicas
+    }
+
+    /// What the store keeps.
+    pub fn policy(&self) -> StorePolicy {
+        self.store.policy()
+    }
+
+    /// Changes what the store keeps, durably. `Refused` for a policy that cannot be meant.
+    pub fn set_policy(&self, policy: &StorePolicy) -> Result<()> {
+        self.store.set_policy(policy)
     }
 
     /// Records the root of a store that was made empty.

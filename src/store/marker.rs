@@ -12,6 +12,7 @@
 //! created = "<RFC 3339>"      # when the store was made
 //! phase = "ok"                # adopting | filling | ok
 //! opened = "<nanoseconds>"    # only while mounted, or after an unclean end: since when
+//! policy_changed = 7          # only if the policy ever was: nanoseconds since 1970
 //! [features]                  # names of what a reader must know, as ext4 has them
 //! compat = []                 # may be ignored
 //! ro_compat = []              # may be ignored for looking
@@ -147,6 +148,10 @@ pub struct Marker {
     /// Nanoseconds since 1970 at which the mount began that has not ended cleanly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub opened: Option<i64>,
+    /// Nanoseconds since 1970 at which the policy was changed, if it ever was: of two replicas the
+    /// later one is right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy_changed: Option<i64>,
     /// What a reader must know.
     #[serde(default)]
     pub features: Features,
@@ -182,6 +187,7 @@ impl Marker {
             created,
             phase,
             opened: None,
+            policy_changed: None,
             features: Features::default(),
             clean: None,
             policy: StorePolicy::default(),

@@ -365,6 +365,31 @@ fn a_new_backing_joins_and_is_filled() {
 }
 
 #[test]
+fn all_replicas_have_one_policy_whoever_was_away_or_is_new() {
+    let bench = Bench::new();
+    bench.settle(&["a", "b"]);
+    let policy = |name: &str| inspect(&bench.path(name)).unwrap().marker.policy;
+    let mut own = StorePolicy { every: crate::retention::Span::hours(6), ..StorePolicy::default() };
+    let store = bench.open(&["a"]).unwrap();
+    assert!(store.policy().is_default());
+    store.set_policy(&own).unwrap();
+    assert_eq!((store.policy(), policy("a")), (own.clone(), own.clone()));
+    let hopeless = StorePolicy { snapshots: Default::default(), ..own.clone() };
+    assert!(matches!(store.set_policy(&hopeless), Err(Error::Refused(_))));
+    store.close().unwrap();
+    drop(store);
+    assert!(policy("b").is_default());
+    bench.settle(&["b", "a", "new"]);
+    assert_eq!([policy("a"), policy("b"), policy("new")], [own.clone(), own.clone(), own.clone()]);
+    // The default is a policy as any other.
+    let store = bench.open(&["a", "b", "new"]).unwrap();
+    own = StorePolicy::default();
+    store.set_policy(&own).unwrap();
+    assert_eq!([policy("a"), policy("b"), policy("new")], [own.clone(), own.clone(), own]);
+    store.close().unwrap();
+}
+
+#[test]
 fn history_files_are_filled_too() {
     let bench = Bench::new();
     write(&bench.path("a/f"), b"one");
