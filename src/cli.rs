@@ -16,6 +16,7 @@ mod history;
 mod locate;
 mod mount;
 mod progress;
+mod prune;
 mod restore;
 mod shell;
 mod snapshot;
@@ -116,6 +117,9 @@ pub enum Command {
         after_help = "Examples:\n  rearview undelete src/old\n  rearview undelete -n notes.txt"
     )]
     Undelete(UndeleteArgs),
+    /// Remove the snapshots that no rule keeps, and tell why each stays or goes
+    #[command(after_help = prune::EXAMPLES)]
+    Prune(Box<prune::PruneArgs>),
     /// Print the completion script of a shell
     #[command(after_help = COMPLETION_EXAMPLES)]
     Completions(CompletionsArgs),
@@ -424,6 +428,7 @@ fn run(cli: Cli) -> Result<Exit> {
         Command::Diff(args) => history::diff(&args),
         Command::Restore(args) => restore::restore(&args),
         Command::Undelete(args) => restore::undelete(&args),
+        Command::Prune(args) => prune::prune(*args),
         Command::Completions(args) => shell::completions(&args),
         Command::Man(args) => shell::man(&args),
     }

@@ -14,9 +14,12 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::error::{Error, IoContext, Result};
 use crate::report::log::LogReport;
+use crate::report::prune::PruneReport;
 use crate::report::{DiffReport, MomentText, PathText, SnapshotReport, StatusReport};
+use crate::retention::Policy;
 
 pub mod client;
+mod prune;
 pub mod server;
 pub mod service;
 
@@ -69,6 +72,17 @@ pub enum Request {
         /// Whether it is to be held.
         held: bool,
     },
+    /// Removes the snapshots that a policy does not keep.
+    Prune {
+        /// The policy, for all snapshots that are not held; without one the store applies its own.
+        policy: Option<Box<Policy>>,
+        /// Only tell what would be removed.
+        dry_run: bool,
+        /// To keep nothing is what is wanted.
+        allow_none: bool,
+        /// Make the policy the store's own.
+        save: bool,
+    },
     /// The history of a path.
     Log {
         /// Root-relative.
@@ -106,6 +120,7 @@ impl Request {
             | Request::SnapshotRename { .. }
             | Request::SnapshotHold { .. }
             | Request::SnapshotLastSeen { .. } => true,
+            Request::Prune { dry_run, .. } => !dry_run,
             Request::Ping
             | Request::Status
             | Request::SnapshotList
@@ -131,6 +146,8 @@ pub enum Response {
         /// Oldest first.
         snapshots: Vec<SnapshotReport>,
     },
+    /// To [`Request::Prune`].
+    Pruned(PruneReport),
     /// To [`Request::Log`].
     Log(LogReport),
     /// To [`Request::Diff`].
@@ -279,6 +296,23 @@ mod tests {
         write_frame(&mut bytes, &request, REQUEST_BYTES_MAX).unwrap();
         let back: Request = read_frame(&mut bytes.as_slice(), REQUEST_BYTES_MAX).unwrap();
         assert_eq!(back, request);
+    }
+
+    #[test]
+    fn a_policy_survives_the_frame_and_a_dry_run_changes_nothing() {
+        let policy: Policy =
+            serde_json::from_str(r#"{"daily":7,"weekly":"1y","tags":["a,b"]}"#).unwrap();
+        let prune = |dry_run| Request::Prune {
+            policy: Some(Box::new(policy.clone())),
+            dry_run,
+            allow_none: false,
+            save: false,
+        };
+        let mut bytes = Vec::new();
+        write_frame(&mut bytes, &prune(true), REQUEST_BYTES_MAX).unwrap();
+        let back: Request = read_frame(&mut bytes.as_slice(), REQUEST_BYTES_MAX).unwrap();
+        assert_eq!(back, prune(true));
+        assert!(!prune(true).is_change() && prune(false).is_change());
     }
 
     #[test]

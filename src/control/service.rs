@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::prune::{Wanted, prune};
 use super::server::Handler;
 use super::{DaemonInfo, Request, Response};
 use crate::error::{Error, Result};
@@ -114,6 +115,10 @@ impl Handler for Service {
             }
             Request::SnapshotHold { name, held } => {
                 Response::Snapshot((&catalog.hold_snapshot(&name, held)?).into())
+            }
+            Request::Prune { policy, dry_run, allow_none, save } => {
+                let wanted = Wanted { policy, dry_run, allow_none, save };
+                Response::Pruned(prune(self.fs.volume(), wanted)?)
             }
             Request::Log { path } => Response::Log(report::log::log(catalog, &rel_path(&path)?)?),
             Request::Diff { a, b, path } => {

