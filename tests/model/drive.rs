@@ -182,6 +182,9 @@ impl Driver {
             | Op::RemoveXattr { .. }
             | Op::SetTimes { .. } => self.attribute(op),
             Op::Snapshot => self.snapshot(),
+            Op::Tidy => self.fs().volume().tidy_history().map(|_| ()).or_else(fail("tidy")),
+            Op::Thin { every } => self.thin(every),
+            Op::DieWhilePacking { steps } => self.die_while_packing(steps),
             Op::RenameSnapshot { snapshot } => self.rename_snapshot(snapshot),
             Op::DeleteSnapshot { snapshot } => self.delete_snapshot(snapshot),
             Op::Freeze => {
@@ -476,6 +479,42 @@ impl Driver {
         let Some(name) = self.a_snapshot(index) else { return Ok(()) };
         self.catalog().delete_snapshot(&name).or_else(fail("delete of a snapshot"))?;
         self.snapshots.remove(&name);
+        Ok(())
+    }
+
+    fn thin(&mut self, every: usize) -> Outcome {
+        let mut index = 0;
+        self.moments.retain(|_| {
+            index += 1;
+            index % every == 0
+        });
+        let keep = self.moments.iter().map(|moment| moment.generation).collect();
+        let volume = self.fs().volume();
+        let now = volume.settle().or_else(fail("settle"))?;
+        self.reference.seal_all();
+        self.catalog().thin(now, &keep).or_else(fail("thin"))?;
+        Ok(())
+    }
+
+    /// Dies in the midst of packing, with nothing unsealed. What was acknowledged is there again.
+    fn die_while_packing(&mut self, steps: usize) -> Outcome {
+        while let Some((fh, node)) = self.handles.pop() {
+            self.close(fh, node)?;
+        }
+        self.fs().volume().settle().or_else(fail("settle"))?;
+        self.reference.seal_all();
+        let left = std::sync::atomic::AtomicUsize::new(steps);
+        let step = |_: &str| match left.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) {
+            0 => Err(Error::Interrupted),
+            _ => Ok(()),
+        };
+        match self.fs().volume().pack_in_steps(&step) {
+            Ok(_) | Err(Error::Interrupted) => {}
+            Err(error) => return Err(format!("packing: {error}")),
+        }
+        // Dropped, not closed: the next mount recovers.
+        self.fs = None;
+        self.fs = Some(open(&self.paths()));
         Ok(())
     }
 

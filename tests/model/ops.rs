@@ -116,6 +116,16 @@ pub enum Op {
     /// Lets pending changes be committed.
     Commit,
     Remount,
+    /// Packs and sweeps all there is to.
+    Tidy,
+    /// Forgets every moment but one in `every`; snapshots stay.
+    Thin {
+        every: usize,
+    },
+    /// Packs, and dies after so many steps of it.
+    DieWhilePacking {
+        steps: usize,
+    },
     /// Compares everything now.
     Compare,
 }
@@ -171,6 +181,9 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (at.clone(), 0..3u8).prop_map(|(node, name)| Op::RemoveXattr { node, name }),
         1 => (at.clone(), any::<i32>()).prop_map(|(node, secs)| Op::SetTimes { node, secs }),
         5 => Just(Op::Snapshot),
+        3 => Just(Op::Tidy),
+        1 => (1..4usize).prop_map(|every| Op::Thin { every }),
+        1 => (0..12usize).prop_map(|steps| Op::DieWhilePacking { steps }),
         1 => at.clone().prop_map(|snapshot| Op::RenameSnapshot { snapshot }),
         1 => at.clone().prop_map(|snapshot| Op::DeleteSnapshot { snapshot }),
         4 => Just(Op::Freeze),
