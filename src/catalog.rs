@@ -452,6 +452,13 @@ pub struct Totals {
     pub packed_bytes: u64,
 }
 
+impl Totals {
+    /// Bytes that history takes on each replica, the catalog and clones not counted.
+    pub fn history_bytes(&self) -> u64 {
+        self.undo_bytes + self.preserved_bytes + self.packed_bytes
+    }
+}
+
 /// The catalog of a mounted store, or of an unmounted one opened for looking.
 pub struct Catalog {
     shared: Arc<Shared>,

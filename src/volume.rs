@@ -19,11 +19,12 @@ mod files;
 mod maintain;
 mod namespace;
 pub mod nodes;
+pub mod retain;
 mod same;
 mod seal;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -58,6 +59,8 @@ pub struct VolumeOptions {
     pub housekeeping: Duration,
     /// What is preserved is packed at least so long after the last packing.
     pub pack_after: Duration,
+    /// How often the store's own policy is applied.
+    pub policy_every: Duration,
 }
 
 impl Default for VolumeOptions {
@@ -66,6 +69,7 @@ impl Default for VolumeOptions {
             idle_seal: Duration::from_secs(30),
             housekeeping: Duration::from_secs(1),
             pack_after: Duration::from_secs(60),
+            policy_every: Duration::from_secs(300),
         }
     }
 }
@@ -95,6 +99,10 @@ pub struct Volume {
     housekeepers: Mutex<Vec<Housekeeper>>,
     maintenance: Mutex<Maintenance>,
     stopping: AtomicBool,
+    /// How many writes wait for history to yield.
+    urgent: AtomicUsize,
+    /// What status says of space.
+    short: Mutex<retain::Shortage>,
 }
 
 struct Housekeeper {
@@ -148,6 +156,8 @@ impl Volume {
             housekeepers: Mutex::default(),
             maintenance: Mutex::new(Maintenance::new()),
             stopping: AtomicBool::new(false),
+            urgent: AtomicUsize::new(0),
+            short: Mutex::default(),
             store,
         });
         // Before a change that a replica missed is acknowledged, the others have it on record that

@@ -53,6 +53,33 @@ mod found {
         super::run(sequence).unwrap_or_else(|difference| panic!("{difference}"));
     }
 
+    #[test]
+    fn packed_contents_are_what_they_were() {
+        holds(&[
+            Create { dir: 0, name: 0, keep_open: false },
+            Write { file: 0, offset: 0, length: 10_000, fill: 1 },
+            Snapshot,
+            Write { file: 0, offset: 4000, length: 4096, fill: 9 },
+            Snapshot,
+            Tidy,
+            Compare,
+            OpenTruncate { file: 0 },
+            Write { file: 0, offset: 20_000, length: 10_000, fill: 3 },
+            Tidy,
+            Compare,
+            Thin { every: 1 },
+            Tidy,
+            Compare,
+            Unlink { dir: 0, name: 0 },
+            DieWhilePacking { steps: 3 },
+            Compare,
+            DeleteSnapshot { snapshot: 0 },
+            Thin { every: 1 },
+            Tidy,
+            Compare,
+        ]);
+    }
+
     /// The second emptying moved an empty file over the content that the first had preserved.
     #[test]
     fn a_file_emptied_twice_while_open_keeps_its_content() {

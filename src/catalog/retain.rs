@@ -96,6 +96,24 @@ impl Catalog {
         Ok(gaps)
     }
 
+    /// Enters the gaps between `from` and `to` again: what was kept in them is kept no longer.
+    pub fn sweep_again(&self, from: Generation, to: Generation) -> Result<()> {
+        let _names = self.shared.snapshots.lock();
+        let points = self.kept_points()?;
+        let mut after = Generation(0);
+        let mut changes = Vec::new();
+        for until in points {
+            if until > from && after < to && until > after {
+                changes.push(Change::Forget(ForgetChange::SweepAdd { after, until }));
+            }
+            after = until;
+        }
+        if !changes.is_empty() {
+            self.push(changes)?;
+        }
+        Ok(())
+    }
+
     /// The gaps that are to be swept, oldest first.
     pub fn sweeps(&self) -> Result<Vec<Sweep>> {
         self.settle_late()?;
@@ -109,15 +127,22 @@ impl Catalog {
         })
     }
 
-    /// The beginnings of generations from `from` on, as (generation, time), ascending.
-    pub fn ticks(&self, from: Generation) -> Result<Vec<(Generation, Timestamp)>> {
+    /// The beginnings of generations from `from` on, as (generation, time), ascending, up to the
+    /// first one after `until`.
+    pub fn ticks(
+        &self,
+        from: Generation,
+        until: Timestamp,
+    ) -> Result<Vec<(Generation, Timestamp)>> {
         self.settle_pending()?;
         self.shared.read(|db| {
-            let mut statement =
-                db.prepare_cached("SELECT g, t FROM tick WHERE g >= ?1 ORDER BY g")?;
-            let rows = statement.query_map(params![from], |row| {
-                Ok((row.get(0)?, Timestamp::from_nanos(row.get(1)?)))
-            })?;
+            let mut statement = db.prepare_cached(
+                "SELECT g, t FROM tick WHERE g >= ?1 \
+                 AND g <= coalesce((SELECT min(g) FROM tick WHERE t > ?2), ?3) ORDER BY g",
+            )?;
+            let values = params![from, until.as_nanos(), i64::MAX];
+            let rows = statement
+                .query_map(values, |row| Ok((row.get(0)?, Timestamp::from_nanos(row.get(1)?))))?;
             rows.collect()
         })
     }

@@ -43,6 +43,17 @@ impl Catalog {
         })
     }
 
+    /// The newest snapshot that was made by a schedule.
+    pub fn latest_automatic(&self) -> Result<Option<Snapshot>> {
+        self.settle_snapshots()?;
+        self.shared.read(|db| {
+            let sql = format!(
+                "SELECT {COLUMNS} FROM snapshot WHERE automatic ORDER BY g DESC, id DESC LIMIT 1"
+            );
+            db.prepare_cached(&sql)?.query_row([], snapshot_row).optional()
+        })
+    }
+
     /// Names the generation `at`. `Refused` for a name that is taken or not allowed. Committed
     /// (`Written`) when it returns.
     pub fn create_snapshot(

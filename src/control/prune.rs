@@ -52,6 +52,11 @@ fn remove(volume: &Volume, report: &mut PruneReport) -> Result<()> {
 
 /// Gives back what nothing shows any more, and tells how many bytes that were. With the store's
 /// `own` policy, its tiers of versions and its limits on space are applied first.
-fn reclaim(_volume: &Volume, _own: Option<&StorePolicy>) -> Result<u64> {
-    Ok(0)
+fn reclaim(volume: &Volume, own: Option<&StorePolicy>) -> Result<u64> {
+    let before = volume.catalog().totals()?.history_bytes();
+    match own {
+        Some(_) => volume.prune_by_policy()?,
+        None => drop(volume.tidy_history()?),
+    }
+    Ok(before.saturating_sub(volume.catalog().totals()?.history_bytes()))
 }

@@ -62,7 +62,7 @@ pub fn plan(
         },
     };
     let snapshots = catalog.snapshots()?;
-    let items: Vec<Item> = snapshots.iter().map(item).collect();
+    let items: Vec<Item> = snapshots.iter().map(Item::from).collect();
     let decisions = decide(&asked, &items, Timestamp::now(), &TimeZone::system())?;
     let mut report = PruneReport {
         kept: Vec::new(),
@@ -77,16 +77,6 @@ pub fn plan(
         list.push(line(snapshot, decision));
     }
     Ok(report)
-}
-
-fn item(snapshot: &Snapshot) -> Item {
-    Item {
-        name: snapshot.name.clone(),
-        time: snapshot.time,
-        tags: snapshot.tags.clone(),
-        held: snapshot.held,
-        automatic: snapshot.automatic,
-    }
 }
 
 fn line(snapshot: &Snapshot, decision: Decision) -> PruneItem {

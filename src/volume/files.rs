@@ -185,7 +185,7 @@ impl Volume {
             return Ok(());
         }
         let _cut = self.cut.read();
-        self.replicas().ensure_room(data.len() as u64)?;
+        self.ensure_room(data.len() as u64)?;
         let mut state = node.lock();
         let range = ByteRange::new(offset, data.len() as u64);
         let handles = self.before_change(node, &mut state, range)?;
@@ -271,7 +271,7 @@ impl Volume {
             open.saved.insert(whole);
             return Ok(());
         }
-        replicas.ensure_room(missing.iter().map(|part| part.end - part.start).sum())?;
+        self.ensure_room(missing.iter().map(|part| part.end - part.start).sum())?;
         for part in missing {
             self.history.before_overwrite(replicas, self.catalog(), of, &handles, part)?;
             state.open.as_mut().expect("as above").saved.insert(part);
@@ -390,7 +390,7 @@ impl Volume {
         let range = ByteRange::new(offset, length);
         let destroys = mode & FALLOCATE_DESTROYS != 0;
         if !destroys {
-            self.replicas().ensure_room(length)?;
+            self.ensure_room(length)?;
         }
         let lost = if destroys { range } else { ByteRange { start: 0, end: 0 } };
         let handles = self.before_change(node, &mut state, lost)?;
@@ -447,7 +447,7 @@ impl Volume {
         if length == 0 {
             return Ok(0);
         }
-        self.replicas().ensure_room(length)?;
+        self.ensure_room(length)?;
         let range = ByteRange::new(to_offset, length);
         let handles = self.before_change(to, &mut state, range)?;
         let copied = self.replicas().apply("copy", |id, b| {

@@ -16,6 +16,8 @@ use super::Volume;
 
 /// Bytes of packs that one pass copies at most.
 const REPACK_BYTES: u64 = 64 << 20;
+/// How long one pass sweeps.
+const SWEEP_TIME: Duration = Duration::from_millis(500);
 /// Steps of a sweep between two durable commits, after which files are removed.
 const STEPS_MAX: usize = 64;
 
@@ -23,19 +25,27 @@ const STEPS_MAX: usize = 64;
 pub(super) struct Maintenance {
     /// When it packed last.
     packed: Instant,
+    /// When it applied the store's policy.
+    policy: Option<Instant>,
     /// An error of the last pass, so that it is told once.
     told: Option<String>,
 }
 
 impl Maintenance {
     pub(super) fn new() -> Maintenance {
-        Maintenance { packed: Instant::now(), told: None }
+        Maintenance { packed: Instant::now(), policy: None, told: None }
     }
 }
 
 impl Volume {
     /// One pass of the background work: what is due.
     pub(super) fn maintain(&self) {
+        // Not under the lock: a snapshot waits for operations, which may wait for the lock.
+        match self.snapshot_if_due() {
+            Ok(Some(snapshot)) => log::info!("automatic snapshot '{}'", snapshot.name),
+            Ok(None) => {}
+            Err(error) => log::error!("no automatic snapshot: {error}"),
+        }
         let Some(mut state) = self.maintenance.try_lock() else { return };
         let outcome = self.maintain_due(&mut state);
         match outcome {
@@ -51,7 +61,11 @@ impl Volume {
     }
 
     fn maintain_due(&self, state: &mut Maintenance) -> Result<()> {
-        self.sweep(Some(Duration::from_millis(500)))?;
+        if state.policy.is_none_or(|at| at.elapsed() >= self.options.policy_every) {
+            state.policy = Some(Instant::now());
+            self.apply_policy()?;
+        }
+        self.sweep(Some(SWEEP_TIME), &|| self.check_stop())?;
         let totals = self.catalog().totals()?;
         let waiting = totals.preserved_bytes + totals.undo_bytes > 0;
         if waiting && state.packed.elapsed() >= self.options.pack_after {
@@ -66,17 +80,33 @@ impl Volume {
     /// Does all the background work there is, now: sweeps every gap, packs everything that waits,
     /// frees packs that nobody uses.
     pub fn tidy_history(&self) -> Result<Packed> {
-        let _state = self.maintenance.lock();
-        self.sweep(None)?;
+        let _alone = self.maintenance.lock();
+        self.sweep(None, &|| self.check_stop())?;
         let packed = self.pack(&|_| self.check_stop())?;
         while self.packer(&|_| self.check_stop()).repack(REPACK_BYTES)? > 0 {}
         Ok(packed)
     }
 
+    /// Applies the store's own policy, then does all the background work there is.
+    pub fn prune_by_policy(&self) -> Result<()> {
+        {
+            let _alone = self.maintenance.lock();
+            self.apply_policy()?;
+        }
+        self.tidy_history().map(|_| ())
+    }
+
+    /// Sweeps, and removes packs that nobody uses: what frees space and needs none.
+    pub(super) fn free_unused(&self) -> Result<()> {
+        self.sweep(None, &|| Ok(()))?;
+        self.packer(&|_| Ok(())).repack(0)?;
+        Ok(())
+    }
+
     /// Packs everything that waits, with a call of `step` after each step of it.
     #[doc(hidden)]
     pub fn pack_in_steps(&self, step: Step<'_>) -> Result<Packed> {
-        let _state = self.maintenance.lock();
+        let _alone = self.maintenance.lock();
         let packed = self.pack(step)?;
         self.packer(step).repack(REPACK_BYTES)?;
         Ok(packed)
@@ -125,7 +155,7 @@ impl Volume {
 
     /// Sweeps the gaps that retention left, for about as long as `time` allows. What is removed on
     /// the backings is durably forgotten before.
-    pub(super) fn sweep(&self, time: Option<Duration>) -> Result<()> {
+    fn sweep(&self, time: Option<Duration>, stop: &dyn Fn() -> Result<()>) -> Result<()> {
         let begin = Instant::now();
         let deleted_since = self.deleted_since()?;
         let mut steps = 0;
@@ -142,7 +172,7 @@ impl Volume {
                 if steps % STEPS_MAX == 0 {
                     self.remove_useless(&mut useless)?;
                 }
-                self.check_stop()?;
+                stop()?;
                 if time.is_some_and(|time| begin.elapsed() >= time) {
                     break 'sweeps;
                 }
@@ -164,14 +194,16 @@ impl Volume {
     }
 
     /// Deletions from this generation on keep their last state.
-    fn deleted_since(&self) -> Result<Generation> {
+    pub(super) fn deleted_since(&self) -> Result<Generation> {
         let stored = self.catalog().meta("deleted_since")?;
         Ok(stored.and_then(|text| text.parse().ok()).map_or(Generation(0), Generation))
     }
 
-    /// Background work ends at the next step once the volume is to be closed.
+    /// Background work ends at the next step once the volume is to be closed, or a write waits for
+    /// room.
     fn check_stop(&self) -> Result<()> {
-        match self.stopping.load(Ordering::Relaxed) {
+        let urgent = self.urgent.load(Ordering::Relaxed) > 0;
+        match urgent || self.stopping.load(Ordering::Relaxed) {
             true => Err(Error::Interrupted),
             false => Ok(()),
         }

@@ -38,7 +38,7 @@ impl Volume {
     ) -> Result<(Arc<Node>, Stat)> {
         let _cut = self.cut.read();
         self.check_name(parent, name)?;
-        self.replicas().ensure_room(ROOM_FOR_A_NAME)?;
+        self.ensure_room(ROOM_FOR_A_NAME)?;
         let _entries = self.lock_dir(parent);
         let dir = self.dir(parent)?;
         let handles = self
@@ -101,7 +101,7 @@ impl Volume {
     ) -> Result<(Arc<Node>, Stat)> {
         let _cut = self.cut.read();
         self.check_name(parent, name)?;
-        self.replicas().ensure_room(ROOM_FOR_A_NAME)?;
+        self.ensure_room(ROOM_FOR_A_NAME)?;
         let _entries = self.lock_dir(parent);
         let dir = self.dir(parent)?;
         let mut first: Option<(Stat, Xattrs)> = None;
@@ -155,7 +155,7 @@ impl Volume {
     ) -> Result<(Arc<Node>, Stat)> {
         let _cut = self.cut.read();
         self.check_name(parent, name)?;
-        self.replicas().ensure_room(ROOM_FOR_A_NAME)?;
+        self.ensure_room(ROOM_FOR_A_NAME)?;
         let _entries = self.lock_dir(parent);
         let to = self.dir(parent)?;
         let state = node.lock();
@@ -294,7 +294,7 @@ impl Volume {
         let _cut = self.cut.read();
         self.check_name(parent, name)?;
         self.check_name(new_parent, new_name)?;
-        self.replicas().ensure_room(ROOM_FOR_A_NAME)?;
+        self.ensure_room(ROOM_FOR_A_NAME)?;
         let _entries = self.lock_dirs(parent, new_parent);
         let source = self.named(parent, name)?;
         let target = match self.named(new_parent, new_name) {

@@ -38,7 +38,8 @@ impl Volume {
         // Nobody waits while the files are compared: a change in between changes the stamp, or the
         // file is unsealed, or has another content.
         let (dir, name, stamp) = {
-            let state = node.lock();
+            // Not waited for: whoever has it may wait for what runs here.
+            let Some(state) = node.try_lock() else { return Ok(false) };
             if !is_settled(&state, live) {
                 return Ok(false);
             }
@@ -54,7 +55,7 @@ impl Volume {
         if !equal.unwrap_or(false) {
             return Ok(false);
         }
-        let state = node.lock();
+        let Some(state) = node.try_lock() else { return Ok(false) };
         let known = self.catalog().node(node.id)?.is_some_and(|row| row.content == live);
         if state.stamp != stamp || !is_settled(&state, live) || !known {
             return Ok(false);

@@ -1,0 +1,290 @@
+//! Retention: what the store does by itself so that history stays useful and small.
+//!
+//! Automatic snapshots, their pruning, the thinning of versions by age, and the yielding of history
+//! where space runs short: the oldest first, never what is held, never what is younger than the
+//! protected window. All of it only decides what stays visible; the sweep then removes what
+//! nothing shows.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use jiff::tz::TimeZone;
+use rustix::io::Errno;
+
+use crate::catalog::{Change, Snapshot};
+use crate::error::{Error, Result};
+use crate::retention::{self, Asked, Item, StorePolicy, moments, seen};
+use crate::types::{Generation, Timestamp};
+
+use super::Volume;
+
+/// How long a write that finds no room waits for history to yield.
+const ROOM_WAIT: Duration = Duration::from_secs(20);
+/// Names tried for an automatic snapshot of one second.
+const NAMES_MAX: usize = 1000;
+/// Part of the time between horizon and protected window by which the horizon moves where space
+/// is short.
+const YIELD_PART: i64 = 4;
+
+/// How space is, for status.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Shortage {
+    /// What a person should know; nothing where space is no matter.
+    pub warning: Option<String>,
+}
+
+impl From<&Snapshot> for Item {
+    fn from(snapshot: &Snapshot) -> Item {
+        Item {
+            name: snapshot.name.clone(),
+            time: snapshot.time,
+            tags: snapshot.tags.clone(),
+            held: snapshot.held,
+            automatic: snapshot.automatic,
+        }
+    }
+}
+
+impl Volume {
+    /// Applies the store's own policy now: automatic snapshots that are too many, versions that are
+    /// too old, space that is short. What that leaves is swept by the background work.
+    pub(super) fn apply_policy(&self) -> Result<()> {
+        let policy = self.policy();
+        let now = Timestamp::now();
+        self.prune_automatic(&policy, now)?;
+        self.thin_versions(&policy, now)?;
+        self.yield_history(&policy, now)
+    }
+
+    /// Makes the automatic snapshot that is due, if anything changed since the last one.
+    pub(super) fn snapshot_if_due(&self) -> Result<Option<Snapshot>> {
+        let every = i64::try_from(self.policy().every.even_secs()).unwrap_or(i64::MAX);
+        if every == 0 {
+            return Ok(None);
+        }
+        let now = Timestamp::now();
+        let last = self.catalog().latest_automatic()?;
+        let since = match &last {
+            Some(last) => last.time,
+            None => self.catalog().time_of(self.catalog().oldest()?)?,
+        };
+        // On the hour, not an hour after the last one: so that those of many days match.
+        if now.secs.div_euclid(every) <= since.secs.div_euclid(every) {
+            return Ok(None);
+        }
+        let generation = last.map_or(Generation(0), |last| last.generation);
+        if !self.catalog().changed_since(generation)? {
+            return Ok(None);
+        }
+        let stem = crate::time::snapshot_name(now);
+        let mut name = stem.clone();
+        for number in 2..NAMES_MAX {
+            if self.catalog().snapshot(&name)?.is_none() {
+                break;
+            }
+            name = format!("{stem}_{number}");
+        }
+        self.create_snapshot(&name, true, &[]).map(Some)
+    }
+
+    fn prune_automatic(&self, policy: &StorePolicy, now: Timestamp) -> Result<()> {
+        let snapshots = self.catalog().snapshots()?;
+        let items: Vec<Item> = snapshots.iter().map(Item::from).collect();
+        let asked = Asked {
+            policy: &policy.snapshots,
+            automatic_only: true,
+            protect: policy.protect,
+            allow_none: true,
+        };
+        let decisions = retention::decide(&asked, &items, now, &TimeZone::system())?;
+        for (snapshot, decision) in snapshots.iter().zip(decisions) {
+            if !decision.keep {
+                match self.catalog().delete_snapshot(&snapshot.name) {
+                    // Somebody held or removed it meanwhile.
+                    Err(Error::InUse(_) | Error::NotFound(_)) => {}
+                    other => drop(other?),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn thin_versions(&self, policy: &StorePolicy, now: Timestamp) -> Result<()> {
+        let catalog = self.catalog();
+        let tiers = &policy.versions;
+        let horizon = catalog.horizon()?;
+        let known: Vec<(Generation, Timestamp)> = catalog
+            .moments()?
+            .into_iter()
+            .map(|g| Ok((g, catalog.time_of(g)?)))
+            .collect::<Result<_>>()?;
+        let until = tiers.all.even_before(now).min(policy.protect.even_before(now));
+        let ticks = catalog.ticks(horizon, until)?;
+        let at = (horizon, catalog.time_of(horizon)?);
+        let seen = seen(&known, at, &ticks, catalog.generation());
+        let zone = TimeZone::system();
+        let thinning = moments(tiers, policy.protect, seen.into_iter(), &zone, now);
+        // A clock that was set back takes nothing.
+        if thinning.horizon >= horizon {
+            catalog.thin(thinning.horizon, &thinning.keep.into_iter().collect())?;
+        }
+        let forget = tiers.deleted.even_before(now);
+        if let Some(since) = catalog.generation_at(forget)? {
+            self.forget_deletions(since)?;
+        }
+        Ok(())
+    }
+
+    /// What was deleted before `since` is kept no longer for that.
+    fn forget_deletions(&self, since: Generation) -> Result<()> {
+        let before = self.deleted_since()?;
+        if since <= before {
+            return Ok(());
+        }
+        self.catalog().sweep_again(before, since)?;
+        let (key, value) = ("deleted_since", since.0.to_string());
+        self.catalog().push(vec![Change::MetaPut { key, value }])?;
+        Ok(())
+    }
+
+    /// Lets history yield where it takes more space than it may.
+    fn yield_history(&self, policy: &StorePolicy, now: Timestamp) -> Result<()> {
+        let mut dropped = false;
+        loop {
+            let Some(short) = self.shortage(policy)? else {
+                self.short.lock().warning = None;
+                return Ok(());
+            };
+            if !dropped {
+                log::warn!("{short}: the oldest history that is not held yields");
+            }
+            dropped = true;
+            if !self.yield_oldest(policy, now)? {
+                let mut warning = self.short.lock();
+                let text = format!(
+                    "{short}, and there is no history left that may yield: free space, release \
+                     snapshots that are held, or change the limits"
+                );
+                if warning.warning.as_ref() != Some(&text) {
+                    log::warn!("{text}");
+                }
+                warning.warning = Some(text);
+                return Ok(());
+            }
+            self.short.lock().warning = Some(format!("{short}: the oldest history yields"));
+            self.free_unused()?;
+        }
+    }
+
+    /// Which limit of the policy is broken, in words.
+    fn shortage(&self, policy: &StorePolicy) -> Result<Option<String>> {
+        let totals = self.catalog().totals()?;
+        let history = totals.history_bytes();
+        for id in self.replicas().online() {
+            let replica = self.replicas().get(id);
+            let Ok(space) = replica.backing().space() else { continue };
+            let path = crate::types::escape(replica.path.display().to_string().as_bytes());
+            let size = space.blocks.saturating_mul(space.block_bytes);
+            let free = space.available.saturating_mul(space.block_bytes);
+            let wanted = policy.free_limit.of(size);
+            // History that takes nothing has nothing to give.
+            if free < wanted && history > 0 {
+                return Ok(Some(format!(
+                    "{path}: {} MiB are free, {} MiB are to be kept free",
+                    free >> 20,
+                    wanted >> 20
+                )));
+            }
+            if let Some(limit) = policy.history_limit
+                && history > limit.of(size)
+            {
+                return Ok(Some(format!(
+                    "{path}: history takes {} MiB of the {} MiB that it may",
+                    history >> 20,
+                    limit.of(size) >> 20
+                )));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Makes the oldest visible generation that may go invisible; `false` if there is none.
+    fn yield_oldest(&self, policy: &StorePolicy, now: Timestamp) -> Result<bool> {
+        let catalog = self.catalog();
+        let horizon = catalog.horizon()?;
+        let protected = policy.protect.even_before(now);
+        let snapshots = catalog.snapshots()?;
+        let moments = catalog.moments()?;
+        let oldest = snapshots.iter().find(|snapshot| !snapshot.held && snapshot.time < protected);
+        let moment = moments.first().copied();
+        match (oldest, moment) {
+            (Some(snapshot), moment) if moment.is_none_or(|g| snapshot.generation <= g) => {
+                catalog.delete_snapshot(&snapshot.name)?;
+                log::warn!("snapshot '{}' yielded its space", snapshot.name);
+                self.forget_deletions(snapshot.generation.min(horizon))?;
+                return Ok(true);
+            }
+            (_, Some(moment)) => {
+                let rest: BTreeSet<Generation> =
+                    moments.into_iter().filter(|g| *g != moment).collect();
+                catalog.thin(horizon, &rest)?;
+                self.forget_deletions(moment)?;
+                return Ok(true);
+            }
+            _ => {}
+        }
+        // Only what is still continuous is left, as far as it is not protected.
+        let begin = catalog.time_of(horizon)?;
+        let span = protected.as_nanos().saturating_sub(begin.as_nanos());
+        if span <= 0 {
+            return Ok(false);
+        }
+        let target = Timestamp::from_nanos(begin.as_nanos().saturating_add(span / YIELD_PART + 1));
+        let mut next = catalog.generation_at(target)?.unwrap_or(horizon);
+        if next <= horizon {
+            next = catalog.generation_at(protected)?.unwrap_or(horizon);
+        }
+        if next <= horizon {
+            return Ok(false);
+        }
+        catalog.thin(next, &moments)?;
+        self.forget_deletions(next)?;
+        Ok(true)
+    }
+
+    /// Fails with `ENOSPC` unless there is room on every backing; before that, history yields.
+    pub(super) fn ensure_room(&self, bytes: u64) -> Result<()> {
+        match self.replicas().ensure_room(bytes) {
+            Err(error) if error.is(Errno::NOSPC) => {}
+            answer => return answer,
+        }
+        // What runs in the background stops at its next step.
+        self.urgent.fetch_add(1, Ordering::SeqCst);
+        let outcome = self.yield_until_room(bytes);
+        self.urgent.fetch_sub(1, Ordering::SeqCst);
+        outcome
+    }
+
+    fn yield_until_room(&self, bytes: u64) -> Result<()> {
+        let Some(_alone) = self.maintenance.try_lock_for(ROOM_WAIT) else {
+            return Err(Errno::NOSPC.into());
+        };
+        let policy = self.policy();
+        let mut told = false;
+        loop {
+            match self.replicas().ensure_room(bytes) {
+                Err(error) if error.is(Errno::NOSPC) => {}
+                answer => return answer,
+            }
+            if !told {
+                log::warn!("a backing is full: the oldest history that is not held yields");
+                told = true;
+            }
+            if !self.yield_oldest(&policy, Timestamp::now())? {
+                return Err(Errno::NOSPC.into());
+            }
+            self.free_unused()?;
+        }
+    }
+}
