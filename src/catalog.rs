@@ -10,6 +10,10 @@
 //! same node with the same content replaces it and keeps its `born`: nobody has seen the one in
 //! between, for whoever looks at a generation first closes the batch ([`Catalog::freeze`]).
 //!
+//! **Unversioned.** What is excluded from history is live all the same: its state and its entry are
+//! born at [`NEVER`], a generation that no query of the past reaches, and leave nothing behind when
+//! they end. An entry is versioned only while its node is.
+//!
 //! The catalog never touches live files, preserved files or packs.
 
 mod apply;
@@ -48,6 +52,9 @@ use crate::types::{
     ReplicaMap, SnapshotId, Timestamp, XattrSetId, Xattrs,
 };
 
+/// The birth of what history does not show: beyond all generations.
+const NEVER: Generation = Generation(1 << 62);
+
 /// One state of one node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeRow {
@@ -84,11 +91,16 @@ pub struct NodeRow {
 pub enum Change {
     /// A node has a new state, or is born with it.
     NodePut(NodeRow),
+    /// A node has a new state that history does not show. The one before it ends.
+    NodeUnversioned(NodeRow),
     /// A node's last name is gone.
     NodeGone(NodeId),
     /// A directory has a new entry. The name is free.
     #[allow(missing_docs)]
     EntryAdd { parent: NodeId, name: EntryName, node: NodeId },
+    /// A directory has a new entry that history does not show. The name is free.
+    #[allow(missing_docs)]
+    EntryUnversioned { parent: NodeId, name: EntryName, node: NodeId },
     /// A directory lost an entry.
     #[allow(missing_docs)]
     EntryRemove { parent: NodeId, name: EntryName },

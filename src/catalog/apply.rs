@@ -7,8 +7,8 @@ use rusqlite::{CachedStatement, Connection, OptionalExtension, Row, params};
 
 use super::overlay::{Batch, EntryDelta, Late, NodeDelta, Plan, SnapshotChange};
 use super::schema::{ContentState, HeadRow, Time, place_columns, read_head, write_head};
-use super::{NodeRow, UndoRow, packed, retain, xattr};
-use crate::types::{EntryName, Generation, Kind, NodeId};
+use super::{NEVER, NodeRow, UndoRow, packed, retain, xattr};
+use crate::types::{ContentId, EntryName, Generation, Kind, NodeId};
 
 /// What a commit leaves behind.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,9 +23,20 @@ pub(super) fn apply(db: &mut Connection, plan: &Plan<'_>) -> rusqlite::Result<Co
     let transaction = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     let mut head = read_head(&transaction)?;
     let mut touched = Vec::with_capacity(plan.nodes.len() * 2);
-    Nodes::prepare(&transaction)?.write(&plan.nodes, &mut head, &mut touched)?;
+    let mut nodes = Nodes::prepare(&transaction)?;
+    nodes.write(&plan.nodes, &mut head, &mut touched)?;
+    let never_shown = std::mem::take(&mut nodes.never_shown);
+    drop(nodes);
     Entries::prepare(&transaction)?.write(&plan.entries, &mut touched)?;
     write_rest(&transaction, plan.batch, &mut head)?;
+    for node in never_shown {
+        transaction
+            .prepare_cached(
+                "DELETE FROM symlink WHERE node = ?1 \
+                 AND NOT EXISTS(SELECT 1 FROM node_h WHERE id = ?1)",
+            )?
+            .execute(params![node])?;
+    }
     touched.sort_unstable();
     touched.dedup();
     if !touched.is_empty() {
@@ -59,12 +70,14 @@ struct Nodes<'c> {
     put: CachedStatement<'c>,
     update: CachedStatement<'c>,
     delete: CachedStatement<'c>,
+    /// Nodes that are gone and of which nothing was ever seen, unless by an earlier mount.
+    never_shown: Vec<NodeId>,
 }
 
 impl<'c> Nodes<'c> {
     fn prepare(db: &'c Connection) -> rusqlite::Result<Nodes<'c>> {
         Ok(Nodes {
-            base: db.prepare_cached("SELECT kind, size FROM node WHERE id = ?1")?,
+            base: db.prepare_cached("SELECT kind, size, born, content FROM node WHERE id = ?1")?,
             retire: db.prepare_cached(
                 "INSERT INTO node_h(id, died, kind, mode, uid, gid, rdev, size, blocks, mtime, \
                  ctime, \
@@ -88,6 +101,7 @@ impl<'c> Nodes<'c> {
                  born = ?14 WHERE id = ?1",
             )?,
             delete: db.prepare_cached("DELETE FROM node WHERE id = ?1")?,
+            never_shown: Vec::new(),
         })
     }
 
@@ -98,19 +112,26 @@ impl<'c> Nodes<'c> {
         touched: &mut Vec<NodeId>,
     ) -> rusqlite::Result<()> {
         for &(id, delta) in nodes {
-            touched.push(id);
             let mut was_live = false;
+            let mut shown = !delta.past.is_empty();
+            shown |= delta.current.as_ref().is_some_and(|(born, _)| *born < NEVER);
             if !delta.newborn {
                 let base = self
                     .base
                     .query_row(params![id], |row| {
-                        Ok((row.get::<_, Kind>(0)?, row.get::<_, i64>(1)?))
+                        let state = (row.get::<_, Generation>(2)?, row.get::<_, ContentId>(3)?);
+                        Ok((row.get::<_, Kind>(0)?, row.get::<_, i64>(1)?, state))
                     })
                     .optional()?;
-                if let Some((kind, size)) = base {
-                    self.retire.execute(params![id, delta.base_died])?;
+                if let Some((kind, size, (born, content))) = base {
                     was_live = true;
-                    head.past_versions += 1;
+                    if born < NEVER {
+                        self.retire.execute(params![id, delta.base_died])?;
+                        head.past_versions += 1;
+                        shown = true;
+                    }
+                    // Its bytes may be what an older version is read from.
+                    shown |= content != ContentId::EMPTY;
                     head.live_nodes -= 1;
                     head.live_bytes -= live_bytes(kind, size);
                 }
@@ -133,6 +154,11 @@ impl<'c> Nodes<'c> {
                     self.delete.execute(params![id])?;
                 }
                 None => {}
+            }
+            match shown {
+                true => touched.push(id),
+                false if delta.current.is_none() => self.never_shown.push(id),
+                false => {}
             }
         }
         Ok(())
@@ -194,10 +220,7 @@ impl<'c> Entries<'c> {
         touched: &mut Vec<NodeId>,
     ) -> rusqlite::Result<()> {
         for &(parent, name, delta) in entries {
-            // Entries come sorted by parent: one mention of each is enough.
-            if touched.last() != Some(&parent) {
-                touched.push(parent);
-            }
+            let before = touched.len();
             if !delta.added_first {
                 self.retire(parent, name, delta.base_died, touched)?;
             }
@@ -205,12 +228,18 @@ impl<'c> Entries<'c> {
                 self.past.execute(params![parent, name, node, born, died])?;
                 touched.push(node);
             }
-            let Some((node, born)) = delta.current else { continue };
-            touched.push(node);
-            if self.add.execute(params![parent, name, node, born])? == 0 {
-                // The name was not free after all: history keeps what it meant.
-                self.retire(parent, name, delta.base_died, touched)?;
-                self.add.execute(params![parent, name, node, born])?;
+            if let Some((node, born)) = delta.current {
+                if born < NEVER {
+                    touched.push(node);
+                }
+                if self.add.execute(params![parent, name, node, born])? == 0 {
+                    // The name was not free after all: history keeps what it meant.
+                    self.retire(parent, name, delta.base_died, touched)?;
+                    self.add.execute(params![parent, name, node, born])?;
+                }
+            }
+            if touched.len() > before {
+                touched.push(parent);
             }
         }
         Ok(())
@@ -224,7 +253,9 @@ impl<'c> Entries<'c> {
         touched: &mut Vec<NodeId>,
     ) -> rusqlite::Result<()> {
         let pair = |row: &Row<'_>| Ok((row.get::<_, NodeId>(0)?, row.get::<_, Generation>(1)?));
-        if let Some((node, born)) = self.remove.query_row(params![parent, name], pair).optional()? {
+        if let Some((node, born)) = self.remove.query_row(params![parent, name], pair).optional()?
+            && born < NEVER
+        {
             self.past.execute(params![parent, name, node, born, died])?;
             touched.push(node);
         }

@@ -11,9 +11,9 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::overlay::Batch;
 use super::schema::{NODE_COLUMNS, node_row};
-use super::{Catalog, Listed, NodeRow, Shared};
+use super::{Catalog, Listed, NEVER, NodeRow, Shared};
 use crate::error::Result;
-use crate::types::{EntryName, Kind, NodeId};
+use crate::types::{EntryName, Generation, Kind, NodeId};
 
 impl Catalog {
     /// The node that `name` in `parent` means, and its kind.
@@ -44,6 +44,40 @@ impl Catalog {
                 .query_row(params![node], |row| node_row(row, 0))
                 .optional()
         })
+    }
+
+    /// Whether history shows the newest state of a live node; `false` for one that is gone.
+    pub fn is_versioned(&self, node: NodeId) -> Result<bool> {
+        let pending = self.shared.overlay(|batch| {
+            let delta = batch.nodes.get(&node)?;
+            Some(delta.current.as_ref().map(|(born, _)| *born))
+        });
+        let born = match pending {
+            Some(born) => born,
+            None => self.shared.read(|db| {
+                db.prepare_cached("SELECT born FROM node WHERE id = ?1")?
+                    .query_row(params![node], |row| row.get::<_, Generation>(0))
+                    .optional()
+            })?,
+        };
+        Ok(born.is_some_and(|born| born < NEVER))
+    }
+
+    /// Whether history shows a live entry; `None` where there is none.
+    pub fn entry_is_versioned(&self, parent: NodeId, name: &EntryName) -> Result<Option<bool>> {
+        let pending = self.shared.overlay(|batch| {
+            let delta = batch.entries.get(&parent)?.get(name)?;
+            Some(delta.current.map(|(_, born)| born))
+        });
+        let born = match pending {
+            Some(born) => born,
+            None => self.shared.read(|db| {
+                db.prepare_cached("SELECT born FROM entry WHERE parent = ?1 AND name = ?2")?
+                    .query_row(params![parent, name], |row| row.get::<_, Generation>(0))
+                    .optional()
+            })?,
+        };
+        Ok(born.map(|born| born < NEVER))
     }
 
     /// All entries of a live directory, ordered by name.

@@ -68,7 +68,7 @@ impl Ids {
     /// catalog).
     pub fn reach(&self, change: &Change) {
         let (counter, id) = match change {
-            Change::NodePut(row) => (&self.node, row.id.0),
+            Change::NodePut(row) | Change::NodeUnversioned(row) => (&self.node, row.id.0),
             Change::ContentAdd { id, .. } => (&self.content, id.0),
             Change::SnapshotPut(snapshot) => (&self.snapshot, snapshot.id.0),
             Change::XattrSetAdd { id, .. } => (&self.xattrs, id.0),

@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::schema::NextIds;
-use super::{Change, ForgetChange, NodeRow, PackChange, Snapshot, UndoFile, UndoPlace, UndoRow};
+use super::{
+    Change, ForgetChange, NEVER, NodeRow, PackChange, Snapshot, UndoFile, UndoPlace, UndoRow,
+};
 use crate::types::{ContentId, EntryName, Generation, NodeId, SnapshotId, XattrSetId, Xattrs};
 
 /// All that one commit writes.
@@ -109,11 +111,16 @@ impl Batch {
     pub fn apply(&mut self, change: Change, at: Generation, frozen: Generation) {
         self.count += 1;
         match change {
-            Change::NodePut(row) => self.put_node(row, at, frozen),
+            Change::NodePut(row) => self.put_node(row, at, at, frozen),
+            Change::NodeUnversioned(row) => self.put_node(row, NEVER, at, frozen),
             Change::NodeGone(id) => self.end_node(id, at),
             Change::EntryAdd { parent, name, node } => {
                 self.named.entry(node).or_default().push((parent, name.clone()));
-                self.set_entry(parent, name, Some(node), at);
+                self.set_entry(parent, name, Some((node, at)), at);
+            }
+            Change::EntryUnversioned { parent, name, node } => {
+                self.named.entry(node).or_default().push((parent, name.clone()));
+                self.set_entry(parent, name, Some((node, NEVER)), at);
             }
             Change::EntryRemove { parent, name } => self.set_entry(parent, name, None, at),
             Change::SymlinkTarget { node, target } => {
@@ -137,7 +144,8 @@ impl Batch {
         }
     }
 
-    fn put_node(&mut self, row: NodeRow, at: Generation, frozen: Generation) {
+    /// Enters a state of generation `at`, which history shows from `born` on.
+    fn put_node(&mut self, row: NodeRow, born: Generation, at: Generation, frozen: Generation) {
         let newborn = row.id.0 >= self.first_newborn;
         let delta = self.nodes.entry(row.id).or_insert_with(|| NodeDelta {
             newborn,
@@ -145,20 +153,26 @@ impl Batch {
             past: Vec::new(),
             current: None,
         });
-        let Some((born, old)) = delta.current.take() else {
-            delta.current = Some((at, row));
+        let Some((old_born, old)) = delta.current.take() else {
+            delta.current = Some((born, row));
             return;
         };
         // A file that was created, written and closed in one burst has one state: the empty one in
         // between was seen by nobody.
         let first_and_empty =
             old.content == ContentId::EMPTY && delta.newborn && delta.past.is_empty();
-        let unseen = born > frozen && (old.content == row.content || first_and_empty);
-        if unseen || born == at {
+        let unseen = old_born > frozen && (old.content == row.content || first_and_empty);
+        if born == NEVER || old_born >= at {
+            // What was never shown leaves nothing behind.
+            if old_born < at {
+                delta.past.push((old_born, at, old));
+            }
             delta.current = Some((born, row));
+        } else if unseen {
+            delta.current = Some((old_born, row));
         } else {
-            delta.past.push((born, at, old));
-            delta.current = Some((at, row));
+            delta.past.push((old_born, at, old));
+            delta.current = Some((born, row));
         }
     }
 
@@ -177,9 +191,16 @@ impl Batch {
         }
     }
 
-    fn set_entry(&mut self, parent: NodeId, name: EntryName, node: Option<NodeId>, at: Generation) {
+    /// Gives a name its node and the entry's birth, or frees it.
+    fn set_entry(
+        &mut self,
+        parent: NodeId,
+        name: EntryName,
+        to: Option<(NodeId, Generation)>,
+        at: Generation,
+    ) {
         let delta = self.entries.entry(parent).or_default().entry(name).or_insert(EntryDelta {
-            added_first: node.is_some(),
+            added_first: to.is_some(),
             base_died: at,
             past: Vec::new(),
             current: None,
@@ -189,7 +210,7 @@ impl Batch {
         {
             delta.past.push((old, born, at));
         }
-        delta.current = node.map(|node| (node, at));
+        delta.current = to;
     }
 
     /// What this batch says of a name: `None` nothing, `Some(None)` that it is free.

@@ -5,7 +5,7 @@ use rusqlite::{Connection, OptionalExtension, Params, Row, params};
 use super::query::time_of;
 use super::retain::visible_from;
 use super::schema::{NODE_COLUMNS, end, node_row, read_head};
-use super::{Catalog, NameInterval, Totals, Version};
+use super::{Catalog, NEVER, NameInterval, Totals, Version};
 use crate::error::Result;
 use crate::types::{EntryName, NodeId};
 
@@ -16,9 +16,9 @@ impl Catalog {
         self.shared.read_at_once(|db| {
             let mut statement = db.prepare_cached(&format!(
                 "SELECT {NODE_COLUMNS}, born, died FROM node_h WHERE id = ?1 UNION ALL \
-                 SELECT {NODE_COLUMNS}, born, NULL FROM node WHERE id = ?1"
+                 SELECT {NODE_COLUMNS}, born, NULL FROM node WHERE id = ?1 AND born < ?2"
             ))?;
-            let rows = statement.query_map(params![node], |row| {
+            let rows = statement.query_map(params![node, NEVER], |row| {
                 let born = row.get(13)?;
                 // A version that began between two visible generations is first seen at the later.
                 let time = time_of(db, visible_from(db, born)?)?;
@@ -37,8 +37,8 @@ impl Catalog {
             intervals(
                 db,
                 "SELECT parent, name, node, born, died FROM entry_h WHERE node = ?1 UNION ALL \
-                 SELECT parent, name, node, born, NULL FROM entry WHERE node = ?1",
-                params![node],
+                 SELECT parent, name, node, born, NULL FROM entry WHERE node = ?1 AND born < ?2",
+                params![node, NEVER],
             )
         })
     }
@@ -51,8 +51,9 @@ impl Catalog {
                 db,
                 "SELECT parent, name, node, born, died FROM entry_h \
                  WHERE parent = ?1 AND name = ?2 UNION ALL \
-                 SELECT parent, name, node, born, NULL FROM entry WHERE parent = ?1 AND name = ?2",
-                params![parent, name],
+                 SELECT parent, name, node, born, NULL FROM entry \
+                 WHERE parent = ?1 AND name = ?2 AND born < ?3",
+                params![parent, name, NEVER],
             )
         })
     }
@@ -72,6 +73,18 @@ impl Catalog {
             )?;
             intervals.sort_by(|a, b| a.name.cmp(&b.name));
             Ok(intervals)
+        })
+    }
+
+    /// The names in a live directory that history does not show, in order.
+    pub fn unversioned(&self, parent: NodeId) -> Result<Vec<EntryName>> {
+        self.settle_pending()?;
+        self.shared.read(|db| {
+            db.prepare_cached(
+                "SELECT name FROM entry WHERE parent = ?1 AND born >= ?2 ORDER BY name",
+            )?
+            .query_map(params![parent, NEVER], |row| row.get(0))?
+            .collect()
         })
     }
 

@@ -227,3 +227,80 @@ fn diff_tells_added_removed_modified_and_renamed() {
     let c = catalog.push(vec![remove(1, "d"), add(1, "e", 2)]).unwrap();
     assert_eq!(shown(catalog.diff(b, c, &all).unwrap()), Vec::<String>::new());
 }
+
+#[test]
+fn what_is_unversioned_is_live_and_leaves_nothing_behind() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    let unversioned = |id: u64, content: u64| Change::NodeUnversioned(file(id, content));
+    let entry = |text: &str, node: u64| Change::EntryUnversioned {
+        parent: ROOT,
+        name: name(text),
+        node: NodeId(node),
+    };
+    let link = Change::NodeUnversioned(row(9, Kind::Symlink));
+    let target = Change::SymlinkTarget { node: NodeId(9), target: b"there".to_vec() };
+    catalog.push(vec![link, target, entry("link", 9)]).unwrap();
+    for flush in [false, true] {
+        catalog.flush(Durability::Written).unwrap();
+        let before = catalog.freeze();
+        catalog.push(vec![unversioned(2, 0), entry("x.o", 2)]).unwrap();
+        for size in 1..9 {
+            catalog.push(vec![Change::NodeUnversioned(NodeRow { size, ..file(2, 0) })]).unwrap();
+            if flush {
+                catalog.flush(Durability::Written).unwrap();
+            }
+        }
+        let now = catalog.freeze();
+        assert_eq!(catalog.node(NodeId(2)).unwrap().unwrap().size, 8);
+        assert_eq!(listed(catalog.list(ROOT).unwrap()).last().unwrap().0, "x.o");
+        assert!(!catalog.is_versioned(NodeId(2)).unwrap());
+        assert_eq!(catalog.entry_is_versioned(ROOT, &name("x.o")).unwrap(), Some(false));
+        assert!(catalog.unversioned(ROOT).unwrap().contains(&name("x.o")));
+        assert!(catalog.list_at(now, ROOT).unwrap().is_empty());
+        assert!(catalog.versions(NodeId(2)).unwrap().is_empty());
+        assert!(catalog.name_history(NodeId(2)).unwrap().is_empty());
+        assert!(catalog.diff(before, now, &RelPath::root()).unwrap().is_empty());
+        assert!(!catalog.changed_since(before).unwrap());
+        catalog.push(vec![remove(1, "x.o"), Change::NodeGone(NodeId(2))]).unwrap();
+        assert!(catalog.deleted(ROOT).unwrap().is_empty());
+        assert!(catalog.entry_history(ROOT, &name("x.o")).unwrap().is_empty());
+        assert_eq!(catalog.totals().unwrap().past_versions, 0);
+    }
+    assert!(catalog.symlink_target(NodeId(9)).unwrap().is_some());
+    catalog.push(vec![remove(1, "link"), Change::NodeGone(NodeId(9))]).unwrap();
+    catalog.flush(Durability::Written).unwrap();
+    assert!(catalog.symlink_target(NodeId(9)).unwrap().is_none());
+    assert_eq!(catalog.totals().unwrap().live_nodes, 1);
+}
+
+#[test]
+fn history_ends_where_something_is_excluded_and_begins_where_it_is_not() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    let entry =
+        |text: &str| Change::EntryUnversioned { parent: ROOT, name: name(text), node: NodeId(2) };
+    catalog.push(create(1, "a", file(2, 1))).unwrap();
+    let first = catalog.freeze();
+    let hidden = Change::NodeUnversioned(file(2, 1));
+    let ended = catalog.push(vec![remove(1, "a"), entry("a"), hidden]).unwrap();
+    let second = catalog.freeze();
+    catalog.flush(Durability::Written).unwrap();
+    catalog.push(vec![Change::NodeUnversioned(file(2, 0))]).unwrap();
+    let third = catalog.push(vec![remove(1, "a"), add(1, "a", 2), Change::NodePut(file(2, 5))]);
+    let third = third.unwrap();
+    let shows = |at| catalog.resolve_at(at, &path("a")).unwrap().map(|row| row.content.0);
+    assert_eq!([first, second, third].map(shows), [Some(1), None, Some(5)]);
+    let lives = |version: &Version| (version.born, version.died);
+    let versions = catalog.versions(NodeId(2)).unwrap();
+    let spans: Vec<_> = versions.iter().map(lives).collect();
+    assert_eq!(spans, [(first, Some(ended)), (third, None)]);
+    assert_eq!(catalog.name_history(NodeId(2)).unwrap().len(), 2);
+    assert_eq!(catalog.totals().unwrap().past_versions, 1);
+    let kinds = |from, to| -> Vec<DiffKind> {
+        let all = catalog.diff(from, to, &RelPath::root()).unwrap();
+        all.iter().filter(|one| one.path == path("a")).map(|one| one.kind).collect()
+    };
+    assert_eq!(kinds(first, second), [DiffKind::Removed]);
+    assert_eq!(kinds(second, third), [DiffKind::Added]);
+}

@@ -1,7 +1,7 @@
 //! Random histories against a plain list of full trees: every frozen generation, live tree and
 //! difference must come out as the model has them, whenever commits happened in between.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
@@ -16,6 +16,7 @@ enum Step {
     Unlink { which: usize },
     Write { which: usize },
     Chmod { which: usize, mode: u32 },
+    Exclude { which: usize },
     Freeze,
     Flush,
 }
@@ -31,7 +32,8 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(which, parent, name)| Step::Link { which, parent, name }),
         3 => index.clone().prop_map(|which| Step::Unlink { which }),
         2 => index.clone().prop_map(|which| Step::Write { which }),
-        2 => (index, 0u32..3).prop_map(|(which, mode)| Step::Chmod { which, mode }),
+        2 => (index.clone(), 0u32..3).prop_map(|(which, mode)| Step::Chmod { which, mode }),
+        2 => index.prop_map(|which| Step::Exclude { which }),
         2 => Just(Step::Freeze),
         1 => Just(Step::Flush),
     ]
@@ -42,6 +44,10 @@ fn step() -> impl Strategy<Value = Step> {
 struct Tree {
     nodes: BTreeMap<u64, NodeRow>,
     entries: BTreeMap<(u64, String), u64>,
+    /// Nodes that history does not show.
+    hidden: BTreeSet<u64>,
+    /// Entries that it does not show: all of hidden nodes, and further names in hidden directories.
+    dark: BTreeSet<(u64, String)>,
 }
 
 impl Tree {
@@ -51,6 +57,68 @@ impl Tree {
 
     fn links(&self, node: u64) -> usize {
         self.entries.values().filter(|other| **other == node).count()
+    }
+
+    /// What history shows of it.
+    fn shown(&self) -> Tree {
+        let mut tree = self.clone();
+        tree.nodes.retain(|node, _| !self.hidden.contains(node));
+        tree.entries.retain(|key, _| !self.dark.contains(key));
+        tree.hidden.clear();
+        tree.dark.clear();
+        tree
+    }
+
+    fn is_leaf(&self, node: u64) -> bool {
+        !self.entries.keys().any(|(parent, _)| *parent == node)
+    }
+
+    /// Enters a name, which is dark where its node or directory is hidden.
+    fn enter(&mut self, key: (u64, String), node: u64) -> Change {
+        let (parent, text) = (NodeId(key.0), name(&key.1));
+        self.entries.insert(key.clone(), node);
+        if self.hidden.contains(&node) || self.hidden.contains(&key.0) {
+            self.dark.insert(key);
+            return Change::EntryUnversioned { parent, name: text, node: NodeId(node) };
+        }
+        self.dark.remove(&key);
+        Change::EntryAdd { parent, name: text, node: NodeId(node) }
+    }
+
+    fn leave(&mut self, key: &(u64, String)) -> Change {
+        self.entries.remove(key);
+        self.dark.remove(key);
+        remove(key.0, &key.1)
+    }
+
+    fn put(&self, node: u64) -> Change {
+        let row = self.nodes[&node].clone();
+        match self.hidden.contains(&node) {
+            true => Change::NodeUnversioned(row),
+            false => Change::NodePut(row),
+        }
+    }
+
+    fn has_shown_name(&self, node: u64) -> bool {
+        self.entries.iter().any(|(key, other)| *other == node && !self.dark.contains(key))
+    }
+
+    /// Hides a leaf, or shows it again under the names in directories that are shown.
+    fn turn(&mut self, node: u64) -> Vec<Change> {
+        let names: Vec<_> =
+            self.entries.iter().filter(|(_, n)| **n == node).map(|(key, _)| key.clone()).collect();
+        if !self.hidden.remove(&node) {
+            self.hidden.insert(node);
+        } else if names.iter().all(|(parent, _)| self.hidden.contains(parent)) {
+            self.hidden.insert(node);
+            return Vec::new();
+        }
+        let mut changes = vec![self.put(node)];
+        for key in names {
+            changes.push(self.leave(&key));
+            changes.push(self.enter(key, node));
+        }
+        changes
     }
 
     /// Whether `dir` lies in `node` or is it.
@@ -81,9 +149,11 @@ impl Tree {
                 let Some(key) = free(self, parent, name) else { return changes };
                 let id = catalog.next_node().0;
                 let row = if is_dir { dir(id) } else { file(id, 0) };
-                self.nodes.insert(id, row.clone());
-                changes = create(key.0, &key.1, row);
-                self.entries.insert(key, id);
+                self.nodes.insert(id, row);
+                if self.hidden.contains(&key.0) {
+                    self.hidden.insert(id);
+                }
+                changes = vec![self.put(id), self.enter(key, id)];
             }
             Step::Rename { which, parent, name } => {
                 let (Some(old), Some(new)) = (existing(which), free(self, parent, name)) else {
@@ -93,9 +163,17 @@ impl Tree {
                 if self.within(new.0, node) {
                     return changes;
                 }
-                changes = vec![remove(old.0, &old.1), add(new.0, &new.1, node)];
-                self.entries.remove(&old);
-                self.entries.insert(new, node);
+                // With directories that are not empty the model does not go where the catalog's
+                // users do: their children would have to be hidden as well.
+                let hides = self.hidden.contains(&new.0) && !self.hidden.contains(&node);
+                if hides && !self.is_leaf(node) {
+                    return changes;
+                }
+                changes = vec![self.leave(&old), self.enter(new, node)];
+                if hides && !self.has_shown_name(node) {
+                    self.hidden.insert(node);
+                    changes.push(self.put(node));
+                }
             }
             Step::Link { which, parent, name } => {
                 let (Some(old), Some(new)) = (existing(which), free(self, parent, name)) else {
@@ -103,26 +181,29 @@ impl Tree {
                 };
                 let node = self.entries[&old];
                 if self.nodes[&node].kind == Kind::File {
-                    changes = vec![add(new.0, &new.1, node)];
-                    self.entries.insert(new, node);
+                    changes = vec![self.enter(new, node)];
                 }
             }
             Step::Unlink { which } => {
                 let Some(key) = existing(which) else { return changes };
                 let node = self.entries[&key];
-                if self.entries.keys().any(|(parent, _)| *parent == node) {
+                if !self.is_leaf(node) {
                     return changes;
                 }
-                self.entries.remove(&key);
-                changes = vec![remove(key.0, &key.1)];
+                changes = vec![self.leave(&key)];
                 if self.links(node) == 0 {
                     self.nodes.remove(&node);
+                    self.hidden.remove(&node);
                     changes.push(Change::NodeGone(NodeId(node)));
+                } else if !self.hidden.contains(&node) && !self.has_shown_name(node) {
+                    self.hidden.insert(node);
+                    changes.push(self.put(node));
                 }
             }
             Step::Write { which } | Step::Chmod { which, .. } => {
                 let Some(key) = existing(which) else { return changes };
-                let Some(row) = self.nodes.get_mut(&self.entries[&key]) else { return changes };
+                let node = self.entries[&key];
+                let Some(row) = self.nodes.get_mut(&node) else { return changes };
                 match *step {
                     Step::Chmod { mode, .. } => row.mode = mode,
                     _ if row.kind == Kind::File => {
@@ -131,7 +212,14 @@ impl Tree {
                     }
                     _ => {}
                 }
-                changes = vec![Change::NodePut(row.clone())];
+                changes = vec![self.put(node)];
+            }
+            Step::Exclude { which } => {
+                let Some(key) = existing(which) else { return changes };
+                let node = self.entries[&key];
+                if self.is_leaf(node) {
+                    changes = self.turn(node);
+                }
             }
             Step::Freeze | Step::Flush => {}
         }
@@ -212,10 +300,10 @@ proptest! {
         let catalog = scratch.open_rooted();
         let mut tree = Tree::default();
         tree.nodes.insert(1, dir(1));
-        let mut frozen = vec![(catalog.freeze(), tree.clone())];
+        let mut frozen = vec![(catalog.freeze(), tree.shown())];
         for step in &steps {
             match step {
-                Step::Freeze => frozen.push((catalog.freeze(), tree.clone())),
+                Step::Freeze => frozen.push((catalog.freeze(), tree.shown())),
                 Step::Flush => catalog.flush(Durability::Written).unwrap(),
                 step => {
                     let changes = tree.take(step, &catalog);
@@ -225,8 +313,17 @@ proptest! {
                 }
             }
         }
-        prop_assert_eq!(&read_tree(&catalog, None), &tree);
-        frozen.push((catalog.freeze(), tree.clone()));
+        let live = Tree { hidden: BTreeSet::new(), dark: BTreeSet::new(), ..tree.clone() };
+        prop_assert_eq!(&read_tree(&catalog, None), &live);
+        for (key, _) in &tree.entries {
+            let shown = catalog.entry_is_versioned(NodeId(key.0), &name(&key.1)).unwrap();
+            prop_assert_eq!(shown, Some(!tree.dark.contains(key)));
+        }
+        for node in tree.nodes.keys() {
+            let shown = catalog.is_versioned(NodeId(*node)).unwrap();
+            prop_assert_eq!(shown, !tree.hidden.contains(node));
+        }
+        frozen.push((catalog.freeze(), tree.shown()));
         for (at, model) in &frozen {
             prop_assert_eq!(&read_tree(&catalog, Some(*at)), model, "at {}", at);
         }
@@ -242,6 +339,6 @@ proptest! {
         let heads: Vec<_> =
             scratch.files.iter().map(|file| Catalog::inspect(file).unwrap()).collect();
         prop_assert_eq!(&heads[0], &heads[1]);
-        prop_assert_eq!(&read_tree(&scratch.open(), None), &tree);
+        prop_assert_eq!(&read_tree(&scratch.open(), None), &live);
     }
 }
