@@ -15,6 +15,7 @@
 //! | 2 | [`history`] | what was overwritten or deleted, kept and read back |
 //! | 1 | [`replica`], [`catalog`] | the backings and their common answer; what every path was |
 //! | 1 | [`retention`] | which snapshots and versions are kept, decided without I/O |
+//! | 1 | [`excludes`] | what has no history |
 //! | 0 | [`types`], [`error`], [`sys`], [`time`], [`progress`] | words of the domain |
 //!
 //! # Four walks
@@ -44,6 +45,7 @@ pub mod cli;
 pub mod control;
 pub mod daemon;
 pub mod error;
+pub mod excludes;
 pub mod fs;
 pub mod fuse;
 pub mod history;

@@ -13,7 +13,7 @@ const COLUMNS_MAX: usize = 100;
 /// The layer of every top-level module. A module uses only lower layers and its own folder.
 const LAYERS: [(u32, &[&str]); 10] = [
     (0, &["types", "error", "sys", "progress", "time"]),
-    (1, &["replica", "catalog", "retention"]),
+    (1, &["replica", "catalog", "retention", "excludes"]),
     (2, &["history"]),
     (3, &["store"]),
     (4, &["volume"]),
