@@ -134,10 +134,14 @@ const MOUNT_EXAMPLES: &str = "\
 Examples:
   rearview mount ~/work /mnt/usb/work-copy ~/Rearview    adopt ~/work, fill the copy, mount
   rearview mount -f -o allow_other /a:/b /mnt            stay in the foreground
+  rearview mount --exclude target/ --exclude '*.tmp' /a /b /mnt    mirrored, but no history
   /a:/b /mnt fuse.rearview allow_other,nofail 0 0        in /etc/fstab
 
 Options for -o: allow_other, snapdir=hidden|root|visible|disabled, snapdirname=NAME, fsname=TEXT,
-threads=N, ro, dev, suid, noexec, nosubtype, nonempty; generic options of mount(8) are accepted.";
+threads=N, ro, dev, suid, noexec, nosubtype, nonempty, exclude=GLOB (repeatable; no comma in it);
+generic options of mount(8) are accepted.
+
+Files .rearviewignore in the tree exclude as --exclude does, with the syntax of .gitignore.";
 const UMOUNT_EXAMPLES: &str = "\
 Examples:
   rearview umount ~/Rearview           returns when all is on the disks
@@ -193,6 +197,9 @@ pub struct MountArgs {
     /// A label for replicas made by this mount
     #[arg(long)]
     pub label: Option<String>,
+    /// Keep no history of what matches, by the rules of gitignore from the root; repeatable
+    #[arg(long, value_name = "GLOB")]
+    pub exclude: Vec<String>,
     /// The backing directories (also as one argument a:b:c; '\:' is a colon) and the mountpoint
     #[arg(required = true, num_args = 2.., value_names = ["BACKING", "MOUNTPOINT"])]
     pub paths: Vec<PathBuf>,

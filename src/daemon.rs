@@ -13,6 +13,7 @@ use crate::control::DaemonInfo;
 use crate::control::server::Server;
 use crate::control::service::Service;
 use crate::error::{Error, Result};
+use crate::excludes::Patterns;
 use crate::fs::{Filesystem, FsOptions, SnapDir};
 use crate::fuse::{self, ServeOptions, Session};
 use crate::history::History;
@@ -83,15 +84,17 @@ fn open_volume(
     target: &std::path::Path,
     progress: &Progress,
 ) -> Result<Arc<Volume>> {
+    let exclude = Arc::new(Patterns::of_globs(&plan.options.exclude)?);
     let options = store::OpenOptions {
         init: plan.init,
         existing_only: plan.existing_only,
         label: plan.label.clone(),
         mountpoint: Some(target.to_path_buf()),
+        exclude: exclude.clone(),
     };
     let recover = |replicas: &_, catalog: &_| History::recover(replicas, catalog);
     let store = store::open(&plan.backings, &options, &recover, progress)?;
-    Volume::open(store, VolumeOptions::default())
+    Volume::open(store, VolumeOptions { exclude, ..VolumeOptions::default() })
 }
 
 fn serve_volume(

@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use crate::catalog::{Catalog, Head};
 use crate::error::{Error, IoContext, Result};
+use crate::excludes::Patterns;
 use crate::progress::Progress;
 use crate::replica::dir_backing::DirBacking;
 use crate::replica::{Replica, ReplicaSet};
@@ -65,6 +66,8 @@ pub struct OpenOptions {
     pub label: Option<String>,
     /// Where it will be mounted: for those who find it in use.
     pub mountpoint: Option<PathBuf>,
+    /// Patterns of what is to have no history, counted from the root.
+    pub exclude: Arc<Patterns>,
 }
 
 /// Recovers the history files of the replica that goes on, after an unclean end and before the live
@@ -175,7 +178,7 @@ pub fn open(
         Plan::Create { source } => create(&candidates, source, options)?,
         Plan::Open => join(&candidates, options)?,
     };
-    let winner = settle::settle(&mut members, recover, progress)?;
+    let winner = settle::settle(&mut members, recover, &options.exclude, progress)?;
     finish_open(members, winner)
 }
 

@@ -15,6 +15,7 @@
 
 mod attributes;
 mod content;
+mod excludes;
 mod files;
 mod maintain;
 mod namespace;
@@ -33,6 +34,7 @@ use rustix::io::Errno;
 
 use crate::catalog::{Catalog, Durability, Snapshot, Totals};
 use crate::error::{Error, Result};
+use crate::excludes::{META_KEY, Patterns};
 use crate::history::History;
 use crate::replica::backing::{Creds, Space};
 use crate::replica::{Fault, Handles, Health, ReplicaSet};
@@ -41,6 +43,7 @@ use crate::store::Store;
 use crate::types::{EntryName, Generation, NodeId, PRIVATE_DIR, RelPath, Timestamp};
 
 pub use attributes::{Changes, Privileges};
+use excludes::Excludes;
 use maintain::Maintenance;
 pub use namespace::Newborn;
 use nodes::{Node, Nodes, State};
@@ -61,6 +64,8 @@ pub struct VolumeOptions {
     pub pack_after: Duration,
     /// How often the store's own policy is applied.
     pub policy_every: Duration,
+    /// Patterns of what is to have no history, counted from the root.
+    pub exclude: Arc<Patterns>,
 }
 
 impl Default for VolumeOptions {
@@ -70,6 +75,7 @@ impl Default for VolumeOptions {
             housekeeping: Duration::from_secs(1),
             pack_after: Duration::from_secs(60),
             policy_every: Duration::from_secs(300),
+            exclude: Arc::default(),
         }
     }
 }
@@ -88,6 +94,7 @@ pub struct Volume {
     store: Store,
     history: History,
     nodes: Nodes,
+    excludes: Excludes,
     options: VolumeOptions,
     cut: RwLock<()>,
     dirs: Vec<Mutex<()>>,
@@ -144,9 +151,12 @@ impl Volume {
     /// Takes a store that was opened and begins to serve it.
     pub fn open(store: Store, options: VolumeOptions) -> Result<Arc<Volume>> {
         let history = History::open(&store.replicas, store.uuid)?;
+        let known = store.catalog.meta(META_KEY)?.is_some();
+        let excludes = Excludes::new(options.exclude.clone(), known);
         let volume = Arc::new(Volume {
             history,
             nodes: Nodes::with_root(),
+            excludes,
             options,
             cut: RwLock::new(()),
             dirs: (0..DIR_STRIPES).map(|_| Mutex::new(())).collect(),
@@ -171,6 +181,9 @@ impl Volume {
             }
         }));
         volume.ensure_root()?;
+        if !volume.options.exclude.is_empty() {
+            volume.note_rules()?;
+        }
         let housekeepers = [
             Housekeeper::start(&volume, "rv-housekeeping", housekeep)?,
             Housekeeper::start(&volume, "rv-maintenance", maintain::run)?,
@@ -232,7 +245,8 @@ impl Volume {
                 log::error!("{}: not sealed, its last version stands: {error}", self.told(&node));
             }
         }
-        self.settle_dirs();
+        // A directory that was excluded and is shown again brings up the one above it.
+        while self.settle_dirs() && self.excludes.any() {}
         Ok(self.catalog().freeze())
     }
 

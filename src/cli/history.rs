@@ -31,7 +31,11 @@ pub fn log(args: &LogArgs) -> Result<Exit> {
 /// Newest first, as people look for the recent.
 fn log_text(report: &LogReport) -> String {
     let rows: Vec<_> = report.entries.iter().rev().map(|entry| log_row(report, entry)).collect();
-    text::table(&rows)
+    let mut shown = text::table(&rows);
+    if report.excluded {
+        shown.insert_str(0, "excluded from history: what it is now is no version\n");
+    }
+    shown
 }
 
 fn log_row(report: &LogReport, entry: &LogEntry) -> Vec<String> {

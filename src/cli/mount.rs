@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::{Exit, MountArgs, UmountArgs, progress};
 use crate::daemon::{self, MountPlan};
 use crate::error::{Error, IoContext, Result};
+use crate::excludes::Patterns;
 use crate::mountpoint::options::MountOptions;
 use crate::mountpoint::{self, device, show, table};
 use crate::types::{PRIVATE_DIR, REPLICAS_MAX};
@@ -67,6 +68,7 @@ fn parse_helper(arguments: &[OsString]) -> Result<MountArgs> {
         // At boot a disk may be missing: a store must not come into being in its empty mountpoint.
         existing_only: true,
         label: None,
+        exclude: Vec::new(),
         paths,
         serve_in_background: false,
     })
@@ -96,7 +98,9 @@ pub fn mount(args: MountArgs, verbose: u8) -> Result<Exit> {
 }
 
 fn plan(args: MountArgs) -> Result<MountPlan> {
-    let options = MountOptions::parse(args.options.iter().map(String::as_str))?;
+    let mut options = MountOptions::parse(args.options.iter().map(String::as_str))?;
+    options.exclude.extend(args.exclude);
+    Patterns::of_globs(&options.exclude)?;
     let mut paths = args.paths;
     let mountpoint = paths.pop().ok_or_else(|| Error::Refused("name a mountpoint".into()))?;
     let backings = split_arguments(&paths, |path| path.is_dir());
@@ -235,6 +239,7 @@ fn background_arguments(plan: &MountPlan, verbose: u8) -> Vec<OsString> {
     if plan.existing_only {
         words.push("--existing-only".into());
     }
+    words.extend(plan.options.exclude.iter().map(|glob| format!("--exclude={glob}").into()));
     if let Some(label) = &plan.label {
         words.push(format!("--label={label}").into());
     }
@@ -283,7 +288,11 @@ mod tests {
         let first = MountPlan {
             backings: vec![dir.join("a:b"), dir.join("c\\d")],
             mountpoint: dir.join("m n"),
-            options: MountOptions { allow_other: true, ..MountOptions::default() },
+            options: MountOptions {
+                allow_other: true,
+                exclude: vec!["*.{o,a}".into(), "!-x".into()],
+                ..MountOptions::default()
+            },
             init: false,
             existing_only: true,
             label: Some("usb".into()),

@@ -32,6 +32,8 @@ pub struct MountOptions {
     pub subtype: bool,
     /// The mountpoint may have entries; they are hidden by the mount.
     pub nonempty: bool,
+    /// Patterns of what is to have no history, counted from the root.
+    pub exclude: Vec<String>,
 }
 
 impl Default for MountOptions {
@@ -48,12 +50,14 @@ impl Default for MountOptions {
             read_only: false,
             subtype: true,
             nonempty: false,
+            exclude: Vec::new(),
         }
     }
 }
 
 impl MountOptions {
-    /// Takes the texts of all `-o` in their order; the last word on a matter counts.
+    /// Takes the texts of all `-o` in their order; the last word on a matter counts, but of
+    /// `exclude` all do.
     pub fn parse<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<MountOptions> {
         let mut options = MountOptions::default();
         for text in texts {
@@ -84,6 +88,7 @@ impl MountOptions {
             ("snapdir", Some(value)) => self.snapdir = parse_snapdir(value)?,
             ("snapdirname", Some(value)) => self.snapdir_name = parse_snapdir_name(value)?,
             ("fsname", Some(value)) => self.fs_name = Some(value.to_string()),
+            ("exclude", Some(value)) => self.exclude.push(value.to_string()),
             ("threads", Some(value)) => self.threads = parse_threads(value)?,
             ("remount", None) => {
                 return Err(Error::Refused(
@@ -101,7 +106,8 @@ impl MountOptions {
         Ok(())
     }
 
-    /// The options as one `-o` text that [`MountOptions::parse`] takes.
+    /// The options as one `-o` text that [`MountOptions::parse`] takes, but for the patterns of
+    /// `exclude`, which may have commas.
     pub fn to_text(&self) -> String {
         let mut parts = vec![
             format!("snapdir={}", snapdir_word(self.snapdir)),
@@ -220,14 +226,17 @@ mod tests {
     fn our_options_are_taken_and_the_last_word_counts() {
         let options = MountOptions::parse([
             "allow_other,snapdir=visible,snapdirname=.past",
-            "ro,rw,dev,suid,threads=3,snapdir=root,fsname=x",
+            "ro,rw,dev,suid,threads=3,snapdir=root,fsname=x,exclude=*.o,exclude=/tmp/",
         ])
         .unwrap();
         assert!(options.allow_other && options.dev && options.suid && !options.read_only);
         assert_eq!(options.snapdir, SnapDir::Root);
         assert_eq!(options.snapdir_name.as_bytes(), b".past");
         assert_eq!((options.threads, options.fs_name.as_deref()), (3, Some("x")));
-        assert_eq!(MountOptions::parse([options.to_text().as_str()]).unwrap(), options);
+        assert_eq!(options.exclude, ["*.o", "/tmp/"]);
+        let text = options.to_text();
+        let back = MountOptions::parse([text.as_str(), "exclude=*.o", "exclude=/tmp/"]).unwrap();
+        assert_eq!(back, options);
     }
 
     #[test]

@@ -51,6 +51,14 @@ impl Past {
         let live = self.catalog().list(dir)?.into_iter();
         let mut names: Vec<EntryName> =
             live.filter(|entry| entry.kind == Kind::File).map(|entry| entry.name).collect();
+        // What is excluded from history has versions of an earlier time, or none.
+        let mut bare = HashSet::new();
+        for name in self.catalog().unversioned(dir)? {
+            if self.file_versions(dir, &name)?.is_empty() {
+                bare.insert(name);
+            }
+        }
+        names.retain(|name| !bare.contains(name));
         let gone = self.gone(dir)?.into_iter();
         names.extend(gone.filter(|gone| gone.row.kind == Kind::File).map(|gone| gone.name));
         names.sort();

@@ -75,6 +75,9 @@ pub struct LogReport {
     pub path: PathText,
     /// Its history.
     pub entries: Vec<LogEntry>,
+    /// It is there, and excluded from history: later changes of it make no versions.
+    #[serde(default)]
+    pub excluded: bool,
 }
 
 /// The history of `path`, which need not exist any more.
@@ -84,10 +87,23 @@ pub fn log(catalog: &Catalog, path: &RelPath) -> Result<LogReport> {
     for span in spans(catalog, path)? {
         entries.extend(lifetime(catalog, &span, &snapshots)?);
     }
-    if entries.is_empty() {
+    let excluded = is_excluded(catalog, path)?;
+    if entries.is_empty() && !excluded {
         return Err(Error::NotFound(format!("{path} is not there and never was")));
     }
-    Ok(LogReport { path: PathText::from(path), entries })
+    Ok(LogReport { path: PathText::from(path), entries, excluded })
+}
+
+/// Whether a live path, or a directory that it lies in, has no history.
+fn is_excluded(catalog: &Catalog, path: &RelPath) -> Result<bool> {
+    let mut parent = NodeId::ROOT;
+    let mut excluded = false;
+    for name in path.names() {
+        let Some((node, _)) = catalog.lookup(parent, name)? else { return Ok(false) };
+        excluded |= catalog.entry_is_versioned(parent, name)? == Some(false);
+        parent = node;
+    }
+    Ok(excluded)
 }
 
 /// An interval in which one node had one name.

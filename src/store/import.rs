@@ -17,15 +17,18 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 
 use crate::catalog::{Catalog, Change, NodeRow};
 use crate::error::{IoContext, Result};
+use crate::excludes::{META_KEY, Patterns, Scope};
 use crate::progress::Progress;
 use crate::replica::backing::{Handle, Stat};
 use crate::store::idset::IdSet;
 use crate::store::site::{Object, Site, is_other_mount};
 use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath, Timestamp, XattrSetId};
 
+mod excluded;
 mod moves;
 mod rescue;
 
@@ -90,11 +93,13 @@ pub fn count_words(counts: &[(u64, &str)]) -> String {
 }
 
 /// Makes the catalog's live tree equal to the one on `source`. The changes are pushed, not flushed.
-/// `peers` are other replicas of the store, which may still have what was changed on `source`.
+/// `peers` are other replicas of the store, which may still have what was changed on `source`;
+/// `exclude` tells, with the rules that lie in the tree, what gets no history.
 pub fn import(
     source: &Site,
     peers: &[Site],
     catalog: &Catalog,
+    exclude: &Arc<Patterns>,
     progress: &Progress,
 ) -> Result<ImportReport> {
     let mut import = Import {
@@ -102,6 +107,8 @@ pub fn import(
         peers,
         catalog,
         progress,
+        any_rules: !exclude.is_empty() || catalog.meta(META_KEY)?.is_some(),
+        exclude: exclude.clone(),
         changes: Vec::new(),
         claimed: IdSet::default(),
         links: HashMap::new(),
@@ -162,6 +169,8 @@ struct Deferred {
     link_key: Option<LinkKey>,
     /// What speaks against its being `over`.
     doubt: Doubt,
+    /// Rules keep it out of history.
+    excluded: bool,
 }
 
 /// Why a file may not be the node that had its name.
@@ -181,6 +190,8 @@ struct Pending {
     node: NodeId,
     /// The catalog has no entries of it.
     fresh: bool,
+    /// Its rules; before it is read, those of the directory above.
+    scope: Arc<Scope>,
 }
 
 struct Import<'a> {
@@ -188,6 +199,9 @@ struct Import<'a> {
     peers: &'a [Site],
     catalog: &'a Catalog,
     progress: &'a Progress,
+    exclude: Arc<Patterns>,
+    /// Rules were met, now or by an earlier mount.
+    any_rules: bool,
     changes: Vec<Change>,
     /// Nodes that were found on the backing.
     claimed: IdSet,
@@ -208,7 +222,7 @@ impl Import<'_> {
     fn run(&mut self) -> Result<()> {
         self.take_root()?;
         while let Some(dir) = self.pending.pop() {
-            self.take_dir(&dir)?;
+            self.take_dir(dir)?;
         }
         self.settle_deferred()?;
         for gone in std::mem::take(&mut self.missing).into_iter().rev().flatten() {
@@ -236,13 +250,16 @@ impl Import<'_> {
                 true
             }
         };
-        self.pending.push(Pending { path: root, node: NodeId::ROOT, fresh });
+        let scope = Scope::root(self.exclude.clone(), None);
+        self.pending.push(Pending { path: root, node: NodeId::ROOT, fresh, scope });
         Ok(())
     }
 
-    fn take_dir(&mut self, dir: &Pending) -> Result<()> {
+    fn take_dir(&mut self, mut dir: Pending) -> Result<()> {
         let handle = self.site.dir(&dir.path)?;
         let entries = self.site.live_entries(&handle, &dir.path)?;
+        dir.scope = self.scope_of(&dir, &handle, &entries);
+        let dir = &dir;
         let mut known: HashMap<EntryName, (NodeId, Kind)> = HashMap::new();
         if !dir.fresh {
             let listed = self.catalog.list(dir.node)?;
@@ -308,6 +325,7 @@ impl Import<'_> {
         known: Option<(NodeId, Kind)>,
     ) -> Result<()> {
         let stat = &object.stat;
+        let excluded = dir.scope.excludes(&name, stat.kind == Kind::Dir);
         let link_key = (stat.kind != Kind::Dir && stat.nlink > 1).then_some(LinkKey {
             ino: stat.ino,
             ctime: stat.ctime,
@@ -320,7 +338,7 @@ impl Import<'_> {
                 Some((node, _)) if node == linked => {}
                 _ => {
                     self.replace(dir, &name, known)?;
-                    self.add_entry(dir.node, name, linked);
+                    self.add_link(dir.node, name, linked, excluded)?;
                 }
             }
             return Ok(());
@@ -348,7 +366,8 @@ impl Import<'_> {
             }
             self.refresh(&row, object)?;
             if kind == Kind::Dir {
-                self.pending.push(Pending { path, node, fresh: false });
+                let scope = dir.scope.clone();
+                self.pending.push(Pending { path, node, fresh: false, scope });
             }
             return Ok(());
         }
@@ -358,12 +377,13 @@ impl Import<'_> {
             self.defer(dir, name, stat, (xattrs, None, None, Doubt::Changed));
             return Ok(());
         }
-        let node = self.add_node(dir.node, name, stat, xattrs, &object.target);
+        let node = self.add_node((dir.node, name, excluded), stat, xattrs, &object.target);
         if let Some(key) = link_key {
             self.links.insert(key, node);
         }
         if stat.kind == Kind::Dir {
-            self.pending.push(Pending { path, node, fresh: true });
+            let scope = dir.scope.clone();
+            self.pending.push(Pending { path, node, fresh: true, scope });
         }
         Ok(())
     }
@@ -375,8 +395,19 @@ impl Import<'_> {
         stat: &Stat,
         (xattrs, over, link_key, doubt): (XattrSetId, Option<NodeRow>, Option<LinkKey>, Doubt),
     ) {
+        let excluded = dir.scope.excludes(&name, false);
         let (dir, parent, stat) = (dir.path.clone(), dir.node, *stat);
-        self.deferred.push(Deferred { dir, parent, name, stat, xattrs, over, link_key, doubt });
+        self.deferred.push(Deferred {
+            dir,
+            parent,
+            name,
+            stat,
+            xattrs,
+            over,
+            link_key,
+            doubt,
+            excluded,
+        });
     }
 
     /// What speaks against an object's being the node that has its name.
@@ -422,26 +453,8 @@ impl Import<'_> {
         } else {
             self.catalog.intern_xattrs(&object.xattrs)?
         };
-        self.refresh_with(row, stat, xattrs)
-    }
-
-    fn refresh_with(&mut self, row: &NodeRow, stat: &Stat, xattrs: XattrSetId) -> Result<()> {
-        let content_changed =
-            row.kind == Kind::File && (content_differs(row, stat) || self.is_overwritten(row)?);
-        let same = !content_changed
-            && row.xattrs == xattrs
-            && row.mtime == stat.mtime
-            && (row.mode, row.uid, row.gid, row.rdev) == (stat.mode, stat.uid, stat.gid, stat.rdev);
-        if same {
-            return Ok(());
-        }
-        let content = match content_changed {
-            true => self.seal(row.id, stat.size),
-            false => row.content,
-        };
-        self.changes.push(Change::NodePut(row_of(row.id, stat, xattrs, content)));
-        self.report.changed += 1;
-        Ok(())
+        let versioned = self.is_versioned(row.id)?;
+        self.refresh_with(row, stat, xattrs, versioned)
     }
 
     /// Whether before-images of the newest content exist, or a whole copy of it: then it was being
@@ -467,8 +480,7 @@ impl Import<'_> {
 
     fn add_node(
         &mut self,
-        parent: NodeId,
-        name: EntryName,
+        (parent, name, excluded): (NodeId, EntryName, bool),
         stat: &Stat,
         xattrs: XattrSetId,
         target: &[u8],
@@ -476,19 +488,26 @@ impl Import<'_> {
         let node = self.catalog.next_node();
         self.claimed.insert(node);
         let content = match stat.kind {
-            Kind::File => self.seal(node, stat.size),
+            Kind::File if !excluded => self.seal(node, stat.size),
             _ => ContentId::EMPTY,
         };
-        self.changes.push(Change::NodePut(row_of(node, stat, xattrs, content)));
+        let row = row_of(node, stat, xattrs, content);
+        self.changes.push(match excluded {
+            true => Change::NodeUnversioned(row),
+            false => Change::NodePut(row),
+        });
         if stat.kind == Kind::Symlink {
             self.changes.push(Change::SymlinkTarget { node, target: target.to_vec() });
         }
-        self.add_entry(parent, name, node);
+        self.add_entry(parent, name, node, excluded);
         node
     }
 
-    fn add_entry(&mut self, parent: NodeId, name: EntryName, node: NodeId) {
-        self.changes.push(Change::EntryAdd { parent, name, node });
+    fn add_entry(&mut self, parent: NodeId, name: EntryName, node: NodeId, excluded: bool) {
+        self.changes.push(match excluded {
+            true => Change::EntryUnversioned { parent, name, node },
+            false => Change::EntryAdd { parent, name, node },
+        });
         self.report.added += 1;
     }
 
@@ -541,6 +560,8 @@ impl Import<'_> {
                 self.report.lost.push(dir.join(name));
             }
             self.changes.push(Change::NodeGone(node));
+        } else {
+            self.hide_unnamed(parent, name, node)?;
         }
         Ok(())
     }

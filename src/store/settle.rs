@@ -5,12 +5,15 @@
 //! damage shows only on the way loses its say, and it is judged again: as long as one replica is
 //! whole, there is a winner. Killed anywhere, the next mount does the rest.
 
+use std::sync::Arc;
+
 use super::lineage::{self, Standing, Verdict};
 use super::marker::{CleanMark, Marker, PeerState, Phase};
 use super::site::{self, Site};
 use super::{CATALOG_FILE, Member, Recover, fill, import, replica_set};
 use crate::catalog::{Catalog, Durability, Head};
 use crate::error::{Error, IoContext, Result};
+use crate::excludes::Patterns;
 use crate::progress::Progress;
 use crate::types::{ReplicaMap, Timestamp};
 
@@ -46,6 +49,7 @@ fn holds_stale(own: &Marker, other: &Marker) -> bool {
 pub(super) fn settle(
     members: &mut [Member],
     recover: Recover<'_>,
+    exclude: &Arc<Patterns>,
     progress: &Progress,
 ) -> Result<usize> {
     let mut heads: Vec<Option<Head>> = members.iter().map(Member::head).collect();
@@ -55,7 +59,7 @@ pub(super) fn settle(
             Verdict::Winner { winner, .. } => Some(*winner),
             _ => None,
         };
-        match (settle_by(members, verdict, &heads, recover, progress), winner) {
+        match (settle_by(members, verdict, &heads, recover, exclude, progress), winner) {
             // Damage that shows only now: whoever else has a whole catalog wins instead.
             (Err(error), Some(winner))
                 if is_catalog_damage(&error) && has_other_head(members, &heads, winner) =>
@@ -90,6 +94,7 @@ fn settle_by(
     verdict: Verdict,
     heads: &[Option<Head>],
     recover: Recover<'_>,
+    exclude: &Arc<Patterns>,
     progress: &Progress,
 ) -> Result<usize> {
     let shown = |index: usize| members[index].site.path.display();
@@ -98,12 +103,12 @@ fn settle_by(
         Verdict::Winner { winner, current, clean: false } => {
             log::warn!("{}: the last mount did not end cleanly; recovering", shown(winner));
             let peers = other_sites(members, winner);
-            take_in(&members[winner], &peers, Some(recover), progress)?;
+            take_in(&members[winner], &peers, Some(recover), exclude, progress)?;
             // Recovery went on in the winner alone.
             (winner, (0..current.len()).map(|index| index == winner).collect())
         }
         Verdict::Adopting(source) => {
-            adopt(&mut members[source], progress)?;
+            adopt(&mut members[source], exclude, progress)?;
             (source, (0..members.len()).map(|index| index == source).collect())
         }
         Verdict::Fork(a, b) => {
@@ -150,6 +155,7 @@ fn take_in(
     member: &Member,
     peers: &[Site],
     recover: Option<Recover<'_>>,
+    exclude: &Arc<Patterns>,
     progress: &Progress,
 ) -> Result<()> {
     let files = ReplicaMap::new(vec![Some(member.catalog_file())]);
@@ -158,7 +164,7 @@ fn take_in(
         if let Some(recover) = recover {
             recover(&replica_set(std::slice::from_ref(member))?, &catalog)?;
         }
-        let report = import::import(&member.site, peers, &catalog, progress)?;
+        let report = import::import(&member.site, peers, &catalog, exclude, progress)?;
         if !report.is_nothing() {
             log::info!("{}: {report}", member.site.path.display());
         }
@@ -169,7 +175,7 @@ fn take_in(
     result.and(closed)
 }
 
-fn adopt(member: &mut Member, progress: &Progress) -> Result<()> {
+fn adopt(member: &mut Member, exclude: &Arc<Patterns>, progress: &Progress) -> Result<()> {
     let file = member.catalog_file();
     if !Catalog::inspect(&file).is_ok_and(|head| head.store == member.marker.store) {
         // An unfinished catalog has no history yet: nothing is lost with it.
@@ -179,7 +185,7 @@ fn adopt(member: &mut Member, progress: &Progress) -> Result<()> {
         }
         Catalog::create(&file, member.marker.store)?;
     }
-    take_in(member, &[], None, progress)?;
+    take_in(member, &[], None, exclude, progress)?;
     member.site.backing.sync_all().context("make durable", &member.site.path)?;
     let head = Catalog::inspect(&file)?;
     member.marker.phase = Phase::Ok;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use crate::catalog::Change;
 use crate::error::{Error, Result};
 use crate::replica::Handles;
 use crate::replica::backing::{Access, Backing, Handle, SetTime, Stat};
@@ -253,7 +252,9 @@ impl Volume {
         }
         if node.kind == Kind::Dir {
             let row = self.settle_dir(node.id)?;
-            self.catalog().push(vec![Change::NodePut(row)])?;
+            let mut changes = Vec::with_capacity(1);
+            self.put(&self.standing(node, 1)?, row, &mut changes)?;
+            self.catalog().push(changes)?;
             return Ok(());
         }
         let (stat, xattrs) = self.look(node, state)?;
@@ -263,12 +264,15 @@ impl Volume {
         };
         let xattrs = self.catalog().intern_xattrs(&xattrs)?;
         let mut row = row_of(node.id, &stat, xattrs, ContentId::EMPTY);
-        row.content = known.content;
+        let mut changes = Vec::with_capacity(1);
+        let standing = self.standing(node, stat.nlink)?;
+        row.content = self.content_shown(standing.versioned, &row, known.content, &mut changes);
         row.btime = known.btime;
+        self.put(&standing, row.clone(), &mut changes)?;
+        self.catalog().push(changes)?;
         if let Some(open) = state.open.as_mut() {
-            open.sealed = row.clone();
+            open.sealed = row;
         }
-        self.catalog().push(vec![Change::NodePut(row)])?;
         Ok(())
     }
 

@@ -246,7 +246,12 @@ impl Volume {
     }
 
     /// Preserves what the sealed content has in `range` and is not preserved yet.
-    fn preserve(&self, node: &Arc<Node>, state: &mut State, range: ByteRange) -> Result<()> {
+    pub(super) fn preserve(
+        &self,
+        node: &Arc<Node>,
+        state: &mut State,
+        range: ByteRange,
+    ) -> Result<()> {
         let open = state.open.as_mut().expect("the caller opened the file");
         let range = history::touched(range, open.sealed.size);
         if range.is_empty() || open.sealed.content == ContentId::EMPTY {

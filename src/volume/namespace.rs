@@ -12,6 +12,7 @@ use crate::replica::backing::{RenameMode, SetTime, Stat};
 use crate::store::row_of;
 use crate::types::{ContentId, EntryName, Kind, NodeId, Xattrs};
 
+use super::excludes::{Turn, entry};
 use super::files::link_anew;
 use super::nodes::{Node, Open, State};
 use super::{Caller, ROOM_FOR_A_NAME, Volume};
@@ -78,14 +79,20 @@ impl Volume {
         let id = self.catalog().next_node();
         let xattrs = self.catalog().intern_xattrs(xattrs)?;
         let row = row_of(id, stat, xattrs, ContentId::EMPTY);
+        self.meets_rules(name)?;
+        let excluded = self.is_excluded(parent, name, row.kind == Kind::Dir)?;
         for change in &mut more {
             if let Change::SymlinkTarget { node, .. } = change {
                 *node = id;
             }
         }
-        more.push(Change::NodePut(row.clone()));
-        more.push(Change::EntryAdd { parent, name: name.clone(), node: id });
+        more.push(match excluded {
+            true => Change::NodeUnversioned(row.clone()),
+            false => Change::NodePut(row.clone()),
+        });
+        more.push(entry(parent, name, id, excluded));
         self.catalog().push(more)?;
+        self.rules_changed(name);
         self.mark_dir(parent);
         Ok(row)
     }
@@ -158,15 +165,20 @@ impl Volume {
         self.ensure_room(ROOM_FOR_A_NAME)?;
         let _entries = self.lock_dir(parent);
         let to = self.dir(parent)?;
-        let state = node.lock();
+        let mut state = node.lock();
         if state.orphan {
             return Err(Error::Posix(Errno::NOENT));
         }
+        self.meets_rules(name)?;
+        let excluded = self.is_excluded(parent, name, false)?;
+        let turn = self.turn(node, &mut state, None, Some(excluded))?;
         let (from, from_name) = self.location(node, &state)?;
         self.replicas()
             .apply("link", |id, b| b.link(from.get(id)?, &from_name, to.get(id)?, name))?;
-        let change = Change::EntryAdd { parent, name: name.clone(), node: node.id };
-        self.catalog().push(vec![change])?;
+        let mut changes = vec![entry(parent, name, node.id, excluded)];
+        self.take_turn(turn, node, &mut state, &mut changes)?;
+        self.catalog().push(changes)?;
+        self.rules_changed(name);
         self.mark_dir(parent);
         let stat = self.stat_locked(node, &state)?;
         drop(state);
@@ -192,13 +204,19 @@ impl Volume {
             self.seal(&node, &mut state)?;
         }
         let content = if last { self.content_of(&node, &state)? } else { ContentId::EMPTY };
+        let turn = match last {
+            true => Turn::None,
+            false => self.turn(&node, &mut state, Some((parent, name)), None)?,
+        };
         // If we die after the rename and before the commit, recovery finds the preserved file.
         self.remove_name(&node, &dir, name, content)?;
         changes.push(Change::EntryRemove { parent, name: name.clone() });
         if last {
             changes.append(&mut self.bury(&node, &mut state, stat, content));
         }
+        self.take_turn(turn, &node, &mut state, &mut changes)?;
         self.catalog().push(changes)?;
+        self.rules_changed(name);
         self.mark_dir(parent);
         node.lost_name(parent, name, last);
         drop(state);
@@ -308,20 +326,37 @@ impl Volume {
                 _ => Ok(()),
             };
         }
+        if let (RenameMode::Replace, Some(target)) = (mode, &target) {
+            match (source.kind == Kind::Dir, target.kind == Kind::Dir) {
+                (true, false) => return Err(Error::Posix(Errno::NOTDIR)),
+                (false, true) => return Err(Error::Posix(Errno::ISDIR)),
+                _ => {}
+            }
+        }
         let from = self.dir(parent)?;
         let to = self.dir(new_parent)?;
         // Whoever reaches one of them by its name waits until the name is what the node says.
-        let (_source_state, mut target_state) = Volume::lock_nodes(&source, target.as_deref());
+        let (mut source_state, mut target_state) = Volume::lock_nodes(&source, target.as_deref());
+        self.meets_rules(new_name)?;
+        let excluded = self.is_excluded(new_parent, new_name, source.kind == Kind::Dir)?;
+        let lost = Some((parent, name));
+        let turn = self.turn(&source, &mut source_state, lost, Some(excluded))?;
         let moves_dir =
             [Some(&source), target.as_ref()].iter().flatten().any(|node| node.kind == Kind::Dir);
-        let _tree = moves_dir.then(|| self.tree.write());
         let entry_remove =
             |parent: NodeId, name: &EntryName| Change::EntryRemove { parent, name: name.clone() };
-        let entry_add = |parent: NodeId, name: &EntryName, node: NodeId| Change::EntryAdd {
-            parent,
-            name: name.clone(),
-            node,
+        // What the other one of an exchange becomes, by the name that it gets.
+        let exchanged = match (mode, &target, &mut target_state) {
+            (RenameMode::Exchange, Some(target), Some(state)) => {
+                let excluded = self.is_excluded(parent, name, target.kind == Kind::Dir)?;
+                let lost = Some((new_parent, new_name));
+                Some((excluded, self.turn(target, state, lost, Some(excluded))?))
+            }
+            _ => None,
         };
+        let _tree = moves_dir.then(|| self.tree.write());
+        let mut changes = Vec::with_capacity(5);
+        let mut replaced_last = false;
         match (mode, &target) {
             (RenameMode::NoReplace, Some(_)) => return Err(Error::Posix(Errno::EXIST)),
             (RenameMode::Exchange, None) => return Err(Error::Posix(Errno::NOENT)),
@@ -329,34 +364,42 @@ impl Volume {
                 self.replicas().apply("rename", |id, b| {
                     b.rename(from.get(id)?, name, to.get(id)?, new_name, mode)
                 })?;
-                self.catalog().push(vec![
-                    entry_remove(parent, name),
-                    entry_remove(new_parent, new_name),
-                    entry_add(new_parent, new_name, source.id),
-                    entry_add(parent, name, target.id),
-                ])?;
-                target.moved(parent, name);
+                let (other, turn) = exchanged.unwrap_or((false, Turn::None));
+                let state = target_state.as_mut().expect("the target is locked");
+                changes.push(entry_remove(parent, name));
+                changes.push(entry_remove(new_parent, new_name));
+                changes.push(entry(parent, name, target.id, other));
+                self.take_turn(turn, target, state, &mut changes)?;
             }
             (_, None) => {
                 self.replicas().apply("rename", |id, b| {
                     b.rename(from.get(id)?, name, to.get(id)?, new_name, mode)
                 })?;
-                self.catalog().push(vec![
-                    entry_remove(parent, name),
-                    entry_add(new_parent, new_name, source.id),
-                ])?;
+                changes.push(entry_remove(parent, name));
             }
             (RenameMode::Replace, Some(target)) => {
                 let state = target_state.as_mut().expect("the target is locked");
-                let (last, mut changes) =
+                let (last, mut ended) =
                     self.replace((&from, name), (&to, new_parent, new_name), target, state)?;
+                replaced_last = last;
+                changes.append(&mut ended);
                 changes.push(entry_remove(parent, name));
-                changes.push(entry_add(new_parent, new_name, source.id));
-                self.catalog().push(changes)?;
-                target.lost_name(new_parent, new_name, last);
             }
         }
+        changes.push(entry(new_parent, new_name, source.id, excluded));
+        self.take_turn(turn, &source, &mut source_state, &mut changes)?;
+        self.catalog().push(changes)?;
+        match &target {
+            Some(target) if mode == RenameMode::Exchange => target.moved(parent, name),
+            Some(target) => target.lost_name(new_parent, new_name, replaced_last),
+            None => {}
+        }
         source.moved(new_parent, new_name);
+        self.rules_changed(name);
+        self.rules_changed(new_name);
+        if moves_dir {
+            self.scopes_moved();
+        }
         self.mark_dir(parent);
         self.mark_dir(new_parent);
         if source.kind == Kind::Dir && parent != new_parent {
@@ -382,6 +425,10 @@ impl Volume {
             self.seal(target, state)?;
         }
         let content = if last { self.content_of(target, state)? } else { ContentId::EMPTY };
+        let turn = match last {
+            true => Turn::None,
+            false => self.turn(target, state, Some((new_parent, new_name)), None)?,
+        };
         let rename = || {
             replicas.apply("rename", |id, b| {
                 b.rename(from.get(id)?, name, to.get(id)?, new_name, RenameMode::Replace)
@@ -409,6 +456,7 @@ impl Volume {
                 replicas.forget_dir(target.id);
             }
         }
+        self.take_turn(turn, target, state, &mut changes)?;
         Ok((last, changes))
     }
 

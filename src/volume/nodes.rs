@@ -25,7 +25,7 @@ use rustix::io::Errno;
 /// Shards of the table: more than threads, so that they rarely meet.
 const SHARDS: usize = 64;
 /// No path is deeper; a longer walk means that the catalog's entries form a circle.
-const DEPTH_MAX: usize = 4096;
+pub(super) const DEPTH_MAX: usize = 4096;
 
 /// One live node in use.
 pub struct Node {
@@ -264,16 +264,20 @@ impl Nodes {
         }
     }
 
+    /// A directory and a name in it by which a node is reached: see [`Node::place`].
+    pub fn place(&self, catalog: &Catalog, id: NodeId) -> Result<Option<(NodeId, EntryName)>> {
+        match self.get(id) {
+            Some(node) => node.place(catalog),
+            None => Ok(catalog.names(id)?.into_iter().next()),
+        }
+    }
+
     /// The path of a directory, from the names in the table and, above those, in the catalog.
     pub fn path(&self, catalog: &Catalog, id: NodeId) -> Result<RelPath> {
         let mut names = Vec::new();
         let mut at = id;
         while at != NodeId::ROOT {
-            let place = match self.get(at) {
-                Some(node) => node.place(catalog)?,
-                None => catalog.names(at)?.into_iter().next(),
-            };
-            let (parent, name) = place.ok_or(Error::Posix(Errno::NOENT))?;
+            let (parent, name) = self.place(catalog, at)?.ok_or(Error::Posix(Errno::NOENT))?;
             names.push(name);
             at = parent;
             if names.len() > DEPTH_MAX {

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::catalog::{Change, NodeRow};
+use crate::catalog::NodeRow;
 use crate::error::Result;
+use crate::history::ranges::ByteRange;
 use crate::replica::Handles;
 use crate::replica::backing::{SetTime, Stat};
 use crate::store::row_of;
@@ -35,17 +36,23 @@ impl Volume {
         let mut row = row_of(node.id, &stat, xattrs, ContentId::EMPTY);
         let mut changes = Vec::with_capacity(2);
         row.btime = open.sealed.btime;
-        row.content = if !open.written {
-            open.sealed.content
-        } else if row.size == 0 {
-            ContentId::EMPTY
-        } else {
-            let id = self.catalog().next_content();
-            changes.push(Change::ContentAdd { id, node: node.id, size: row.size });
-            id
-        };
-        changes.push(Change::NodePut(row.clone()));
+        let standing = self.standing(node, stat.nlink)?;
+        let (known, written) = (open.sealed.content, open.written);
+        if written && !standing.versioned && known != ContentId::EMPTY {
+            // The last version that history shows must not rely on the file any more.
+            let whole = ByteRange { start: 0, end: open.sealed.size };
+            self.preserve(node, state, whole)?;
+        }
+        let known = if written { ContentId::EMPTY } else { known };
+        row.content = self.content_shown(standing.versioned, &row, known, &mut changes);
+        self.put(&standing, row.clone(), &mut changes)?;
         self.catalog().push(changes)?;
+        if self.excludes.any()
+            && let Some((_, name)) = node.place(self.catalog())?
+        {
+            self.rules_changed(&name);
+        }
+        let Some(open) = state.open.as_mut() else { return Ok(()) };
         open.sealed = row;
         open.saved.clear();
         open.dirty = false;
@@ -71,16 +78,21 @@ impl Volume {
     }
 
     /// Records the directories whose times changed, with times equal on all replicas. One that
-    /// cannot be recorded is tried again the next time.
-    pub(super) fn settle_dirs(&self) {
+    /// cannot be recorded is tried again the next time. Returns whether any was.
+    pub(super) fn settle_dirs(&self) -> bool {
         let stale = std::mem::take(&mut *self.stale_dirs.lock());
+        let mut settled = false;
         for dir in stale {
-            if let Err(error) = self.settle_stale_dir(dir) {
-                log::warn!("directory {dir} is not recorded yet: {error}");
-                self.mark_dir(dir);
+            match self.settle_stale_dir(dir) {
+                Ok(()) => settled = true,
+                Err(error) => {
+                    log::warn!("directory {dir} is not recorded yet: {error}");
+                    self.mark_dir(dir);
+                }
             }
             self.nodes.drop_unused(dir);
         }
+        settled
     }
 
     fn settle_stale_dir(&self, dir: NodeId) -> Result<()> {
@@ -92,7 +104,9 @@ impl Volume {
             return Ok(());
         }
         let row = self.settle_dir(dir)?;
-        self.catalog().push(vec![Change::NodePut(row)])?;
+        let mut changes = Vec::with_capacity(1);
+        self.put(&self.standing(&node, 1)?, row, &mut changes)?;
+        self.catalog().push(changes)?;
         Ok(())
     }
 

@@ -81,9 +81,12 @@ impl Import<'_> {
         for (&index, &origin) in &moves {
             let (file, row) = (&files[index], &origins[origin].row);
             let (parent, name) = (file.parent, file.name.clone());
-            self.changes.push(Change::EntryAdd { parent, name, node: row.id });
+            self.changes.push(match file.excluded {
+                true => Change::EntryUnversioned { parent, name, node: row.id },
+                false => Change::EntryAdd { parent, name, node: row.id },
+            });
             self.note_links(file, row.id);
-            self.refresh_with(row, &file.stat, file.xattrs)?;
+            self.refresh_with(row, &file.stat, file.xattrs, !file.excluded)?;
             self.report.moved += 1;
         }
         self.push()?;
@@ -120,8 +123,7 @@ impl Import<'_> {
             }
             self.drop_name(file.parent, &file.name, over.id, &file.dir)?;
         }
-        self.add_entry(file.parent, file.name, node);
-        Ok(())
+        self.add_link(file.parent, file.name, node, file.excluded)
     }
 
     fn note_links(&mut self, file: &Deferred, node: NodeId) {
@@ -168,6 +170,7 @@ impl Import<'_> {
         if let Some(node) = file.link_key.and_then(|key| self.links.get(&key).copied()) {
             return self.take_link(file, node);
         }
+        let place = (file.parent, file.name.clone(), file.excluded);
         let node = match &file.over {
             Some(row) if !self.claimed.contains(row.id) => {
                 self.claimed.insert(row.id);
@@ -175,7 +178,8 @@ impl Import<'_> {
                 if content_differs(row, &file.stat) {
                     self.keep_recorded(row, &file.dir, &file.name, file.stat.size)?;
                 }
-                return self.refresh_with(row, &file.stat, file.xattrs);
+                let versioned = self.is_versioned(row.id)?;
+                return self.refresh_with(row, &file.stat, file.xattrs, versioned);
             }
             // The node was met meanwhile under another name.
             Some(row) => {
@@ -184,9 +188,9 @@ impl Import<'_> {
                 if known.is_some_and(|(node, _)| node == row.id) {
                     self.drop_name(file.parent, &file.name, row.id, &file.dir)?;
                 }
-                self.add_node(file.parent, file.name.clone(), &file.stat, file.xattrs, &[])
+                self.add_node(place, &file.stat, file.xattrs, &[])
             }
-            None => self.add_node(file.parent, file.name.clone(), &file.stat, file.xattrs, &[]),
+            None => self.add_node(place, &file.stat, file.xattrs, &[]),
         };
         self.note_links(&file, node);
         Ok(())
