@@ -17,6 +17,7 @@ mod locate;
 mod mount;
 mod progress;
 mod prune;
+mod purge;
 mod restore;
 mod shell;
 mod snapshot;
@@ -120,6 +121,9 @@ pub enum Command {
     /// Remove the snapshots that no rule keeps, and tell why each stays or goes
     #[command(after_help = prune::EXAMPLES)]
     Prune(Box<prune::PruneArgs>),
+    /// Remove files and directories from all history, for ever; what is live stays as it is
+    #[command(after_help = purge::EXAMPLES)]
+    Purge(purge::PurgeArgs),
     /// Print the completion script of a shell
     #[command(after_help = COMPLETION_EXAMPLES)]
     Completions(CompletionsArgs),
@@ -436,6 +440,7 @@ fn run(cli: Cli) -> Result<Exit> {
         Command::Restore(args) => restore::restore(&args),
         Command::Undelete(args) => restore::undelete(&args),
         Command::Prune(args) => prune::prune(*args),
+        Command::Purge(args) => purge::purge(&args),
         Command::Completions(args) => shell::completions(&args),
         Command::Man(args) => shell::man(&args),
     }

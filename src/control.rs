@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::error::{Error, IoContext, Result};
 use crate::report::log::LogReport;
 use crate::report::prune::PruneReport;
+use crate::report::purge::PurgeReport;
 use crate::report::{DiffReport, MomentText, PathText, SnapshotReport, StatusReport};
 use crate::retention::Policy;
 
@@ -109,6 +110,15 @@ pub enum Request {
         /// Root-relative.
         path: PathText,
     },
+    /// Removes paths from all history, or tells what that would do.
+    Purge {
+        /// Root-relative.
+        paths: Vec<PathText>,
+        /// Only tell.
+        dry_run: bool,
+        /// Also what held snapshots show.
+        even_held: bool,
+    },
 }
 
 impl Request {
@@ -121,6 +131,7 @@ impl Request {
             | Request::SnapshotHold { .. }
             | Request::SnapshotLastSeen { .. } => true,
             Request::Prune { dry_run, .. } => !dry_run,
+            Request::Purge { dry_run, .. } => !dry_run,
             Request::Ping
             | Request::Status
             | Request::SnapshotList
@@ -154,6 +165,8 @@ pub enum Response {
     Diff(DiffReport),
     /// To [`Request::Moment`].
     Moment(crate::report::MomentReport),
+    /// To [`Request::Purge`].
+    Purge(PurgeReport),
     /// The request failed.
     Failed {
         /// Which error.

@@ -16,6 +16,7 @@ use crate::types::{Generation, Kind, RelPath, Timestamp, escape};
 pub mod log;
 pub mod lost;
 pub mod prune;
+pub mod purge;
 
 /// The version of all `--json` forms. The first number grows when a field changes its meaning or
 /// goes away, the second when one is added.

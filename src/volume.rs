@@ -20,6 +20,7 @@ mod files;
 mod maintain;
 mod namespace;
 pub mod nodes;
+mod purge;
 pub mod retain;
 mod same;
 mod seal;

@@ -4,10 +4,10 @@ use rusqlite::{Connection, OptionalExtension, Params, Row, params};
 
 use super::query::time_of;
 use super::retain::visible_from;
-use super::schema::{NODE_COLUMNS, end, node_row, read_head};
-use super::{Catalog, NEVER, NameInterval, Totals, Version};
+use super::schema::{NODE_COLUMNS, Time, end, node_row, read_head, unsigned};
+use super::{Catalog, NEVER, NameInterval, PurgeRow, Totals, Version};
 use crate::error::Result;
-use crate::types::{EntryName, NodeId};
+use crate::types::{EntryName, NodeId, RelPath};
 
 impl Catalog {
     /// All states of a node, oldest first.
@@ -55,6 +55,39 @@ impl Catalog {
                  WHERE parent = ?1 AND name = ?2 AND born < ?3",
                 params![parent, name, NEVER],
             )
+        })
+    }
+
+    /// All entries that a directory ever had, as far as history shows them, oldest first.
+    pub fn entries_ever(&self, parent: NodeId) -> Result<Vec<NameInterval>> {
+        self.settle_pending()?;
+        self.shared.read(|db| {
+            intervals(
+                db,
+                "SELECT parent, name, node, born, died FROM entry_h WHERE parent = ?1 UNION ALL \
+                 SELECT parent, name, node, born, NULL FROM entry WHERE parent = ?1 AND born < ?2",
+                params![parent, NEVER],
+            )
+        })
+    }
+
+    /// What was removed from all history on request, oldest first.
+    pub fn purges(&self) -> Result<Vec<PurgeRow>> {
+        self.settle_pending()?;
+        self.shared.read(|db| {
+            let mut statement =
+                db.prepare_cached("SELECT time, path, versions, bytes FROM purged ORDER BY id")?;
+            let rows = statement.query_map([], |row| {
+                let path: Vec<u8> = row.get(1)?;
+                Ok(PurgeRow {
+                    time: row.get::<_, Time>(0)?.0,
+                    // What is no path was never written by us: it is nobody's record.
+                    path: RelPath::parse(path).unwrap_or_default(),
+                    versions: unsigned(row, 2)?,
+                    bytes: unsigned(row, 3)?,
+                })
+            })?;
+            rows.collect()
         })
     }
 

@@ -32,6 +32,14 @@ pub fn log(args: &LogArgs) -> Result<Exit> {
 fn log_text(report: &LogReport) -> String {
     let rows: Vec<_> = report.entries.iter().rev().map(|entry| log_row(report, entry)).collect();
     let mut shown = text::table(&rows);
+    for purge in report.purges.iter().rev() {
+        let path = match purge.path == report.path {
+            true => String::new(),
+            false => format!(" with {}", purge.path.shown()),
+        };
+        let time = text::local_time(&purge.time);
+        shown.push_str(&format!("purged at {time}{path}: {} versions\n", purge.versions));
+    }
     if report.excluded {
         shown.insert_str(0, "excluded from history: what it is now is no version\n");
     }

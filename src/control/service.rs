@@ -8,6 +8,7 @@ use super::{DaemonInfo, Request, Response};
 use crate::error::{Error, Result};
 use crate::fs::Filesystem;
 use crate::replica::health::State;
+use crate::report::purge::PurgeReport;
 use crate::report::{self, Moment, MomentText, PathText, ReplicaReport, StatusReport};
 use crate::retention::policy::check_tags;
 use crate::types::{RelPath, Timestamp};
@@ -82,6 +83,27 @@ impl Service {
         Ok(name)
     }
 
+    fn purge(&self, paths: &[PathText], dry_run: bool, even_held: bool) -> Result<PurgeReport> {
+        let volume = self.fs.volume();
+        volume.settle()?;
+        let paths = paths.iter().map(rel_path).collect::<Result<Vec<_>>>()?;
+        let mut plan = report::purge::plan(volume.catalog(), &paths, Timestamp::now())?;
+        if dry_run {
+            return Ok(plan.report);
+        }
+        if !plan.report.held.is_empty() && !even_held {
+            let names: Vec<String> =
+                plan.report.held.iter().map(|name| crate::types::escape(name.as_bytes())).collect();
+            return Err(Error::Refused(format!(
+                "held snapshots show it: {}. Release them, or purge with --even-held",
+                names.join(", ")
+            )));
+        }
+        volume.purge(&plan.nodes, plan.rows)?;
+        plan.report.done = true;
+        Ok(plan.report)
+    }
+
     fn status(&self) -> Result<StatusReport> {
         let status = self.fs.volume().status()?;
         let mut report = status_report(&status, self.info.mountpoint.clone());
@@ -127,6 +149,9 @@ impl Handler for Service {
                 Response::Diff(report::diff(catalog, &a, &b, &path)?)
             }
             Request::Moment { moment } => Response::Moment((&self.moment(&moment)?).into()),
+            Request::Purge { paths, dry_run, even_held } => {
+                Response::Purge(self.purge(&paths, dry_run, even_held)?)
+            }
             Request::SnapshotLastSeen { name, path } => {
                 self.fs.volume().settle()?;
                 let generation = report::lost::last_seen(catalog, &rel_path(&path)?)?;

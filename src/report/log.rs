@@ -78,6 +78,23 @@ pub struct LogReport {
     /// It is there, and excluded from history: later changes of it make no versions.
     #[serde(default)]
     pub excluded: bool,
+    /// When it, or a directory that it lay in, was removed from history, oldest first.
+    #[serde(default)]
+    pub purges: Vec<PurgeEntry>,
+}
+
+/// A removal from all history.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PurgeEntry {
+    /// When.
+    pub time: String,
+    /// What was asked to be removed.
+    #[serde(flatten)]
+    pub path: PathText,
+    /// How many versions went with it.
+    pub versions: u64,
+    /// How many bytes those had.
+    pub bytes: u64,
 }
 
 /// The history of `path`, which need not exist any more.
@@ -88,10 +105,23 @@ pub fn log(catalog: &Catalog, path: &RelPath) -> Result<LogReport> {
         entries.extend(lifetime(catalog, &span, &snapshots)?);
     }
     let excluded = is_excluded(catalog, path)?;
-    if entries.is_empty() && !excluded {
+    let purges = purges(catalog, path)?;
+    if entries.is_empty() && !excluded && purges.is_empty() {
         return Err(Error::NotFound(format!("{path} is not there and never was")));
     }
-    Ok(LogReport { path: PathText::from(path), entries, excluded })
+    Ok(LogReport { path: PathText::from(path), entries, excluded, purges })
+}
+
+fn purges(catalog: &Catalog, path: &RelPath) -> Result<Vec<PurgeEntry>> {
+    let purges = catalog.purges()?.into_iter();
+    let own = purges.filter(|row| path.names().starts_with(row.path.names()));
+    let entry = |row: crate::catalog::PurgeRow| PurgeEntry {
+        time: time_text(row.time),
+        path: PathText::from(&row.path),
+        versions: row.versions,
+        bytes: row.bytes,
+    };
+    Ok(own.map(entry).collect())
 }
 
 /// Whether a live path, or a directory that it lies in, has no history.

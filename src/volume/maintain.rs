@@ -181,7 +181,11 @@ impl Volume {
         self.remove_useless(&mut useless)
     }
 
-    fn remove_useless(&self, useless: &mut Vec<(crate::types::NodeId, ContentId)>) -> Result<()> {
+    /// Removes the files of contents that were forgotten, once that is durable.
+    pub(super) fn remove_useless(
+        &self,
+        useless: &mut Vec<(crate::types::NodeId, ContentId)>,
+    ) -> Result<()> {
         if useless.is_empty() {
             return Ok(());
         }

@@ -315,7 +315,7 @@ proptest! {
         }
         let live = Tree { hidden: BTreeSet::new(), dark: BTreeSet::new(), ..tree.clone() };
         prop_assert_eq!(&read_tree(&catalog, None), &live);
-        for (key, _) in &tree.entries {
+        for key in tree.entries.keys() {
             let shown = catalog.entry_is_versioned(NodeId(key.0), &name(&key.1)).unwrap();
             prop_assert_eq!(shown, Some(!tree.dark.contains(key)));
         }

@@ -1,0 +1,79 @@
+//! Removing objects from all history, on request.
+//!
+//! What is live stays: its present state begins anew, and all that was before it goes. If we die on
+//! the way, a part has gone; asked for again, the rest does.
+
+use crate::catalog::{Change, Durability, ForgetChange, PurgeRow};
+use crate::error::Result;
+use crate::types::NodeId;
+
+use super::Volume;
+
+/// Objects whose present states begin anew in one push.
+const NODES_MAX: usize = 512;
+/// Removals between two durable commits, after which files are removed.
+const STEPS_MAX: usize = 256;
+
+impl Volume {
+    /// Removes all past states and names of these nodes, and records `rows` when that is done.
+    /// Where the bytes that only they had lie in packs, they leave the disks when those are copied.
+    pub fn purge(&self, nodes: &[NodeId], rows: Vec<PurgeRow>) -> Result<()> {
+        // Whoever packs or forgets does so alone.
+        let _alone = self.maintenance.lock();
+        self.settle()?;
+        for nodes in nodes.chunks(NODES_MAX) {
+            self.begin_anew(nodes)?;
+        }
+        let mut useless = Vec::new();
+        for (index, &node) in nodes.iter().enumerate() {
+            loop {
+                let step = self.catalog().plan_purge(node)?;
+                useless.extend(step.unpreserved);
+                if !step.changes.is_empty() {
+                    self.catalog().push(step.changes)?;
+                }
+                if step.done {
+                    break;
+                }
+            }
+            if index % STEPS_MAX == STEPS_MAX - 1 {
+                self.remove_useless(&mut useless)?;
+            }
+        }
+        let told: Vec<String> = rows
+            .iter()
+            .map(|row| format!("{} ({} versions, {} bytes)", row.path, row.versions, row.bytes))
+            .collect();
+        let rows = rows.into_iter().map(|row| Change::Forget(ForgetChange::Purged(row)));
+        self.catalog().push(rows.collect())?;
+        self.remove_useless(&mut useless)?;
+        self.catalog().flush(Durability::Durable)?;
+        self.history.forget_maps();
+        log::warn!("purged from all history: {}", told.join(", "));
+        Ok(())
+    }
+
+    /// Lets the present states and names of live nodes begin now: those before end with them.
+    fn begin_anew(&self, nodes: &[NodeId]) -> Result<()> {
+        let _cut = self.cut.write();
+        // Else the new state would be taken for the old one's burst.
+        self.catalog().freeze();
+        let mut changes = Vec::new();
+        for &node in nodes {
+            if !self.catalog().is_versioned(node)? {
+                continue;
+            }
+            changes.extend(self.catalog().node(node)?.map(Change::NodePut));
+            for (parent, name) in self.catalog().names(node)? {
+                if self.catalog().entry_is_versioned(parent, &name)? == Some(true) {
+                    changes.push(Change::EntryRemove { parent, name: name.clone() });
+                    changes.push(Change::EntryAdd { parent, name, node });
+                }
+            }
+        }
+        if !changes.is_empty() {
+            self.catalog().push(changes)?;
+        }
+        Ok(())
+    }
+}
