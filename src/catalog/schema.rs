@@ -28,6 +28,9 @@
 //! | `xattr_set` | interned sets: count, then names and values, each as length (LE u32) and bytes |
 //! | `touched` | per batch (its last generation): nodes whose state, names or entries changed |
 //!
+//! What history does not show is in `node` and `entry` with a `born` of 2^62 and never comes into
+//! their siblings.
+//!
 //! Version 1 had none of the tables from `recipe` on; opening it for writing adds them.
 //!
 //! Times are nanoseconds since 1970 as an integer where that is exact, else 12 bytes: seconds (BE
