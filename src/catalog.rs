@@ -19,6 +19,7 @@
 mod apply;
 mod commit;
 mod diff;
+mod freed;
 mod live;
 mod open;
 mod overlay;

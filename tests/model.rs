@@ -32,7 +32,7 @@ fn run(sequence: &[Op]) -> Result<(), String> {
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: cases(),
-        max_shrink_iters: 150,
+        max_shrink_iters: 1000,
         failure_persistence: None,
         ..ProptestConfig::default()
     })]

@@ -92,7 +92,9 @@ impl Catalog {
             return Err(Error::InUse(format!("snapshot '{shown}' is held: release it first")));
         }
         let mut changes = vec![Change::SnapshotRemove(snapshot.id)];
-        changes.extend(self.gap_without(&snapshot)?.map(Change::Forget));
+        if let Some((after, until)) = self.gap_without(&snapshot)? {
+            changes.push(Change::Forget(ForgetChange::SweepAdd { after, until }));
+        }
         self.push(changes)?;
         self.flush(Durability::Written)?;
         Ok(snapshot)
@@ -121,7 +123,10 @@ impl Catalog {
     }
 
     /// The gap that a snapshot leaves, unless its generation is visible without it.
-    fn gap_without(&self, snapshot: &Snapshot) -> Result<Option<ForgetChange>> {
+    pub(super) fn gap_without(
+        &self,
+        snapshot: &Snapshot,
+    ) -> Result<Option<(Generation, Generation)>> {
         let g = snapshot.generation;
         self.shared.read_at_once(|db| {
             let horizon = read_head(db)?.horizon;
@@ -134,15 +139,13 @@ impl Catalog {
             if shared || g >= horizon {
                 return Ok(None);
             }
-            let (after, until) = db
-                .prepare_cached(
-                    "SELECT max(coalesce((SELECT max(g) FROM moment WHERE g < ?1), 0), \
+            db.prepare_cached(
+                "SELECT max(coalesce((SELECT max(g) FROM moment WHERE g < ?1), 0), \
                      coalesce((SELECT max(g) FROM snapshot WHERE g < ?1), 0)), \
                      min(coalesce((SELECT min(g) FROM moment WHERE g > ?1), ?2), \
                      coalesce((SELECT min(g) FROM snapshot WHERE g > ?1), ?2), ?2)",
-                )?
-                .query_row(params![g, horizon], |row| Ok((row.get(0)?, row.get(1)?)))?;
-            Ok(Some(ForgetChange::SweepAdd { after, until }))
+            )?
+            .query_row(params![g, horizon], |row| Ok(Some((row.get(0)?, row.get(1)?))))
         })
     }
 

@@ -118,7 +118,10 @@ impl Catalog {
 
 /// The next touched nodes of a sweep, and whether they are the last ones of its part. The first
 /// part is the end of the gap with the batch that reaches over it; the second what lies within.
-fn touched(db: &Connection, sweep: &Sweep) -> rusqlite::Result<(Vec<(Generation, NodeId)>, bool)> {
+pub(super) fn touched(
+    db: &Connection,
+    sweep: &Sweep,
+) -> rusqlite::Result<(Vec<(Generation, NodeId)>, bool)> {
     let until = match sweep.at.0 >= sweep.until {
         true => db
             .prepare_cached("SELECT min(g) FROM touched WHERE g > ?1")?
@@ -155,10 +158,10 @@ struct Past {
 }
 
 /// What is planned so far. It knows its own effects, which the database does not show yet.
-struct Plan<'c> {
+pub(super) struct Plan<'c> {
     db: &'c Connection,
-    changes: Vec<ForgetChange>,
-    unpreserved: Vec<(NodeId, ContentId)>,
+    pub changes: Vec<ForgetChange>,
+    pub unpreserved: Vec<(NodeId, ContentId)>,
     /// Contents of the nodes that were looked at, with what is planned.
     contents: HashMap<NodeId, BTreeMap<ContentId, Content>>,
     /// Their before-images.
@@ -170,7 +173,7 @@ struct Plan<'c> {
 }
 
 impl<'c> Plan<'c> {
-    fn new(db: &'c Connection) -> Plan<'c> {
+    pub fn new(db: &'c Connection) -> Plan<'c> {
         Plan {
             db,
             changes: Vec::new(),
@@ -182,7 +185,8 @@ impl<'c> Plan<'c> {
         }
     }
 
-    fn finish(mut self, done: bool) -> rusqlite::Result<SweepStep> {
+    /// Plans the end of the streams that no before-image lies in any more.
+    pub fn use_streams(&mut self) -> rusqlite::Result<()> {
         for (stream, by) in std::mem::take(&mut self.streams) {
             let rows: i64 = self
                 .db
@@ -192,6 +196,17 @@ impl<'c> Plan<'c> {
                 self.changes.push(ForgetChange::Recipe(stream));
             }
         }
+        Ok(())
+    }
+
+    /// Forgets the nodes that were looked at, not what is planned of them.
+    pub fn clear(&mut self) {
+        self.contents.clear();
+        self.undo.clear();
+    }
+
+    fn finish(mut self, done: bool) -> rusqlite::Result<SweepStep> {
+        self.use_streams()?;
         Ok(SweepStep {
             changes: self.changes.into_iter().map(Change::Forget).collect(),
             unpreserved: self.unpreserved,
@@ -200,7 +215,7 @@ impl<'c> Plan<'c> {
     }
 
     /// Plans what goes of one node; `false` if more is left for another step.
-    fn sweep_node(
+    pub fn sweep_node(
         &mut self,
         node: NodeId,
         sweep: &Sweep,

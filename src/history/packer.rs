@@ -29,8 +29,10 @@ const RUN_CONTENTS: usize = 4096;
 const STREAM_BYTES: u64 = 1 << 20;
 /// The longest hole that one part of a recipe stands for.
 const HOLE_BYTES_MAX: u64 = 1 << 30;
-/// A pack is copied when less than this share of it is in use, in percent.
-const REPACK_PERCENT: u64 = 60;
+/// A pack is copied when so much of it is unused: in percent, and in bytes, for a small pack
+/// consists of its headers.
+const REPACK_PERCENT: u64 = 40;
+const REPACK_BYTES_MIN: u64 = 64 << 10;
 /// Packs smaller than this are joined when there are [`JOIN_COUNT`] of them.
 const JOIN_BYTES: u64 = 1 << 20;
 const JOIN_COUNT: usize = 16;
@@ -350,8 +352,11 @@ impl<'a> Packer<'a> {
         let mut copied = 0;
         let mut moved = Vec::new();
         for pack in packs {
-            let unused = pack.live.saturating_mul(100) < pack.bytes.saturating_mul(REPACK_PERCENT);
-            if !unused && !(small && pack.bytes < JOIN_BYTES) {
+            let dead = pack.bytes.saturating_sub(pack.live);
+            let unused = pack.live == 0
+                || dead >= REPACK_BYTES_MIN && dead * 100 >= pack.bytes * REPACK_PERCENT;
+            let join = small && pack.bytes < JOIN_BYTES;
+            if !unused && !join {
                 continue;
             }
             if pack.live > 0 {
