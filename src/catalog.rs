@@ -40,6 +40,7 @@ pub use self::retain::Sweep;
 pub use self::sweep::SweepStep;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
@@ -492,6 +493,8 @@ struct Shared {
     /// Replicas that failed, and why.
     failures: Mutex<Vec<(ReplicaId, String)>>,
     read_only: bool,
+    /// Counts changes of what is visible of history, and of where it lies.
+    epoch: AtomicU64,
     /// The wall clock.
     now: Box<dyn Fn() -> Timestamp + Send + Sync>,
 }

@@ -204,6 +204,17 @@ pub struct MountArgs {
     /// Keep no history of what matches, by the rules of gitignore from the root; repeatable
     #[arg(long, value_name = "GLOB")]
     pub exclude: Vec<String>,
+    /// Let history yield so that this much stays free on each backing, as 10% or 20GiB; noted in
+    /// the store [default at first: 10%]
+    #[arg(long, value_name = "SIZE")]
+    pub free_limit: Option<String>,
+    /// Let history take no more than this on each backing, as 50% or 200GiB; noted in the store
+    #[arg(long, value_name = "SIZE")]
+    pub history_limit: Option<String>,
+    /// Make automatic snapshots so often, while something changes; 0 for never; noted in the store
+    /// [default at first: 1h]
+    #[arg(long, value_name = "DURATION")]
+    pub snapshot_every: Option<String>,
     /// The backing directories (also as one argument a:b:c; '\:' is a colon) and the mountpoint
     #[arg(required = true, num_args = 2.., value_names = ["BACKING", "MOUNTPOINT"])]
     pub paths: Vec<PathBuf>,

@@ -16,7 +16,9 @@ use crate::error::{Error, IoContext, Result};
 use crate::report::log::LogReport;
 use crate::report::prune::PruneReport;
 use crate::report::purge::PurgeReport;
-use crate::report::{DiffReport, MomentText, PathText, SnapshotReport, StatusReport};
+use crate::report::{
+    DiffReport, MomentText, PathText, SnapshotReport, SnapshotsReport, StatusReport,
+};
 use crate::retention::Policy;
 
 pub mod client;
@@ -153,10 +155,7 @@ pub enum Response {
     /// To the requests that make or change one snapshot.
     Snapshot(SnapshotReport),
     /// To [`Request::SnapshotList`].
-    Snapshots {
-        /// Oldest first.
-        snapshots: Vec<SnapshotReport>,
-    },
+    Snapshots(SnapshotsReport),
     /// To [`Request::Prune`].
     Pruned(PruneReport),
     /// To [`Request::Log`].

@@ -94,7 +94,15 @@ fn open_volume(
     };
     let recover = |replicas: &_, catalog: &_| History::recover(replicas, catalog);
     let store = store::open(&plan.backings, &options, &recover, progress)?;
-    Volume::open(store, VolumeOptions { exclude, ..VolumeOptions::default() })
+    let volume = Volume::open(store, VolumeOptions { exclude, ..VolumeOptions::default() })?;
+    let (known, policy) = (volume.policy(), plan.options.policy(volume.policy()));
+    if policy != known
+        && let Err(error) = volume.set_policy(&policy)
+    {
+        volume.close()?;
+        return Err(error);
+    }
+    Ok(volume)
 }
 
 fn serve_volume(

@@ -5,6 +5,8 @@
 //! Paths are bytes. In a report a path is text where it is UTF-8; where it is not, the text is
 //! escaped and the bytes stand beside it in hexadecimal.
 
+use std::time::{Duration, Instant};
+
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{Catalog, DiffKind, Difference, Snapshot, Totals};
@@ -104,6 +106,9 @@ pub struct SnapshotReport {
     pub automatic: bool,
     /// Cannot be deleted.
     pub held: bool,
+    /// Bytes of history that would go if it alone were deleted; nothing where not counted yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freed_bytes: Option<u64>,
     /// Its tags.
     #[serde(default)]
     pub tags: Vec<String>,
@@ -117,6 +122,7 @@ impl From<&Snapshot> for SnapshotReport {
             generation: snapshot.generation.0,
             automatic: snapshot.automatic,
             held: snapshot.held,
+            freed_bytes: None,
             tags: snapshot.tags.clone(),
         }
     }
@@ -235,6 +241,9 @@ pub struct StatusReport {
     pub oldest: String,
     /// The newest generation.
     pub generation: u64,
+    /// What is to be known of space.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// A moment of history that a user named.
@@ -366,9 +375,42 @@ pub fn diff(catalog: &Catalog, a: &Moment, b: &Moment, under: &RelPath) -> Resul
     })
 }
 
-/// All snapshots, oldest first.
-pub fn snapshots(catalog: &Catalog) -> Result<Vec<SnapshotReport>> {
-    Ok(catalog.snapshots()?.iter().map(SnapshotReport::from).collect())
+/// All snapshots and the totals, for an unmounted store: what deleting them would free is counted
+/// within `time`.
+pub fn snapshots(catalog: &Catalog, time: Duration) -> Result<SnapshotsReport> {
+    let begin = Instant::now();
+    let stored = catalog.meta("deleted_since")?;
+    let since = stored.and_then(|text| text.parse().ok()).map_or(Generation(0), Generation);
+    let snapshots = catalog.snapshots()?;
+    let freed = snapshots
+        .iter()
+        .map(|snapshot| match begin.elapsed() < time {
+            true => catalog.freed_without(snapshot, since).map(Some),
+            false => Ok(None),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(SnapshotsReport::new(&snapshots, &freed, catalog.totals()?))
+}
+
+/// Snapshots with the totals of the store.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotsReport {
+    /// Oldest first.
+    pub snapshots: Vec<SnapshotReport>,
+    /// Sums over the catalog.
+    #[serde(default)]
+    pub totals: Totals,
+}
+
+impl SnapshotsReport {
+    /// Snapshots with what deleting each would free.
+    pub fn new(snapshots: &[Snapshot], freed: &[Option<u64>], totals: Totals) -> SnapshotsReport {
+        let report = |(snapshot, freed): (&Snapshot, &Option<u64>)| SnapshotReport {
+            freed_bytes: *freed,
+            ..SnapshotReport::from(snapshot)
+        };
+        SnapshotsReport { snapshots: snapshots.iter().zip(freed).map(report).collect(), totals }
+    }
 }
 
 #[cfg(test)]

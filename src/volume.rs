@@ -21,7 +21,7 @@ mod maintain;
 mod namespace;
 pub mod nodes;
 mod purge;
-pub mod retain;
+mod retain;
 mod same;
 mod seal;
 
@@ -110,7 +110,7 @@ pub struct Volume {
     /// How many writes wait for history to yield.
     urgent: AtomicUsize,
     /// What status says of space.
-    short: Mutex<retain::Shortage>,
+    space: Mutex<retain::SpaceBook>,
 }
 
 struct Housekeeper {
@@ -146,6 +146,8 @@ pub struct VolumeStatus {
     pub generation: Generation,
     /// The oldest moment that can be looked at.
     pub oldest: Timestamp,
+    /// What is to be known of space.
+    pub warning: Option<String>,
 }
 
 impl Volume {
@@ -168,7 +170,7 @@ impl Volume {
             maintenance: Mutex::new(Maintenance::new()),
             stopping: AtomicBool::new(false),
             urgent: AtomicUsize::new(0),
-            short: Mutex::default(),
+            space: Mutex::default(),
             store,
         });
         // Before a change that a replica missed is acknowledged, the others have it on record that
@@ -283,6 +285,7 @@ impl Volume {
             totals: self.catalog().totals()?,
             generation: self.catalog().generation(),
             oldest: self.catalog().time_of(self.catalog().oldest()?)?,
+            warning: self.space.lock().warning.clone(),
         })
     }
 

@@ -15,6 +15,7 @@
 //! Locks: `writers` is taken before `queue`; neither is held while waiting for the other.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -192,6 +193,9 @@ impl Catalog {
             queue.open.ticks.push((at, time));
         }
         for change in changes {
+            if matches!(change, Change::Pack(_) | Change::Forget(_) | Change::SnapshotRemove(_)) {
+                shared.epoch.fetch_add(1, Ordering::Relaxed);
+            }
             shared.ids.reach(&change);
             queue.open.apply(change, at, queue.frozen);
         }

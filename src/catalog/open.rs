@@ -318,6 +318,7 @@ fn new_shared(
         snapshots: Mutex::new(()),
         failures: Mutex::new(Vec::new()),
         read_only,
+        epoch: AtomicU64::new(0),
         now,
     }
 }

@@ -7,6 +7,7 @@
 //! within the gap altogether, in small steps.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
@@ -33,6 +34,11 @@ impl Catalog {
     pub fn horizon(&self) -> Result<Generation> {
         self.settle_late()?;
         self.shared.read(|db| Ok(read_head(db)?.horizon))
+    }
+
+    /// Grows whenever something is packed or forgotten.
+    pub fn history_epoch(&self) -> u64 {
+        self.shared.epoch.load(Ordering::Relaxed)
     }
 
     /// The visible generations below the horizon, and the horizon itself.

@@ -69,6 +69,9 @@ fn parse_helper(arguments: &[OsString]) -> Result<MountArgs> {
         existing_only: true,
         label: None,
         exclude: Vec::new(),
+        free_limit: None,
+        history_limit: None,
+        snapshot_every: None,
         paths,
         serve_in_background: false,
     })
@@ -100,6 +103,15 @@ pub fn mount(args: MountArgs, verbose: u8) -> Result<Exit> {
 fn plan(args: MountArgs) -> Result<MountPlan> {
     let mut options = MountOptions::parse(args.options.iter().map(String::as_str))?;
     options.exclude.extend(args.exclude);
+    if let Some(limit) = args.free_limit {
+        options.free_limit = Some(limit.parse()?);
+    }
+    if let Some(limit) = args.history_limit {
+        options.history_limit = Some(limit.parse()?);
+    }
+    if let Some(every) = args.snapshot_every {
+        options.snapshot_every = Some(every.parse()?);
+    }
     Patterns::of_globs(&options.exclude)?;
     let mut paths = args.paths;
     let mountpoint = paths.pop().ok_or_else(|| Error::Refused("name a mountpoint".into()))?;

@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
 use super::locate::{Located, is_store_path, locate, unexpected};
 use super::{Exit, SnapshotCommand, text};
@@ -175,17 +176,23 @@ fn each(
 fn list(path: &Path, json: bool) -> Result<Exit> {
     let located = locate(path)?;
     let response = located.ask_or_look(&Request::SnapshotList, |catalog| {
-        Ok(Response::Snapshots { snapshots: report::snapshots(catalog)? })
+        Ok(Response::Snapshots(report::snapshots(catalog, LOOK_TIME)?))
     })?;
-    let Response::Snapshots { snapshots } = response else { return Err(unexpected()) };
+    let Response::Snapshots(report) = response else { return Err(unexpected()) };
     if json {
-        text::print_json(&Snapshots { snapshots })?;
+        text::print_json(&report)?;
         return Ok(Exit::Done);
     }
-    let rows: Vec<Vec<String>> = snapshots.iter().map(row).collect();
+    let rows: Vec<Vec<String>> = report.snapshots.iter().map(row).collect();
     text::print(&text::table(&rows))?;
+    let totals = &report.totals;
+    let (live, history) = (text::size(totals.live_bytes), text::size(totals.history_bytes()));
+    text::print_line(&format!("live {live}, history {history}"))?;
     Ok(Exit::Done)
 }
+
+/// What deleting a snapshot would free, is counted so long for an unmounted store.
+const LOOK_TIME: Duration = Duration::from_secs(10);
 
 fn row(snapshot: &SnapshotReport) -> Vec<String> {
     let mut marks = Vec::new();
@@ -200,6 +207,8 @@ fn row(snapshot: &SnapshotReport) -> Vec<String> {
         escape(snapshot.name.as_bytes()),
         marks.join(", "),
         text::tags(&snapshot.tags),
+        // What it alone holds; dots where that is not counted yet.
+        snapshot.freed_bytes.map_or_else(|| "...".into(), text::size),
     ]
 }
 

@@ -60,6 +60,7 @@ fn unmounted(catalog: &Catalog, backing: &std::path::Path) -> Result<StatusRepor
         totals: catalog.totals()?,
         oldest: report::time_text(catalog.time_of(catalog.oldest()?)?),
         generation: catalog.generation().0,
+        warning: None,
     })
 }
 
@@ -109,8 +110,20 @@ fn status_text(report: &StatusReport) -> String {
     let mut line = |key: &str, value: String| out.push_str(&format!("{key:>9}: {value}\n"));
     let live = text::size(totals.live_bytes);
     line("live", format!("{live} in {} files and directories", totals.live_nodes));
-    let history = text::size(totals.undo_bytes.saturating_add(totals.preserved_bytes));
+    let history = text::size(totals.history_bytes());
     line("history", format!("{history} in {} past versions", totals.past_versions));
+    let waiting = totals.undo_bytes + totals.preserved_bytes;
+    if waiting > 0 {
+        let waiting = text::size(waiting);
+        line("packs", format!("{}; {waiting} wait to be packed", text::size(totals.packed_bytes)));
+    }
+    if totals.cloned_bytes > 0 {
+        let cloned = text::size(totals.cloned_bytes);
+        line("clones", format!("{cloned}, of which they take what changed since"));
+    }
+    if let Some(warning) = &report.warning {
+        line("space", warning.clone());
+    }
     line("snapshots", totals.snapshots.to_string());
     line("oldest", text::local_time(&report.oldest));
     out
@@ -160,6 +173,7 @@ mod tests {
             totals: Default::default(),
             oldest: "2026-11-22T19:30:00Z".into(),
             generation: 7,
+            warning: None,
         };
         let text = status_text(&report);
         for part in ["state: DEGRADED", "reachable: /b", "action:", "OFFLINE", "/b: I/O error"] {

@@ -222,7 +222,7 @@ mod tests {
     impl Handler for Echo {
         fn handle(&self, request: Request) -> Result<Response> {
             match request {
-                Request::SnapshotList => Ok(Response::Snapshots { snapshots: Vec::new() }),
+                Request::SnapshotList => Ok(Response::Snapshots(Default::default())),
                 _ => Err(Error::NotFound("nothing here".into())),
             }
         }
@@ -243,7 +243,7 @@ mod tests {
         for backing in &backings {
             let backing = std::slice::from_ref(backing);
             let answer = client::ask(backing, &Request::SnapshotList).unwrap();
-            assert_eq!(answer, Response::Snapshots { snapshots: Vec::new() });
+            assert_eq!(answer, Response::Snapshots(Default::default()));
             let error = client::ask(backing, &Request::Ping).unwrap_err();
             assert!(matches!(error, Error::NotFound(text) if text == "nothing here"));
         }

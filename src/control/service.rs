@@ -1,6 +1,7 @@
 //! The daemon's answers: each request is one call on the filesystem or a report on its catalog.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::prune::{Wanted, prune};
 use super::server::Handler;
@@ -9,11 +10,16 @@ use crate::error::{Error, Result};
 use crate::fs::Filesystem;
 use crate::replica::health::State;
 use crate::report::purge::PurgeReport;
-use crate::report::{self, Moment, MomentText, PathText, ReplicaReport, StatusReport};
+use crate::report::{
+    self, Moment, MomentText, PathText, ReplicaReport, SnapshotsReport, StatusReport,
+};
 use crate::retention::policy::check_tags;
 use crate::types::{RelPath, Timestamp};
 use crate::volume::{ReplicaStatus, VolumeStatus};
 
+/// How long a list of snapshots counts what deleting them would free; the rest is counted in the
+/// background.
+const LIST_TIME: Duration = Duration::from_millis(50);
 /// How many snapshots without a name one second may have.
 const SAME_SECOND_MAX: u32 = 1000;
 
@@ -128,7 +134,12 @@ impl Handler for Service {
             Request::SnapshotCreate { name, at, automatic, tags } => {
                 self.create(name, at, automatic, tags)?
             }
-            Request::SnapshotList => Response::Snapshots { snapshots: report::snapshots(catalog)? },
+            Request::SnapshotList => {
+                let snapshots = catalog.snapshots()?;
+                let freed = self.fs.volume().freed_by(&snapshots, LIST_TIME)?;
+                let totals = catalog.totals()?;
+                Response::Snapshots(SnapshotsReport::new(&snapshots, &freed, totals))
+            }
             Request::SnapshotDelete { name } => {
                 Response::Snapshot((&catalog.delete_snapshot(&name)?).into())
             }
@@ -176,6 +187,7 @@ fn status_report(status: &VolumeStatus, mountpoint: PathText) -> StatusReport {
         totals: status.totals,
         oldest: report::time_text(status.oldest),
         generation: status.generation.0,
+        warning: status.warning.clone(),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::fs::SnapDir;
+use crate::retention::store::Limit;
+use crate::retention::{Span, StorePolicy};
 use crate::types::{EntryName, escape};
 
 /// How many threads serve the kernel at most.
@@ -34,6 +36,12 @@ pub struct MountOptions {
     pub nonempty: bool,
     /// Patterns of what is to have no history, counted from the root.
     pub exclude: Vec<String>,
+    /// How much is to stay free on each backing from now on, instead of what the store has noted.
+    pub free_limit: Option<Limit>,
+    /// How much history may take on each backing from now on.
+    pub history_limit: Option<Limit>,
+    /// How often an automatic snapshot is made from now on; zero for never.
+    pub snapshot_every: Option<Span>,
 }
 
 impl Default for MountOptions {
@@ -51,6 +59,9 @@ impl Default for MountOptions {
             subtype: true,
             nonempty: false,
             exclude: Vec::new(),
+            free_limit: None,
+            history_limit: None,
+            snapshot_every: None,
         }
     }
 }
@@ -89,6 +100,9 @@ impl MountOptions {
             ("snapdirname", Some(value)) => self.snapdir_name = parse_snapdir_name(value)?,
             ("fsname", Some(value)) => self.fs_name = Some(value.to_string()),
             ("exclude", Some(value)) => self.exclude.push(value.to_string()),
+            ("free_limit", Some(value)) => self.free_limit = Some(value.parse()?),
+            ("history_limit", Some(value)) => self.history_limit = Some(value.parse()?),
+            ("snapshot_every", Some(value)) => self.snapshot_every = Some(value.parse()?),
             ("threads", Some(value)) => self.threads = parse_threads(value)?,
             ("remount", None) => {
                 return Err(Error::Refused(
@@ -104,6 +118,14 @@ impl MountOptions {
             }
         }
         Ok(())
+    }
+
+    /// The store's own policy with what these options change of it.
+    pub fn policy(&self, mut policy: StorePolicy) -> StorePolicy {
+        policy.free_limit = self.free_limit.unwrap_or(policy.free_limit);
+        policy.history_limit = self.history_limit.or(policy.history_limit);
+        policy.every = self.snapshot_every.unwrap_or(policy.every);
+        policy
     }
 
     /// The options as one `-o` text that [`MountOptions::parse`] takes, but for the patterns of
@@ -126,6 +148,11 @@ impl MountOptions {
         parts.extend(flags.iter().filter(|(set, _)| *set).map(|(_, word)| word.to_string()));
         if let Some(name) = &self.fs_name {
             parts.push(format!("fsname={name}"));
+        }
+        let limits = [("free_limit", self.free_limit), ("history_limit", self.history_limit)];
+        parts.extend(limits.iter().filter_map(|(key, limit)| Some(format!("{key}={}", (*limit)?))));
+        if let Some(every) = self.snapshot_every {
+            parts.push(format!("snapshot_every={every}"));
         }
         parts.join(",")
     }

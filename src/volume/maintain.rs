@@ -16,6 +16,8 @@ use super::Volume;
 
 /// Bytes of packs that one pass copies at most.
 const REPACK_BYTES: u64 = 64 << 20;
+/// How long one pass counts what deleting snapshots would free.
+const COUNT_TIME: Duration = Duration::from_millis(200);
 /// How long one pass sweeps.
 const SWEEP_TIME: Duration = Duration::from_millis(500);
 /// Steps of a sweep between two durable commits, after which files are removed.
@@ -73,6 +75,8 @@ impl Volume {
             self.pack(&|_| self.check_stop())?;
         }
         self.packer(&|_| self.check_stop()).repack(REPACK_BYTES)?;
+        // So that the list of snapshots finds it counted.
+        self.freed_by(&self.catalog().snapshots()?, COUNT_TIME)?;
         self.history.packs().heal(self.replicas())?;
         Ok(())
     }

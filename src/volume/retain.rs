@@ -5,9 +5,9 @@
 //! protected window. All of it only decides what stays visible; the sweep then removes what
 //! nothing shows.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::tz::TimeZone;
 use rustix::io::Errno;
@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use crate::catalog::{Change, Snapshot};
 use crate::error::{Error, Result};
 use crate::retention::{self, Asked, Item, StorePolicy, moments, seen};
-use crate::types::{Generation, Timestamp};
+use crate::types::{Generation, SnapshotId, Timestamp};
 
 use super::Volume;
 
@@ -27,11 +27,14 @@ const NAMES_MAX: usize = 1000;
 /// is short.
 const YIELD_PART: i64 = 4;
 
-/// How space is, for status.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Shortage {
+/// What is known of space between two looks at it.
+#[derive(Debug, Default)]
+pub(super) struct SpaceBook {
     /// What a person should know; nothing where space is no matter.
     pub warning: Option<String>,
+    /// What deleting snapshots would free, as of this epoch of the catalog.
+    freed: HashMap<SnapshotId, u64>,
+    epoch: u64,
 }
 
 impl From<&Snapshot> for Item {
@@ -86,6 +89,41 @@ impl Volume {
             name = format!("{stem}_{number}");
         }
         self.create_snapshot(&name, true, &[]).map(Some)
+    }
+
+    /// For each snapshot the bytes that would go if it alone were deleted, exact; `None` for those
+    /// that are not counted within `time`. Counted ones are remembered until history changes.
+    pub fn freed_by(&self, snapshots: &[Snapshot], time: Duration) -> Result<Vec<Option<u64>>> {
+        let begin = Instant::now();
+        let epoch = self.catalog().history_epoch();
+        let horizon = self.catalog().horizon()?;
+        let deleted_since = self.deleted_since()?;
+        {
+            let mut book = self.space.lock();
+            if book.epoch != epoch {
+                book.epoch = epoch;
+                book.freed.clear();
+            }
+        }
+        let count = |snapshot: &Snapshot| {
+            // What is continuous shows all of it without the snapshot.
+            if snapshot.generation >= horizon {
+                return Ok(Some(0));
+            }
+            if let Some(bytes) = self.space.lock().freed.get(&snapshot.id) {
+                return Ok(Some(*bytes));
+            }
+            if begin.elapsed() >= time {
+                return Ok(None);
+            }
+            let bytes = self.catalog().freed_without(snapshot, deleted_since)?;
+            let mut book = self.space.lock();
+            if book.epoch == epoch {
+                book.freed.insert(snapshot.id, bytes);
+            }
+            Ok(Some(bytes))
+        };
+        snapshots.iter().map(count).collect()
     }
 
     fn prune_automatic(&self, policy: &StorePolicy, now: Timestamp) -> Result<()> {
@@ -153,7 +191,7 @@ impl Volume {
         let mut dropped = false;
         loop {
             let Some(short) = self.shortage(policy)? else {
-                self.short.lock().warning = None;
+                self.space.lock().warning = None;
                 return Ok(());
             };
             if !dropped {
@@ -161,7 +199,7 @@ impl Volume {
             }
             dropped = true;
             if !self.yield_oldest(policy, now)? {
-                let mut warning = self.short.lock();
+                let mut warning = self.space.lock();
                 let text = format!(
                     "{short}, and there is no history left that may yield: free space, release \
                      snapshots that are held, or change the limits"
@@ -172,7 +210,7 @@ impl Volume {
                 warning.warning = Some(text);
                 return Ok(());
             }
-            self.short.lock().warning = Some(format!("{short}: the oldest history yields"));
+            self.space.lock().warning = Some(format!("{short}: the oldest history yields"));
             self.free_unused()?;
         }
     }
