@@ -7,7 +7,7 @@
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::overlay::Bytes;
-use super::schema::{ContentState, HeadRow, undo_row, unsigned};
+use super::schema::{ContentState, HeadRow, read_head, undo_row, unsigned};
 use super::{Catalog, ChunkPlace, ChunkRow, PackChange, Recipe, UndoRow};
 use crate::error::Result;
 use crate::types::{ChunkId, ContentId, Kind, NodeId, PackId};
@@ -164,6 +164,11 @@ impl Catalog {
             })?;
             rows.collect()
         })
+    }
+
+    /// All packs that were ever made have smaller ids than this.
+    pub fn packs_end(&self) -> Result<PackId> {
+        self.shared.read(|db| Ok(PackId(read_head(db)?.next.pack)))
     }
 
     /// The chunks of a pack that are in use, in the order of the pack.

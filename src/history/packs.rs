@@ -122,7 +122,7 @@ fn pack_name(id: PackId) -> EntryName {
 }
 
 /// The inverse of [`pack_name`]; `None` for a name that is not ours.
-fn parse_pack_name(name: &EntryName) -> Option<PackId> {
+pub fn parse_pack_name(name: &EntryName) -> Option<PackId> {
     let hex = std::str::from_utf8(name.as_bytes()).ok()?.strip_suffix(".pack")?;
     if hex.len() != 16 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
         return None;

@@ -76,7 +76,7 @@ impl Volume {
         }
         self.packer(&|_| self.check_stop()).repack(REPACK_BYTES)?;
         // So that the list of snapshots finds it counted.
-        self.freed_by(&self.catalog().snapshots()?, COUNT_TIME)?;
+        self.count_freed(COUNT_TIME)?;
         self.history.packs().heal(self.replicas())?;
         Ok(())
     }

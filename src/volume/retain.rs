@@ -35,6 +35,8 @@ pub(super) struct SpaceBook {
     /// What deleting snapshots would free, as of this epoch of the catalog.
     freed: HashMap<SnapshotId, u64>,
     epoch: u64,
+    /// All of them are.
+    counted: bool,
 }
 
 impl From<&Snapshot> for Item {
@@ -103,6 +105,7 @@ impl Volume {
             if book.epoch != epoch {
                 book.epoch = epoch;
                 book.freed.clear();
+                book.counted = false;
             }
         }
         let count = |snapshot: &Snapshot| {
@@ -123,7 +126,22 @@ impl Volume {
             }
             Ok(Some(bytes))
         };
-        snapshots.iter().map(count).collect()
+        let freed = snapshots.iter().map(count).collect::<Result<Vec<_>>>()?;
+        let mut book = self.space.lock();
+        book.counted = book.epoch == epoch && freed.iter().all(Option::is_some);
+        Ok(freed)
+    }
+
+    /// Counts in the background what deleting each snapshot would free, unless it is counted.
+    pub(super) fn count_freed(&self, time: Duration) -> Result<()> {
+        let epoch = self.catalog().history_epoch();
+        {
+            let book = self.space.lock();
+            if book.counted && book.epoch == epoch {
+                return Ok(());
+            }
+        }
+        self.freed_by(&self.catalog().snapshots()?, time).map(drop)
     }
 
     fn prune_automatic(&self, policy: &StorePolicy, now: Timestamp) -> Result<()> {

@@ -6,7 +6,10 @@
 
 use std::collections::BTreeMap;
 
+use crate::catalog::{Catalog, Whereabouts};
 use crate::error::{IoContext, Result};
+use crate::history;
+use crate::store::CATALOG_FILE;
 use crate::store::copy::{Copier, blame};
 use crate::store::quarantine::Quarantine;
 use crate::store::site::{Site, own_creds, private};
@@ -15,21 +18,31 @@ use crate::types::{EntryName, Kind, RelPath};
 const UNDO: &str = "undo";
 const DIRS: [&str; 3] = ["preserved", UNDO, "packs"];
 
-/// Makes the target's history files equal to the source's; what differs goes to quarantine.
+/// Makes the target's history files equal to the source's. What differs goes to quarantine, except
+/// what the source had too and has packed or forgotten since: the target's catalog is older than
+/// the source's, so nothing is in there that the source does not know of.
 pub fn fill(
     source: &Site,
     target: &Site,
     copier: &mut Copier<'_>,
     quarantine: &mut Quarantine<'_>,
 ) -> Result<()> {
-    for (path, is_undo) in dirs(source)? {
+    // One that cannot be asked (it is of an older version) has forgotten nothing yet.
+    let catalog = Catalog::open_read_only(&source.private_path(CATALOG_FILE)).ok();
+    for (path, is_undo) in dirs(source, target)? {
         make_dir(target, &path)?;
+        make_dir(source, &path)?;
         let from = source.dir(&path)?;
         let to = target.dir(&path)?;
         let present = files(target, &path)?;
         let wanted = files(source, &path)?;
         for name in present.keys().filter(|name| !wanted.contains_key(*name)) {
-            quarantine.take(&to, &path, name)?;
+            if catalog.as_ref().map_or(Ok(false), |catalog| is_over(catalog, name))? {
+                let removed = target.backing.unlink(&to, name);
+                removed.context("remove", target.at(&path.join(name)))?;
+            } else {
+                quarantine.take(&to, &path, name)?;
+            }
         }
         for (name, size) in &wanted {
             let equal_size = present.get(name) == Some(size);
@@ -47,15 +60,31 @@ pub fn fill(
     Ok(())
 }
 
+/// Whether a preserved file or a pack is one that the catalog has no use for any more.
+fn is_over(catalog: &Catalog, name: &EntryName) -> Result<bool> {
+    if let Some((_, content)) = history::parse_preserved_name(name) {
+        let whereabouts = catalog.whereabouts(content)?;
+        return Ok(matches!(whereabouts, Whereabouts::Elsewhere | Whereabouts::Forgotten));
+    }
+    Ok(match history::packs::parse_pack_name(name) {
+        Some(pack) => pack < catalog.packs_end()?,
+        None => false,
+    })
+}
+
 /// Bytes of history files, and of the catalog, that the target has to take.
 pub fn missing_bytes(source: &Site, target: &Site) -> Result<u64> {
     let mut bytes = 0;
-    for (path, _) in dirs(source)? {
+    for (path, _) in dirs(source, target)? {
         let present = match target.backing.open_dir(&path) {
             Ok(_) => files(target, &path)?,
             Err(_) => BTreeMap::new(),
         };
-        for (name, size) in files(source, &path)? {
+        let wanted = match source.backing.open_dir(&path) {
+            Ok(_) => files(source, &path)?,
+            Err(_) => BTreeMap::new(),
+        };
+        for (name, size) in wanted {
             if present.get(&name) != Some(&size) {
                 bytes += size;
             }
@@ -70,21 +99,23 @@ pub fn missing_bytes(source: &Site, target: &Site) -> Result<u64> {
     Ok(bytes)
 }
 
-/// The source's history directories, two levels deep, and whether each is for undo segments.
-fn dirs(source: &Site) -> Result<Vec<(RelPath, bool)>> {
-    let mut found = Vec::new();
+/// The history directories of both, two levels deep, and whether each is for undo segments.
+fn dirs(source: &Site, target: &Site) -> Result<Vec<(RelPath, bool)>> {
+    let mut found = BTreeMap::new();
     for name in DIRS {
         let path = private(name);
         let is_undo = name == UNDO;
-        found.push((path.clone(), is_undo));
-        let dir = source.dir(&path)?;
-        for entry in source.backing.list(&dir).context("list", source.at(&path))? {
-            if entry.kind == Kind::Dir {
-                found.push((path.join(&entry.name), is_undo));
+        found.insert(path.clone(), is_undo);
+        for site in [source, target] {
+            let Ok(dir) = site.dir(&path) else { continue };
+            for entry in site.backing.list(&dir).context("list", site.at(&path))? {
+                if entry.kind == Kind::Dir {
+                    found.insert(path.join(&entry.name), is_undo);
+                }
             }
         }
     }
-    Ok(found)
+    Ok(found.into_iter().collect())
 }
 
 fn make_dir(target: &Site, path: &RelPath) -> Result<()> {
