@@ -103,6 +103,7 @@ CREATE TABLE touched(g INTEGER NOT NULL, node INTEGER NOT NULL, PRIMARY KEY(g, n
 /// What version 2 added.
 const TABLES_2: &str = "
 ALTER TABLE snapshot ADD COLUMN tags TEXT NOT NULL DEFAULT '';
+CREATE INDEX snapshot_automatic ON snapshot(g, id) WHERE automatic;
 ALTER TABLE content ADD COLUMN same INTEGER;
 CREATE INDEX content_same ON content(same) WHERE same IS NOT NULL;
 CREATE INDEX content_waiting ON content(id) WHERE state = 1;

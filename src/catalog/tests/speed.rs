@@ -20,7 +20,7 @@ fn statements() -> Vec<String> {
     for part in sources.iter().flat_map(|source| source.split('"')) {
         if ["SELECT ", "INSERT ", "DELETE ", "UPDATE "].iter().any(|verb| part.starts_with(verb)) {
             let joined: Vec<_> = part.split("\\\n").map(str::trim_start).collect();
-            let columns = "id, name, g, time, automatic, held";
+            let columns = "id, name, g, time, automatic, held, tags";
             found.push(
                 joined
                     .join("")
@@ -39,7 +39,14 @@ fn no_query_reads_a_whole_table() {
     let statements = statements();
     assert!(statements.len() > 30, "the sources are searched: {}", statements.len());
     // These list all there is.
-    let lists = ["SELECT count(*) FROM snapshot", "FROM snapshot ORDER BY g"];
+    let lists = [
+        "SELECT count(*) FROM snapshot",
+        "FROM snapshot ORDER BY g",
+        "FROM purged ORDER BY id",
+        "SELECT g FROM moment",
+        "FROM sweep ORDER BY after",
+        "FROM pack ORDER BY id",
+    ];
     for sql in statements {
         let mut statement = db.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
         for index in 1..=statement.parameter_count() {
@@ -48,7 +55,9 @@ fn no_query_reads_a_whole_table() {
         let mut rows = statement.raw_query();
         while let Some(row) = rows.next().unwrap() {
             let step: String = row.get(3).unwrap();
-            let scan = step.starts_with("SCAN") && !step.contains("CONSTANT");
+            // The few rows of an index that is there for them.
+            let few = step.contains("INDEX snapshot_automatic");
+            let scan = step.starts_with("SCAN") && !step.contains("CONSTANT") && !few;
             // A subquery's rows are walked as they come.
             let inner = step == "SCAN shown" || step.starts_with("SCAN (");
             assert!(!scan || inner || lists.iter().any(|list| sql.contains(list)), "{sql}: {step}");
