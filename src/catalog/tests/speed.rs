@@ -15,6 +15,10 @@ fn statements() -> Vec<String> {
         include_str!("../apply.rs"),
         include_str!("../xattr.rs"),
         include_str!("../open.rs"),
+        include_str!("../packed.rs"),
+        include_str!("../retain.rs"),
+        include_str!("../sweep.rs"),
+        include_str!("../freed.rs"),
     ];
     let mut found = Vec::new();
     for part in sources.iter().flat_map(|source| source.split('"')) {
@@ -25,7 +29,8 @@ fn statements() -> Vec<String> {
                 joined
                     .join("")
                     .replace("{NODE_COLUMNS}", schema::NODE_COLUMNS)
-                    .replace("{COLUMNS}", columns),
+                    .replace("{COLUMNS}", columns)
+                    .replace("{CHUNK_COLUMNS}", "id, hash, pack, frame, at, length, stored"),
             );
         }
     }
