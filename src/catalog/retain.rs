@@ -3,8 +3,8 @@
 //! From the *horizon* on every generation is visible. Below it only *kept points* are: the
 //! snapshots and the moments. A row of history, an interval `[born, died)`, is needed if and only
 //! if it has a kept point in it or reaches beyond the horizon. When a kept point goes, a *gap*
-//! between its neighbours is entered into `sweep`; the sweep ([`super::sweep`]) removes the rows that lie
-//! within the gap altogether, in small steps.
+//! between its neighbours is entered into `sweep`; the sweep ([`super::sweep`]) removes the rows
+//! that lie within the gap altogether, in small steps.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;

@@ -2,8 +2,8 @@
 //!
 //! A sweep goes through the nodes that were touched in its gap, in small steps. A step is planned
 //! from the database and pushed as ordinary changes, so it is atomic, the same on every replica,
-//! and repeated without harm after a crash. Nothing else removes history, and rows of history do not
-//! change by themselves, so a plan stays true until it is committed.
+//! and repeated without harm after a crash. Nothing else removes history, and rows of history do
+//! not change by themselves, so a plan stays true until it is committed.
 //!
 //! **Contents.** A content that no state shows any more may still be what others rely on:
 //! - an older *chained* content of its node takes from it the bytes that it has no before-images
