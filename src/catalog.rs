@@ -16,6 +16,7 @@
 //!
 //! The catalog never touches live files, preserved files or packs.
 
+mod actor;
 mod apply;
 mod commit;
 mod diff;
@@ -35,6 +36,7 @@ mod sweep;
 mod tests;
 mod xattr;
 
+pub use self::actor::Actor;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
 pub use self::retain::Sweep;
 pub use self::sweep::SweepStep;

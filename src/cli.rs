@@ -23,6 +23,7 @@ mod shell;
 mod snapshot;
 mod status;
 mod text;
+mod who;
 
 /// How a command ends. The numbers are an interface for scripts and never change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +106,7 @@ pub enum Command {
     #[command(subcommand, after_help = SNAPSHOTS_EXAMPLES)]
     Snapshot(SnapshotCommand),
     /// Show every version of a file or directory
-    #[command(after_help = "Examples:\n  rearview log notes.txt\n  rearview log --json src/old")]
+    #[command(after_help = LOG_EXAMPLES)]
     Log(LogArgs),
     /// Show what differs between two moments: + added, - removed, M modified, R renamed
     #[command(after_help = DIFF_EXAMPLES)]
@@ -161,6 +162,11 @@ Examples:
   rearview restore -n yesterday .                 show what would change
   rearview restore 2h notes.txt --to /tmp         put the old version elsewhere
 A restore is itself a change with history: the state before it can be restored as well.";
+const LOG_EXAMPLES: &str = "\
+Examples:
+  rearview log notes.txt              every version, and who made it
+  rearview log --by git src/main.rs   only what git changed
+  rearview log --json src/old";
 const COMPLETION_EXAMPLES: &str = "\
 Examples:
   rearview completions bash > /etc/bash_completion.d/rearview
@@ -327,6 +333,9 @@ pub enum SnapshotCommand {
 pub struct LogArgs {
     /// A file or directory in the mount or a backing; it need not exist any more
     pub path: PathBuf,
+    /// Only what this command changed; also pid:NUMBER, uid:NUMBER and user:NAME
+    #[arg(long, value_name = "COMMAND")]
+    pub by: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -527,6 +536,7 @@ mod tests {
             "rearview diff a now src",
             "rearview restore -n --overwrite if-newer 2h x y --to /d",
             "rearview undelete x",
+            "rearview log --by cp x",
             "rearview completions fish",
             "rearview man --dir /d",
         ] {

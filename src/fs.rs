@@ -283,28 +283,28 @@ impl Filesystem {
     }
 
     /// Gives a file another name.
-    pub fn link(&self, ino: u64, parent: u64, name: &EntryName) -> Result<Found> {
+    pub fn link(&self, ino: u64, parent: u64, name: &EntryName, caller: &Caller) -> Result<Found> {
         let node = self.live(ino)?;
         let dir = self.live_dir(parent)?;
         self.check_name(name)?;
-        let (_, stat) = self.volume.link(&node, dir, name)?;
+        let (_, stat) = self.volume.link(&node, dir, name, caller)?;
         Ok(found_live(stat))
     }
 
     /// Removes a name that is no directory's.
-    pub fn unlink(&self, parent: u64, name: &EntryName) -> Result<()> {
+    pub fn unlink(&self, parent: u64, name: &EntryName, caller: &Caller) -> Result<()> {
         let dir = self.live_dir(parent)?;
         self.check_name(name)?;
-        self.volume.unlink(dir, name)
+        self.volume.unlink(dir, name, caller)
     }
 
     /// Removes an empty directory. In `.snapshots` it forgets a snapshot.
-    pub fn rmdir(&self, parent: u64, name: &EntryName) -> Result<()> {
+    pub fn rmdir(&self, parent: u64, name: &EntryName, caller: &Caller) -> Result<()> {
         if Past::owns(parent) {
             return self.past.remove_snapshot(parent, name);
         }
         self.check_name(name)?;
-        self.volume.rmdir(NodeId(parent), name)
+        self.volume.rmdir(NodeId(parent), name, caller)
     }
 
     /// Renames. Within `.snapshots` it renames a snapshot.
@@ -315,6 +315,7 @@ impl Filesystem {
         new_parent: u64,
         new_name: &EntryName,
         mode: RenameMode,
+        caller: &Caller,
     ) -> Result<()> {
         match (Past::owns(parent), Past::owns(new_parent)) {
             (true, true) => self.past.rename_snapshot(parent, name, new_parent, new_name),
@@ -322,7 +323,7 @@ impl Filesystem {
                 self.check_name(name)?;
                 self.check_name(new_name)?;
                 let (from, to) = (NodeId(parent), NodeId(new_parent));
-                self.volume.rename(from, name, to, new_name, mode)
+                self.volume.rename(from, name, to, new_name, mode, caller)
             }
             // Out of the past things are copied, not moved; `mv` does that on EXDEV.
             (true, false) | (false, true) => Err(Error::Posix(Errno::XDEV)),
@@ -350,8 +351,8 @@ impl Filesystem {
     }
 
     /// Removes an extended attribute.
-    pub fn remove_xattr(&self, ino: u64, name: &OsStr) -> Result<()> {
-        self.volume.remove_xattr(&self.live(ino)?, name)
+    pub fn remove_xattr(&self, ino: u64, name: &OsStr, caller: &Caller) -> Result<()> {
+        self.volume.remove_xattr(&self.live(ino)?, name, caller)
     }
 
     // --- content
@@ -396,13 +397,27 @@ impl Filesystem {
     }
 
     /// Writes all of `data`. `strip` tells that setuid and setgid must go.
-    pub fn write(&self, fh: Fh, offset: u64, data: &[u8], strip: bool) -> Result<()> {
-        self.volume.write(&self.file(fh)?, offset, data, strip)
+    pub fn write(
+        &self,
+        fh: Fh,
+        offset: u64,
+        data: &[u8],
+        strip: bool,
+        caller: &Caller,
+    ) -> Result<()> {
+        self.volume.write(&self.file(fh)?, offset, data, strip, caller)
     }
 
     /// Allocates, punches or zeroes.
-    pub fn fallocate(&self, fh: Fh, mode: u32, offset: u64, length: u64) -> Result<()> {
-        self.volume.fallocate(&self.file(fh)?, mode, offset, length)
+    pub fn fallocate(
+        &self,
+        fh: Fh,
+        mode: u32,
+        offset: u64,
+        length: u64,
+        caller: &Caller,
+    ) -> Result<()> {
+        self.volume.fallocate(&self.file(fh)?, mode, offset, length, caller)
     }
 
     /// Finds data or a hole.
@@ -420,12 +435,13 @@ impl Filesystem {
         (from, from_offset): (Fh, u64),
         (to, to_offset): (Fh, u64),
         length: u64,
+        caller: &Caller,
     ) -> Result<u64> {
         if matches!(&*self.opened(from)?, Opened::Past) {
             return Err(Error::Posix(Errno::XDEV));
         }
         let (from, to) = (self.file(from)?, self.file(to)?);
-        self.volume.copy_range(&from, from_offset, &to, to_offset, length)
+        self.volume.copy_range((&from, from_offset), (&to, to_offset), length, caller)
     }
 
     /// Makes a file durable.

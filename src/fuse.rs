@@ -181,15 +181,19 @@ impl fuser::Filesystem for Fuse {
         }
     }
 
-    fn unlink(&self, _req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEmpty) {
+    fn unlink(&self, req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEmpty) {
         guarded(|| {
-            answer_empty(reply, name(entry).and_then(|entry| self.fs.unlink(parent.0, &entry)));
+            let by = caller(req, 0);
+            let done = name(entry).and_then(|entry| self.fs.unlink(parent.0, &entry, &by));
+            answer_empty(reply, done);
         });
     }
 
-    fn rmdir(&self, _req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEmpty) {
+    fn rmdir(&self, req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEmpty) {
         guarded(|| {
-            answer_empty(reply, name(entry).and_then(|entry| self.fs.rmdir(parent.0, &entry)));
+            let by = caller(req, 0);
+            let done = name(entry).and_then(|entry| self.fs.rmdir(parent.0, &entry, &by));
+            answer_empty(reply, done);
         });
     }
 
@@ -212,7 +216,7 @@ impl fuser::Filesystem for Fuse {
 
     fn rename(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         entry: &OsStr,
         newparent: INodeNo,
@@ -231,7 +235,8 @@ impl fuser::Filesystem for Fuse {
                 return reply.error(Errno::EINVAL);
             };
             let renamed = name(entry).and_then(|from| {
-                self.fs.rename(parent.0, &from, newparent.0, &name(newname)?, mode)
+                let to = name(newname)?;
+                self.fs.rename(parent.0, &from, newparent.0, &to, mode, &caller(req, 0))
             });
             answer_empty(reply, renamed);
         });
@@ -239,14 +244,15 @@ impl fuser::Filesystem for Fuse {
 
     fn link(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         newparent: INodeNo,
         newname: &OsStr,
         reply: ReplyEntry,
     ) {
         guarded(|| {
-            let linked = name(newname).and_then(|name| self.fs.link(ino.0, newparent.0, &name));
+            let linked = name(newname)
+                .and_then(|name| self.fs.link(ino.0, newparent.0, &name, &caller(req, 0)));
             answer_entry(reply, linked);
         });
     }
@@ -318,7 +324,7 @@ impl fuser::Filesystem for Fuse {
 
     fn write(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -330,7 +336,7 @@ impl fuser::Filesystem for Fuse {
     ) {
         guarded(|| {
             let strip = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-            match self.fs.write(Fh(fh.0), offset, data, strip) {
+            match self.fs.write(Fh(fh.0), offset, data, strip, &caller(req, 0)) {
                 Ok(()) => reply.written(data.len() as u32),
                 Err(error) => reply.error(errno(&error)),
             }
@@ -526,13 +532,13 @@ impl fuser::Filesystem for Fuse {
         });
     }
 
-    fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        guarded(|| answer_empty(reply, self.fs.remove_xattr(ino.0, name)));
+    fn removexattr(&self, req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        guarded(|| answer_empty(reply, self.fs.remove_xattr(ino.0, name, &caller(req, 0))));
     }
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -540,7 +546,10 @@ impl fuser::Filesystem for Fuse {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        guarded(|| answer_empty(reply, self.fs.fallocate(Fh(fh.0), mode as u32, offset, length)));
+        guarded(|| {
+            let by = caller(req, 0);
+            answer_empty(reply, self.fs.fallocate(Fh(fh.0), mode as u32, offset, length, &by));
+        });
     }
 
     fn lseek(
@@ -568,7 +577,7 @@ impl fuser::Filesystem for Fuse {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino_in: INodeNo,
         fh_in: FileHandle,
         offset_in: u64,
@@ -581,7 +590,7 @@ impl fuser::Filesystem for Fuse {
     ) {
         guarded(|| {
             let (from, to) = ((Fh(fh_in.0), offset_in), (Fh(fh_out.0), offset_out));
-            match self.fs.copy_range(from, to, len) {
+            match self.fs.copy_range(from, to, len, &caller(req, 0)) {
                 Ok(copied) => reply.written(copied as u32),
                 Err(error) => reply.error(errno(&error)),
             }

@@ -19,6 +19,7 @@ pub mod log;
 pub mod lost;
 pub mod prune;
 pub mod purge;
+pub mod who;
 
 /// The version of all `--json` forms. The first number grows when a field changes its meaning or
 /// goes away, the second when one is added.

@@ -13,6 +13,7 @@
 //!
 //! No lock is held while waiting for a commit, except a node's own in its fsync.
 
+mod actors;
 mod attributes;
 mod content;
 mod excludes;
@@ -43,6 +44,7 @@ use crate::retention::StorePolicy;
 use crate::store::Store;
 use crate::types::{EntryName, Generation, NodeId, PRIVATE_DIR, RelPath, Timestamp};
 
+use actors::Actors;
 pub use attributes::{Changes, Privileges};
 use excludes::Excludes;
 use maintain::Maintenance;
@@ -86,7 +88,7 @@ impl Default for VolumeOptions {
 pub struct Caller {
     /// Filesystem ids and umask.
     pub creds: Creds,
-    /// Process id; 0 where the kernel itself asks.
+    /// The thread that asks, by its id; 0 where the kernel itself asks.
     pub pid: u32,
 }
 
@@ -96,6 +98,7 @@ pub struct Volume {
     history: History,
     nodes: Nodes,
     excludes: Excludes,
+    actors: Actors,
     options: VolumeOptions,
     cut: RwLock<()>,
     dirs: Vec<Mutex<()>>,
@@ -160,6 +163,7 @@ impl Volume {
             history,
             nodes: Nodes::with_root(),
             excludes,
+            actors: Actors::new(),
             options,
             cut: RwLock::new(()),
             dirs: (0..DIR_STRIPES).map(|_| Mutex::new(())).collect(),

@@ -268,6 +268,7 @@ fn write_rest(db: &Connection, batch: &Batch, head: &mut HeadRow) -> rusqlite::R
         db.prepare_cached("INSERT OR REPLACE INTO tick(g, t) VALUES(?1, ?2)")?
             .execute(params![at, time])?;
     }
+    batch.acts.write(db)?;
     for (node, target) in &batch.symlinks {
         db.prepare_cached("INSERT OR REPLACE INTO symlink(node, target) VALUES(?1, ?2)")?
             .execute(params![node, target])?;

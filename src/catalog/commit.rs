@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use rusqlite::Connection;
 
+use super::actor::{self, Actor, Known};
 use super::apply::{Committed, apply};
 use super::overlay::{Batch, Plan};
 use super::schema::NextIds;
@@ -69,6 +70,7 @@ pub(super) struct Queue {
     pub sequence: u64,
     pub chain: [u8; 32],
     pub clock: TickClock,
+    pub actors: Known,
     /// When the open batch got its first change.
     opened_at: Option<Instant>,
     wanted: bool,
@@ -93,6 +95,7 @@ impl Queue {
             sequence: 0,
             chain: [0; 32],
             clock,
+            actors: Known::new(1),
             opened_at: None,
             wanted: false,
             wanted_durable: false,
@@ -173,9 +176,14 @@ impl Waiting {
 }
 
 impl Catalog {
-    /// Appends one group of changes to history and gives it the next generation. Fails once a
-    /// commit failed on every replica. Blocks while too much is waiting.
+    /// [`Catalog::push_by`] of what no process asked for.
     pub fn push(&self, changes: Vec<Change>) -> Result<Generation> {
+        self.push_by(None, changes)
+    }
+
+    /// Appends one group of changes, the work of `by`, to history and gives it the next
+    /// generation. Fails once a commit failed on every replica. Blocks while too much is waiting.
+    pub fn push_by(&self, by: Option<&Actor>, changes: Vec<Change>) -> Result<Generation> {
         let shared = &*self.shared;
         let now = (shared.now)().as_nanos();
         let mut queue = shared.waiting.queue.lock();
@@ -191,6 +199,9 @@ impl Catalog {
         let at = queue.generation;
         if let Some(time) = queue.clock.tick(now) {
             queue.open.ticks.push((at, time));
+        }
+        if changes.iter().any(actor::is_seen) {
+            queue.open.acts.note(at, by, &mut queue.actors);
         }
         for change in changes {
             if matches!(change, Change::Pack(_) | Change::Forget(_) | Change::SnapshotRemove(_)) {
@@ -350,6 +361,7 @@ impl Shared {
         queue.opened_at = None;
         let next = self.ids.next();
         let mut batch = std::mem::replace(&mut queue.open, Batch::new(queue.generation, next));
+        queue.open.acts = batch.acts.next();
         batch.next = next;
         let batch = Arc::new(batch);
         queue.committing = Some(batch.clone());

@@ -44,7 +44,11 @@ impl Catalog {
 
 /// The nodes touched in (from, to], and a few more: touches are kept by batch, and the batch that
 /// follows may have begun before `to`.
-fn touched(db: &Connection, from: Generation, to: Generation) -> rusqlite::Result<Vec<NodeId>> {
+pub(super) fn touched(
+    db: &Connection,
+    from: Generation,
+    to: Generation,
+) -> rusqlite::Result<Vec<NodeId>> {
     if from == to {
         return Ok(Vec::new());
     }

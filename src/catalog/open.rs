@@ -11,6 +11,7 @@ use rusqlite::Connection;
 use rusqlite::backup::Backup;
 use rusqlite::config::DbConfig;
 
+use super::actor::{self, Acts, Known};
 use super::commit::{Queue, TickClock, Waiting, Writer};
 use super::reader::Readers;
 use super::schema::read_head_only;
@@ -172,6 +173,7 @@ impl Catalog {
     ) -> Result<Catalog> {
         let mut writers = files.map(|_, _| None);
         let mut first: Option<(HeadRow, &Path, i64)> = None;
+        let mut actors = (0, 1);
         for (id, file) in files.iter() {
             let Some(file) = file else { continue };
             let db = connect(file, Use::Write)?;
@@ -186,7 +188,10 @@ impl Catalog {
                     )));
                 }
                 Some(_) => {}
-                None => first = Some((head, file, tick)),
+                None => {
+                    actors = actor::read_last(&db).map_err(|error| name_damage(file, error))?;
+                    first = Some((head, file, tick));
+                }
             }
             writers[id] = Some(Writer { db, full: false, in_wal: 0, dirty: true });
         }
@@ -202,6 +207,11 @@ impl Catalog {
             head.next.pack += SKIPPED_IDS;
         }
         let shared = Arc::new(new_shared(files, writers, &head, tick, now, false));
+        {
+            let mut queue = shared.waiting.queue.lock();
+            queue.open.acts = Acts::after_actor(actors.0);
+            queue.actors = Known::new(actors.1);
+        }
         if clean {
             // A clean end was durable: a mount that changes nothing leaves the head as it is, so
             // that a replica which missed only such mounts has missed nothing.

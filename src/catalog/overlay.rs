@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use super::actor::Acts;
 use super::schema::NextIds;
 use super::{
     Change, ForgetChange, NEVER, NodeRow, PackChange, Snapshot, UndoFile, UndoPlace, UndoRow,
@@ -28,6 +29,8 @@ pub(super) struct Batch {
     pub count: usize,
     /// Begin of generations, in nanoseconds.
     pub ticks: Vec<(Generation, i64)>,
+    /// Who made the generations.
+    pub acts: Acts,
     pub nodes: HashMap<NodeId, NodeDelta>,
     pub entries: HashMap<NodeId, BTreeMap<EntryName, EntryDelta>>,
     /// Names that nodes got in this batch; they may be gone again.
@@ -93,6 +96,7 @@ impl Batch {
             next,
             count: 0,
             ticks: Vec::new(),
+            acts: Acts::default(),
             nodes: HashMap::new(),
             entries: HashMap::new(),
             named: HashMap::new(),
@@ -158,10 +162,12 @@ impl Batch {
             return;
         };
         // A file that was created, written and closed in one burst has one state: the empty one in
-        // between was seen by nobody.
+        // between was seen by nobody. It is the work of whoever wrote it.
         let first_and_empty =
             old.content == ContentId::EMPTY && delta.newborn && delta.past.is_empty();
-        let unseen = old_born > frozen && (old.content == row.content || first_and_empty);
+        let written = old.content != row.content;
+        let folds = if written { first_and_empty } else { self.acts.may_fold(old_born) };
+        let unseen = old_born > frozen && folds;
         if born == NEVER || old_born >= at {
             // What was never shown leaves nothing behind.
             if old_born < at {
@@ -169,6 +175,9 @@ impl Batch {
             }
             delta.current = Some((born, row));
         } else if unseen {
+            if written {
+                self.acts.take_over(old_born);
+            }
             delta.current = Some((old_born, row));
         } else {
             delta.past.push((old_born, at, old));
@@ -262,6 +271,7 @@ fn digest(plan: &Plan<'_>) -> [u8; 32] {
     for &(at, time) in &batch.ticks {
         out.numbers(&[at.0, time as u64]);
     }
+    batch.acts.digest(&mut out);
     for &(id, delta) in &plan.nodes {
         out.numbers(&[1, id.0, delta.newborn.into(), delta.base_died.0, delta.past.len() as u64]);
         for (born, died, row) in &delta.past {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use super::*;
 use crate::error::Error;
 
+mod actors;
 mod history;
 mod lifecycle;
 mod model;

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::locate::{Located, is_store_path, locate, unexpected};
+use super::who::Users;
 use super::{DiffArgs, Exit, LogArgs, text};
 use crate::catalog::DiffKind;
 use crate::control::{Request, Response};
@@ -19,18 +20,24 @@ pub fn log(args: &LogArgs) -> Result<Exit> {
     let response = located.ask_or_look(&request, |catalog| {
         Ok(Response::Log(report::log::log(catalog, &located.path)?))
     })?;
-    let Response::Log(report) = response else { return Err(unexpected()) };
+    let Response::Log(mut report) = response else { return Err(unexpected()) };
+    let users = Users::read();
+    if let Some(by) = &args.by {
+        let who = users.who(by)?;
+        report.entries.retain(|entry| entry.by.as_ref().is_some_and(|by| who.is(by)));
+    }
     if args.json {
         text::print_json(&report)?;
     } else {
-        text::print(&log_text(&report))?;
+        text::print(&log_text(&report, &users))?;
     }
     Ok(Exit::Done)
 }
 
 /// Newest first, as people look for the recent.
-fn log_text(report: &LogReport) -> String {
-    let rows: Vec<_> = report.entries.iter().rev().map(|entry| log_row(report, entry)).collect();
+fn log_text(report: &LogReport, users: &Users) -> String {
+    let newest_first = report.entries.iter().rev();
+    let rows: Vec<_> = newest_first.map(|entry| log_row(report, entry, users)).collect();
     let mut shown = text::table(&rows);
     for purge in report.purges.iter().rev() {
         let path = match purge.path == report.path {
@@ -46,7 +53,7 @@ fn log_text(report: &LogReport) -> String {
     shown
 }
 
-fn log_row(report: &LogReport, entry: &LogEntry) -> Vec<String> {
+fn log_row(report: &LogReport, entry: &LogEntry, users: &Users) -> Vec<String> {
     let events: Vec<&str> = entry.events.iter().map(|event| event_word(*event)).collect();
     let mut remarks = Vec::new();
     if entry.path != report.path {
@@ -62,6 +69,7 @@ fn log_row(report: &LogReport, entry: &LogEntry) -> Vec<String> {
         format!("{}:{}", entry.uid, entry.gid),
         if entry.kind == Kind::Dir { "-".into() } else { text::size(entry.size) },
         events.join(","),
+        users.show(entry.by.as_ref()),
         remarks.join(" "),
     ]
 }

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::who::{self, ByReport};
 use super::{PathText, time_text};
 use crate::catalog::{Catalog, NameInterval, NodeRow, Snapshot, Version};
 use crate::error::{Error, Result};
@@ -63,6 +64,9 @@ pub struct LogEntry {
     pub gid: u32,
     /// Last change of content, as the object itself says.
     pub mtime: String,
+    /// Who made it so; nothing where no process asked for it, or it is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<ByReport>,
     /// The snapshots that show this state.
     pub snapshots: Vec<String>,
 }
@@ -248,13 +252,16 @@ fn lifetime(catalog: &Catalog, span: &Span, snapshots: &[Snapshot]) -> Result<Ve
             snapshot.generation >= from && until.is_none_or(|until| snapshot.generation < until)
         });
         let mut entry = entry(span, &version.row, events, time_text(time), from);
+        entry.by = who::by(catalog, from)?;
         entry.snapshots = shown.map(|snapshot| snapshot.name.clone()).collect();
         entries.push(entry);
         before = Some(&version.row);
     }
     if let (Some(row), Some(died), true) = (before, span.died, span.gone) {
         let time = time_text(catalog.time_of(died)?);
-        entries.push(entry(span, row, vec![Event::Removed], time, died));
+        let mut end = entry(span, row, vec![Event::Removed], time, died);
+        end.by = who::by(catalog, died)?;
+        entries.push(end);
     }
     Ok(entries)
 }
@@ -277,6 +284,7 @@ fn entry(
         uid: row.uid,
         gid: row.gid,
         mtime: time_text(row.mtime),
+        by: None,
         snapshots: Vec::new(),
     }
 }

@@ -173,7 +173,7 @@ impl Volume {
             }
             self.open_state(node, &mut state)?;
             self.open_handles(node, &mut state, Access::ReadWrite)?;
-            self.truncate_locked(node, &mut state, size, entries.as_ref())?;
+            self.truncate_locked(node, &mut state, size, entries.as_ref(), caller)?;
             self.clear_privileges(node, &mut state, caller)?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {
@@ -194,7 +194,7 @@ impl Volume {
         if kill {
             self.strip_privileges(node, &mut state)?;
         }
-        self.record(node, &mut state)?;
+        self.record(node, &mut state, caller)?;
         // A truncate of a file that nobody has open is a version at once.
         if state.open.as_ref().is_some_and(|open| open.writers == 0) {
             self.seal(node, &mut state)?;
@@ -246,7 +246,7 @@ impl Volume {
     }
 
     /// Records a node's attributes. A file that is not sealed yet is recorded when it is.
-    pub(super) fn record(&self, node: &Arc<Node>, state: &mut State) -> Result<()> {
+    fn record(&self, node: &Arc<Node>, state: &mut State, caller: &Caller) -> Result<()> {
         if state.orphan || state.open.as_ref().is_some_and(|open| open.dirty) {
             return Ok(());
         }
@@ -254,7 +254,7 @@ impl Volume {
             let row = self.settle_dir(node.id)?;
             let mut changes = Vec::with_capacity(1);
             self.put(&self.standing(node, 1)?, row, &mut changes)?;
-            self.catalog().push(changes)?;
+            self.push_by(caller, changes)?;
             return Ok(());
         }
         let (stat, xattrs) = self.look(node, state)?;
@@ -269,7 +269,7 @@ impl Volume {
         row.content = self.content_shown(standing.versioned, &row, known.content, &mut changes);
         row.btime = known.btime;
         self.put(&standing, row.clone(), &mut changes)?;
-        self.catalog().push(changes)?;
+        self.push_by(caller, changes)?;
         if let Some(open) = state.open.as_mut() {
             open.sealed = row;
         }
@@ -355,7 +355,7 @@ impl Volume {
         if name.as_bytes() == ACCESS_ACL {
             self.drop_foreign_setgid(node, &mut state, caller)?;
         }
-        self.record(node, &mut state)
+        self.record(node, &mut state, caller)
     }
 
     /// Setting an ACL drops setgid for a caller outside the file's group, as
@@ -379,14 +379,14 @@ impl Volume {
     }
 
     /// Removes an extended attribute.
-    pub fn remove_xattr(&self, node: &Arc<Node>, name: &OsStr) -> Result<()> {
+    pub fn remove_xattr(&self, node: &Arc<Node>, name: &OsStr, caller: &Caller) -> Result<()> {
         if name.as_bytes().starts_with(OUR_XATTRS) {
             return Err(Error::Posix(Errno::NODATA));
         }
         let _cut = self.cut.read();
         let mut state = node.lock();
         self.on_object("removexattr", node, &state, |b, object| b.remove_xattr(object, name))?;
-        self.record(node, &mut state)
+        self.record(node, &mut state, caller)
     }
 }
 

@@ -45,12 +45,15 @@ impl Volume {
         let access = if writable || truncate { Access::ReadWrite } else { Access::Read };
         self.open_handles(node, &mut state, access)?;
         if truncate {
-            self.truncate_locked(node, &mut state, 0, entries.as_ref())?;
+            self.truncate_locked(node, &mut state, 0, entries.as_ref(), caller)?;
             self.clear_privileges(node, &mut state, caller)?;
         }
         let open = state.open.as_mut().expect("opened above");
         open.opens += 1;
         open.writers += u32::from(writable);
+        if writable && !open.dirty {
+            self.note_changer(open, caller);
+        }
         Ok(())
     }
 
@@ -180,7 +183,14 @@ impl Volume {
     ///
     /// The data is written from one private buffer, the kernel's request, which nobody else can
     /// change meanwhile: mirrors written from shared memory diverge.
-    pub fn write(&self, node: &Arc<Node>, offset: u64, data: &[u8], strip: bool) -> Result<()> {
+    pub fn write(
+        &self,
+        node: &Arc<Node>,
+        offset: u64,
+        data: &[u8],
+        strip: bool,
+        caller: &Caller,
+    ) -> Result<()> {
         if data.is_empty() {
             return Ok(());
         }
@@ -191,7 +201,7 @@ impl Volume {
         let handles = self.before_change(node, &mut state, range)?;
         let written =
             self.replicas().apply("write", |id, b| b.write_at(handles.get(id)?, data, offset));
-        self.mark_unsealed(node, &mut state, true);
+        self.mark_unsealed(node, &mut state, true, caller);
         if let Err(error) = written {
             self.level(&handles, range)?;
             return Err(error);
@@ -298,16 +308,17 @@ impl Volume {
         state: &mut State,
         size: u64,
         entries: Option<&LockedParent<'_>>,
+        caller: &Caller,
     ) -> Result<()> {
         if size == 0 && self.move_aside(node, state, entries)? {
-            self.mark_unsealed(node, state, true);
+            self.mark_unsealed(node, state, true, caller);
             state.open.as_mut().expect("the caller opened the file").emptied = true;
             return Ok(());
         }
         let lost = ByteRange { start: size, end: u64::MAX };
         let handles = self.before_change(node, state, lost)?;
         self.replicas().apply("truncate", |id, b| b.truncate(handles.get(id)?, size))?;
-        self.mark_unsealed(node, state, true);
+        self.mark_unsealed(node, state, true, caller);
         state.open.as_mut().expect("the caller opened the file").emptied = size == 0;
         Ok(())
     }
@@ -389,7 +400,14 @@ impl Volume {
     }
 
     /// Allocates, punches or zeroes (`fallocate(2)`; the kernel passes no other modes).
-    pub fn fallocate(&self, node: &Arc<Node>, mode: u32, offset: u64, length: u64) -> Result<()> {
+    pub fn fallocate(
+        &self,
+        node: &Arc<Node>,
+        mode: u32,
+        offset: u64,
+        length: u64,
+        caller: &Caller,
+    ) -> Result<()> {
         let _cut = self.cut.read();
         let mut state = node.lock();
         let range = ByteRange::new(offset, length);
@@ -415,7 +433,7 @@ impl Volume {
         });
         // A filesystem that cannot do it has done nothing; any other failure may come halfway.
         if !allocated.as_ref().is_err_and(|error| error.is(Errno::OPNOTSUPP)) {
-            self.mark_unsealed(node, &mut state, true);
+            self.mark_unsealed(node, &mut state, true, caller);
         }
         allocated.map(|_| ())
     }
@@ -434,11 +452,10 @@ impl Volume {
     /// backing that can share blocks does. Returns how much was copied.
     pub fn copy_range(
         &self,
-        from: &Arc<Node>,
-        from_offset: u64,
-        to: &Arc<Node>,
-        to_offset: u64,
+        (from, from_offset): (&Arc<Node>, u64),
+        (to, to_offset): (&Arc<Node>, u64),
         length: u64,
+        caller: &Caller,
     ) -> Result<u64> {
         let _cut = self.cut.read();
         let other = (from.id != to.id).then_some(&**from);
@@ -458,7 +475,7 @@ impl Volume {
         let copied = self.replicas().apply("copy", |id, b| {
             copy_all(b, (source.get(id)?, from_offset), (handles.get(id)?, to_offset), length)
         });
-        self.mark_unsealed(to, &mut state, true);
+        self.mark_unsealed(to, &mut state, true, caller);
         if let Err(error) = copied {
             self.level(&handles, range)?;
             return Err(error);

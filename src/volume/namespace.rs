@@ -50,7 +50,7 @@ impl Volume {
             let file = handles.get(id)?;
             Ok((b.stat(file)?, b.xattrs(file)?))
         })?;
-        let row = self.born(parent, name, &stat, &xattrs, Vec::new())?;
+        let row = self.born((parent, name), &stat, &xattrs, Vec::new(), caller)?;
         stat.ino = row.id.0;
         let node = self.nodes.insert(row.id, Kind::File, parent, name);
         node.looked_up();
@@ -62,7 +62,7 @@ impl Volume {
             open.writers = u32::from(writable);
             state.open = Some(Box::new(open));
             // Its times are made equal on all replicas when it is sealed.
-            self.mark_unsealed(&node, &mut state, false);
+            self.mark_unsealed(&node, &mut state, false, caller);
         }
         Ok((node, stat))
     }
@@ -70,11 +70,11 @@ impl Volume {
     /// Records a birth and returns the first state.
     fn born(
         &self,
-        parent: NodeId,
-        name: &EntryName,
+        (parent, name): (NodeId, &EntryName),
         stat: &Stat,
         xattrs: &Xattrs,
         mut more: Vec<Change>,
+        caller: &Caller,
     ) -> Result<NodeRow> {
         let id = self.catalog().next_node();
         let xattrs = self.catalog().intern_xattrs(xattrs)?;
@@ -91,7 +91,7 @@ impl Volume {
             false => Change::NodePut(row.clone()),
         });
         more.push(entry(parent, name, id, excluded));
-        self.catalog().push(more)?;
+        self.push_by(caller, more)?;
         self.rules_changed(name);
         self.mark_dir(parent);
         Ok(row)
@@ -143,7 +143,7 @@ impl Volume {
             }
             _ => Vec::new(),
         };
-        let row = self.born(parent, name, &stat, &xattrs, more)?;
+        let row = self.born((parent, name), &stat, &xattrs, more, caller)?;
         stat.ino = row.id.0;
         let node = self.nodes.insert(row.id, stat.kind, parent, name);
         if stat.kind == Kind::Dir {
@@ -159,6 +159,7 @@ impl Volume {
         node: &Arc<Node>,
         parent: NodeId,
         name: &EntryName,
+        caller: &Caller,
     ) -> Result<(Arc<Node>, Stat)> {
         let _cut = self.cut.read();
         self.check_name(parent, name)?;
@@ -177,7 +178,7 @@ impl Volume {
             .apply("link", |id, b| b.link(from.get(id)?, &from_name, to.get(id)?, name))?;
         let mut changes = vec![entry(parent, name, node.id, excluded)];
         self.take_turn(turn, node, &mut state, &mut changes)?;
-        self.catalog().push(changes)?;
+        self.push_by(caller, changes)?;
         self.rules_changed(name);
         self.mark_dir(parent);
         let stat = self.stat_locked(node, &state)?;
@@ -188,7 +189,7 @@ impl Volume {
 
     /// Removes a name that is no directory's. The last name's removal keeps the file in history by
     /// one rename.
-    pub fn unlink(&self, parent: NodeId, name: &EntryName) -> Result<()> {
+    pub fn unlink(&self, parent: NodeId, name: &EntryName, caller: &Caller) -> Result<()> {
         let _cut = self.cut.read();
         let _entries = self.lock_dir(parent);
         let node = self.named(parent, name)?;
@@ -215,7 +216,7 @@ impl Volume {
             changes.append(&mut self.bury(&node, &mut state, stat, content));
         }
         self.take_turn(turn, &node, &mut state, &mut changes)?;
-        self.catalog().push(changes)?;
+        self.push_by(caller, changes)?;
         self.rules_changed(name);
         self.mark_dir(parent);
         node.lost_name(parent, name, last);
@@ -279,7 +280,7 @@ impl Volume {
     }
 
     /// Removes an empty directory.
-    pub fn rmdir(&self, parent: NodeId, name: &EntryName) -> Result<()> {
+    pub fn rmdir(&self, parent: NodeId, name: &EntryName, caller: &Caller) -> Result<()> {
         let _cut = self.cut.read();
         let _entries = self.lock_dir(parent);
         let node = self.named(parent, name)?;
@@ -293,7 +294,7 @@ impl Volume {
         self.replicas().apply("rmdir", |id, b| b.rmdir(dir.get(id)?, name))?;
         let mut changes = vec![Change::EntryRemove { parent, name: name.clone() }];
         changes.append(&mut self.bury(&node, &mut state, stat, ContentId::EMPTY));
-        self.catalog().push(changes)?;
+        self.push_by(caller, changes)?;
         self.mark_dir(parent);
         self.replicas().forget_dir(node.id);
         node.lost_name(parent, name, true);
@@ -308,6 +309,7 @@ impl Volume {
         new_parent: NodeId,
         new_name: &EntryName,
         mode: RenameMode,
+        caller: &Caller,
     ) -> Result<()> {
         let _cut = self.cut.read();
         self.check_name(parent, name)?;
@@ -388,7 +390,7 @@ impl Volume {
         }
         changes.push(entry(new_parent, new_name, source.id, excluded));
         self.take_turn(turn, &source, &mut source_state, &mut changes)?;
-        self.catalog().push(changes)?;
+        self.push_by(caller, changes)?;
         match &target {
             Some(target) if mode == RenameMode::Exchange => target.moved(parent, name),
             Some(target) => target.lost_name(new_parent, new_name, replaced_last),

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::catalog::{Catalog, NodeRow};
+use crate::catalog::{Actor, Catalog, NodeRow};
 use crate::error::{Error, Result};
 use crate::history::ranges::RangeSet;
 use crate::replica::Handles;
@@ -84,6 +84,18 @@ pub struct Open {
     pub emptied: bool,
     /// When it was changed last.
     pub touched: Instant,
+    /// Who changed it last, or opened it to do so.
+    pub by: Option<Changer>,
+}
+
+/// Who changed a file: the request's word, and what was found out about it.
+pub struct Changer {
+    /// The thread that asked.
+    pub thread: u32,
+    /// As which user.
+    pub uid: u32,
+    /// Its process then.
+    pub actor: Option<Actor>,
 }
 
 impl Open {
@@ -100,6 +112,7 @@ impl Open {
             written: false,
             emptied: false,
             touched: Instant::now(),
+            by: None,
         }
     }
 

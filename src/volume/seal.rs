@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use crate::catalog::NodeRow;
+use crate::catalog::{Change, NodeRow};
 use crate::error::Result;
 use crate::history::ranges::ByteRange;
 use crate::replica::Handles;
 use crate::replica::backing::{SetTime, Stat};
 use crate::store::row_of;
-use crate::types::{ContentId, Kind, NodeId, XattrSetId, Xattrs};
+use crate::types::{ContentId, Generation, Kind, NodeId, XattrSetId, Xattrs};
 
-use super::Volume;
-use super::nodes::{Node, State};
+use super::nodes::{Changer, Node, Open, State};
+use super::{Caller, Volume};
 
 impl Volume {
     /// Records the present state of a file if it changed since the last seal, and makes its times
@@ -46,7 +46,8 @@ impl Volume {
         let known = if written { ContentId::EMPTY } else { known };
         row.content = self.content_shown(standing.versioned, &row, known, &mut changes);
         self.put(&standing, row.clone(), &mut changes)?;
-        self.catalog().push(changes)?;
+        let by = state.open.as_ref().and_then(|open| open.by.as_ref());
+        self.catalog().push_by(by.and_then(|by| by.actor.as_ref()), changes)?;
         if self.excludes.any()
             && let Some((_, name)) = node.place(self.catalog())?
         {
@@ -65,9 +66,21 @@ impl Volume {
         Ok(())
     }
 
-    /// Notes that a file changed: it will be sealed. The caller holds its lock.
-    pub(super) fn mark_unsealed(&self, node: &Arc<Node>, state: &mut State, written: bool) {
+    /// Notes that `caller` changed a file: it will be sealed. Its lock is held.
+    pub(super) fn mark_unsealed(
+        &self,
+        node: &Arc<Node>,
+        state: &mut State,
+        written: bool,
+        caller: &Caller,
+    ) {
         let Some(open) = state.open.as_mut() else { return };
+        // At the first write a shell that opened the file has become the command that writes it.
+        if !open.dirty || (written && (!open.written || open.emptied)) {
+            open.by = self.changer(caller, open.by.take());
+        } else {
+            self.note_changer(open, caller);
+        }
         open.touched = std::time::Instant::now();
         open.written |= written;
         open.emptied &= !written;
@@ -75,6 +88,28 @@ impl Volume {
             open.dirty = true;
             self.unsealed.lock().insert(node.id, node.clone());
         }
+    }
+
+    /// Notes who changes, or may change, an open file. Where the kernel asks for itself, as when it
+    /// writes a memory map back, it is whoever was noted last.
+    pub(super) fn note_changer(&self, open: &mut Open, caller: &Caller) {
+        let same = |by: &Changer| (by.thread, by.uid) == (caller.pid, caller.creds.uid);
+        if !open.by.as_ref().is_some_and(same) {
+            open.by = self.changer(caller, open.by.take());
+        }
+    }
+
+    fn changer(&self, caller: &Caller, last: Option<Changer>) -> Option<Changer> {
+        if caller.pid == 0 {
+            return last;
+        }
+        let actor = self.actors.of(caller);
+        Some(Changer { thread: caller.pid, uid: caller.creds.uid, actor })
+    }
+
+    /// Pushes what `caller` did.
+    pub(super) fn push_by(&self, caller: &Caller, changes: Vec<Change>) -> Result<Generation> {
+        self.catalog().push_by(self.actors.of(caller).as_ref(), changes)
     }
 
     /// Records the directories whose times changed, with times equal on all replicas. One that

@@ -254,7 +254,7 @@ impl Driver {
             Op::Write { offset, length, fill, .. } => {
                 let bytes = pattern(fill, length as usize);
                 self.with_open(node, READ_WRITE, |fs, fh| {
-                    fs.write(fh, u64::from(offset), &bytes, false)
+                    fs.write(fh, u64::from(offset), &bytes, false, &caller())
                 })?;
                 self.reference.content(node, |content| put(content, offset as usize, &bytes));
             }
@@ -277,7 +277,13 @@ impl Driver {
                     if zero { libc::FALLOC_FL_ZERO_RANGE } else { libc::FALLOC_FL_PUNCH_HOLE }
                         | libc::FALLOC_FL_KEEP_SIZE;
                 let done = self.with_open(node, READ_WRITE, |fs, fh| {
-                    match fs.fallocate(fh, mode as u32, u64::from(offset), u64::from(length)) {
+                    match fs.fallocate(
+                        fh,
+                        mode as u32,
+                        u64::from(offset),
+                        u64::from(length),
+                        &caller(),
+                    ) {
                         Err(error) if error.is(rustix::io::Errno::OPNOTSUPP) => Ok(false),
                         other => other.map(|()| true),
                     }
@@ -303,7 +309,7 @@ impl Driver {
                     .or_else(fail("open the source"))?;
                 let copied = self.with_open(node, READ_WRITE, |fs, fh| {
                     let (from, to) = (u64::from(from_offset), u64::from(to_offset));
-                    fs.copy_range((from_fh, from), (fh, to), u64::from(length))
+                    fs.copy_range((from_fh, from), (fh, to), u64::from(length), &caller())
                 })?;
                 self.fs().release(from_fh).or_else(fail("release the source"))?;
                 if self.reference.nodes[source].opens == 0 {
@@ -361,7 +367,9 @@ impl Driver {
         match *op {
             Op::WriteOpen { offset, length, fill, .. } => {
                 let bytes = pattern(fill, length as usize);
-                self.fs().write(fh, u64::from(offset), &bytes, false).or_else(fail("write"))?;
+                self.fs()
+                    .write(fh, u64::from(offset), &bytes, false, &caller())
+                    .or_else(fail("write"))?;
                 self.reference.content(node, |content| put(content, offset as usize, &bytes));
             }
             Op::Flush { .. } => {
@@ -435,7 +443,7 @@ impl Driver {
             }
             Op::RemoveXattr { name, .. } => {
                 let name = format!("user.x{name}");
-                let answer = self.fs().remove_xattr(ino, OsStr::new(&name));
+                let answer = self.fs().remove_xattr(ino, OsStr::new(&name), &caller());
                 let had = self.reference.nodes[node].now.xattrs.contains_key(&name);
                 if answer.is_ok() != had {
                     return Err(format!("removexattr answered {answer:?}, had: {had}"));

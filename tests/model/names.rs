@@ -2,12 +2,12 @@
 
 use rearviewfs::replica::backing::RenameMode;
 
-use super::drive::{Driver, Outcome, entry, fail};
+use super::drive::{Driver, Outcome, caller, entry, fail};
 
 impl Driver {
     pub(super) fn unlink(&mut self, dir: usize, name: &str) -> Outcome {
         let dir = self.dir(dir);
-        let answer = self.fs().unlink(self.ino(dir), &entry(name));
+        let answer = self.fs().unlink(self.ino(dir), &entry(name), &caller());
         match self.child(dir, name) {
             None if answer.as_ref().is_err_and(|e| e.is(rustix::io::Errno::NOENT)) => Ok(()),
             Some(node) if self.is_dir(node) => match answer {
@@ -30,7 +30,7 @@ impl Driver {
 
     pub(super) fn rmdir(&mut self, dir: usize, name: &str) -> Outcome {
         let dir = self.dir(dir);
-        let answer = self.fs().rmdir(self.ino(dir), &entry(name));
+        let answer = self.fs().rmdir(self.ino(dir), &entry(name), &caller());
         match self.child(dir, name) {
             Some(node) if self.is_dir(node) && self.reference.entries(node).is_empty() => {
                 answer.or_else(fail("rmdir"))?;
@@ -62,8 +62,14 @@ impl Driver {
         if mode == RenameMode::Replace && matches!(kinds, (Some(a), Some(b)) if a != b) {
             return Ok(());
         }
-        let answer =
-            self.fs().rename(self.ino(dir), &entry(from.1), self.ino(to_dir), &entry(to.1), mode);
+        let answer = self.fs().rename(
+            self.ino(dir),
+            &entry(from.1),
+            self.ino(to_dir),
+            &entry(to.1),
+            mode,
+            &caller(),
+        );
         match (source, target, mode) {
             (None, ..) | (_, Some(_), RenameMode::NoReplace) | (_, None, RenameMode::Exchange) => {
                 if answer.is_ok() {
@@ -115,7 +121,7 @@ impl Driver {
     pub(super) fn link(&mut self, file: usize, dir: usize, name: &str) -> Outcome {
         let Some(node) = self.pick(&self.reference.files(), file) else { return Ok(()) };
         let dir = self.dir(dir);
-        let answer = self.fs().link(self.ino(node), self.ino(dir), &entry(name));
+        let answer = self.fs().link(self.ino(node), self.ino(dir), &entry(name), &caller());
         if self.child(dir, name).is_some() {
             return if answer.is_ok() { Err("a link over a name".into()) } else { Ok(()) };
         }

@@ -19,6 +19,7 @@ fn statements() -> Vec<String> {
         include_str!("../retain.rs"),
         include_str!("../sweep.rs"),
         include_str!("../freed.rs"),
+        include_str!("../actor.rs"),
     ];
     let mut found = Vec::new();
     for part in sources.iter().flat_map(|source| source.split('"')) {
