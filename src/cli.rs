@@ -23,6 +23,7 @@ mod shell;
 mod snapshot;
 mod status;
 mod text;
+mod undo;
 mod who;
 
 /// How a command ends. The numbers are an interface for scripts and never change.
@@ -125,6 +126,9 @@ pub enum Command {
     /// Remove files and directories from all history, for ever; what is live stays as it is
     #[command(after_help = purge::EXAMPLES)]
     Purge(purge::PurgeArgs),
+    /// Take back what one program changed, and nothing else
+    #[command(after_help = undo::EXAMPLES)]
+    Undo(undo::UndoArgs),
     /// Print the completion script of a shell
     #[command(after_help = COMPLETION_EXAMPLES)]
     Completions(CompletionsArgs),
@@ -461,6 +465,7 @@ fn run(cli: Cli) -> Result<Exit> {
         Command::Undelete(args) => restore::undelete(&args),
         Command::Prune(args) => prune::prune(*args),
         Command::Purge(args) => purge::purge(&args),
+        Command::Undo(args) => undo::undo(&args),
         Command::Completions(args) => shell::completions(&args),
         Command::Man(args) => shell::man(&args),
     }
@@ -537,14 +542,21 @@ mod tests {
             "rearview restore -n --overwrite if-newer 2h x y --to /d",
             "rearview undelete x",
             "rearview log --by cp x",
+            "rearview undo --by cp --since 2h",
+            "rearview undo src --by pid:3 --since 2h -n --force --json",
             "rearview completions fish",
             "rearview man --dir /d",
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }
-        for line in
-            ["rearview", "rearview nonsense", "rearview diff", "rearview restore x", "rearview log"]
-        {
+        for line in [
+            "rearview",
+            "rearview undo --by x",
+            "rearview nonsense",
+            "rearview diff",
+            "rearview restore x",
+            "rearview log",
+        ] {
             assert!(parse(line).is_err(), "{line}");
         }
     }

@@ -16,6 +16,8 @@ use crate::error::{Error, IoContext, Result};
 use crate::report::log::LogReport;
 use crate::report::prune::PruneReport;
 use crate::report::purge::PurgeReport;
+use crate::report::undo::UndoPlan;
+use crate::report::who::Who;
 use crate::report::{
     DiffReport, MomentText, PathText, SnapshotReport, SnapshotsReport, StatusReport,
 };
@@ -105,6 +107,24 @@ pub enum Request {
         /// A snapshot, `now` or a time.
         moment: MomentText,
     },
+    /// How what a program changed can be taken back.
+    UndoPlan {
+        /// Root-relative; only what lies below it.
+        path: PathText,
+        /// Which program.
+        who: Who,
+        /// Its changes after this moment.
+        since: MomentText,
+        /// Also where others changed the same after it.
+        force: bool,
+    },
+    /// Makes a snapshot that shows a generation.
+    SnapshotView {
+        /// The snapshot's name.
+        name: String,
+        /// The generation.
+        generation: u64,
+    },
     /// Makes a snapshot of the last moment at which a path that is gone was whole.
     SnapshotLastSeen {
         /// The snapshot's name.
@@ -131,6 +151,7 @@ impl Request {
             | Request::SnapshotDelete { .. }
             | Request::SnapshotRename { .. }
             | Request::SnapshotHold { .. }
+            | Request::SnapshotView { .. }
             | Request::SnapshotLastSeen { .. } => true,
             Request::Prune { dry_run, .. } => !dry_run,
             Request::Purge { dry_run, .. } => !dry_run,
@@ -139,6 +160,7 @@ impl Request {
             | Request::SnapshotList
             | Request::Log { .. }
             | Request::Diff { .. }
+            | Request::UndoPlan { .. }
             | Request::Moment { .. } => false,
         }
     }
@@ -162,6 +184,8 @@ pub enum Response {
     Log(LogReport),
     /// To [`Request::Diff`].
     Diff(DiffReport),
+    /// To [`Request::UndoPlan`].
+    UndoPlan(UndoPlan),
     /// To [`Request::Moment`].
     Moment(crate::report::MomentReport),
     /// To [`Request::Purge`].

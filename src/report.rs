@@ -19,6 +19,7 @@ pub mod log;
 pub mod lost;
 pub mod prune;
 pub mod purge;
+pub mod undo;
 pub mod who;
 
 /// The version of all `--json` forms. The first number grows when a field changes its meaning or
@@ -313,6 +314,17 @@ pub fn resolve_moment(
             let snapshots = catalog.snapshots()?;
             Err(no_snapshot(text, snapshots.iter().map(|snapshot| snapshot.name.as_str())))
         }
+    }
+}
+
+/// The moment since which an undo is asked for: a time before the beginning is the beginning.
+pub fn undo_moment(catalog: &Catalog, wanted: &MomentText) -> Result<Moment> {
+    let newest = || Ok(catalog.generation());
+    match (resolve_moment(catalog, wanted, newest), wanted.instant) {
+        (Err(Error::NotFound(_)), Some(time)) => {
+            Ok(Moment { name: None, time, generation: catalog.oldest()? })
+        }
+        (found, _) => found,
     }
 }
 

@@ -16,7 +16,7 @@ const MARKER: &str = "store.toml";
 const CATALOG: &str = "catalog.db";
 
 /// A store that a path leads to.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Located {
     /// Where it is mounted, if the path lies in a mount.
     pub mountpoint: Option<PathBuf>,

@@ -23,8 +23,8 @@ use crate::types::{RelPath, Timestamp};
 use attributes::Place;
 use copy::{Copier, Deed, Stopped};
 
-mod attributes;
-mod copy;
+pub mod attributes;
+pub mod copy;
 
 /// The folder of moments in the folder of snapshots.
 const AT_DIR: &str = ".at";
@@ -74,12 +74,10 @@ pub fn undelete(args: &UndeleteArgs) -> Result<Exit> {
         let located = locate(path)?;
         let mount = Mount::of(&located)?;
         let snapdir = mount.snapdir()?.to_path_buf();
-        let view = View::make(located, views.len())?;
-        let job = Job {
-            past: snapdir.join(&view.name),
-            live: mount.root,
-            path: view.located.path.clone(),
-        };
+        let path = located.path.clone();
+        let request = |name| Request::SnapshotLastSeen { name, path: PathText::from(&path) };
+        let view = View::make(located, ("undelete", views.len()), request)?;
+        let job = Job { past: snapdir.join(view.name()), live: mount.root, path: path.clone() };
         views.push(view);
         Ok(job)
     };
@@ -103,22 +101,30 @@ fn prepare_all(
     Ok((jobs, failures))
 }
 
-/// A snapshot of the moment before something was deleted, for as long as it is brought back.
-struct View {
+/// A snapshot of the moment before something was changed, for as long as that is brought back.
+pub struct View {
     located: Located,
     name: String,
 }
 
 impl View {
-    fn make(located: Located, number: usize) -> Result<View> {
+    /// Makes it by the request that `request` gives for its name: of a purpose and a number.
+    pub fn make(
+        located: Located,
+        (purpose, number): (&str, usize),
+        request: impl FnOnce(String) -> Request,
+    ) -> Result<View> {
         let time = crate::time::version_name(Timestamp::now(), true);
-        let name = format!("undelete-{time}-{}-{number}", std::process::id());
-        let path = PathText::from(&located.path);
+        let name = format!("{purpose}-{time}-{}-{number}", std::process::id());
         // Before it is asked for: the answer may be lost after the snapshot was made.
         let view = View { located, name };
-        let name = view.name.clone();
-        view.located.ask(&Request::SnapshotLastSeen { name, path })?;
+        view.located.ask(&request(view.name.clone()))?;
         Ok(view)
+    }
+
+    /// The snapshot's name.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 }
 
@@ -133,14 +139,16 @@ impl Drop for View {
 }
 
 /// The mount that a restore works in.
-struct Mount {
-    root: PathBuf,
+pub struct Mount {
+    /// Where it is.
+    pub root: PathBuf,
     /// The folder of snapshots; `None` if this mount shows none.
     snapdir: Option<PathBuf>,
 }
 
 impl Mount {
-    fn of(located: &Located) -> Result<Mount> {
+    /// The mount of what was located.
+    pub fn of(located: &Located) -> Result<Mount> {
         let bytes = |text: &PathText| text.bytes().map(std::ffi::OsString::from_vec);
         match located.daemon() {
             Ok(info) => {
@@ -159,7 +167,8 @@ impl Mount {
         }
     }
 
-    fn snapdir(&self) -> Result<&Path> {
+    /// Its folder of snapshots.
+    pub fn snapdir(&self) -> Result<&Path> {
         self.snapdir.as_deref().ok_or_else(|| {
             Error::Refused(format!(
                 "{} is mounted with snapdir=disabled, so nothing can be read from the past; \
@@ -374,7 +383,8 @@ fn was_not_there(job: &Job) -> Error {
     Error::NotFound(format!("{} was not there then; 'rearview log' shows when it was", job.path))
 }
 
-fn open(path: &Path) -> rustix::io::Result<OwnedFd> {
+/// Opens a directory for naming things in it.
+pub fn open(path: &Path) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::open(path, flags, Mode::empty())
 }
@@ -419,7 +429,7 @@ fn live_parent(job: &Job, parents: &RelPath, dry_run: bool) -> Result<Option<Own
 }
 
 /// Ctrl-C ends a restore between two files: each file is whole, old or new.
-fn stop_on_signals() -> Result<Arc<AtomicBool>> {
+pub fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     for signal in [SIGINT, SIGTERM, SIGHUP] {

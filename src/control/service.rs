@@ -14,7 +14,7 @@ use crate::report::{
     self, Moment, MomentText, PathText, ReplicaReport, SnapshotsReport, StatusReport,
 };
 use crate::retention::policy::check_tags;
-use crate::types::{RelPath, Timestamp};
+use crate::types::{Generation, RelPath, Timestamp};
 use crate::volume::{ReplicaStatus, VolumeStatus};
 
 /// How long a list of snapshots counts what deleting them would free; the rest is counted in the
@@ -162,6 +162,17 @@ impl Handler for Service {
             Request::Moment { moment } => Response::Moment((&self.moment(&moment)?).into()),
             Request::Purge { paths, dry_run, even_held } => {
                 Response::Purge(self.purge(&paths, dry_run, even_held)?)
+            }
+            Request::UndoPlan { path, who, since, force } => {
+                // What is being written belongs to its writer.
+                self.fs.volume().settle()?;
+                let since = report::undo_moment(catalog, &since)?;
+                let path = rel_path(&path)?;
+                Response::UndoPlan(report::undo::plan(catalog, &since, &who, &path, force)?)
+            }
+            Request::SnapshotView { name, generation } => {
+                let at = Generation(generation).min(catalog.generation());
+                Response::Snapshot((&catalog.create_snapshot(&name, at, true, &[])?).into())
             }
             Request::SnapshotLastSeen { name, path } => {
                 self.fs.volume().settle()?;

@@ -126,7 +126,12 @@ mod tests {
             .spawn()
             .unwrap();
         let name = |pid| actors.of(&caller(pid)).unwrap().command;
-        assert_eq!(name(child.id()), b"sh");
+        // The spawn may return before the new program has its name.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while name(child.id()) != b"sh" {
+            assert!(std::time::Instant::now() < deadline, "{:?}", name(child.id()));
+            std::thread::yield_now();
+        }
         use std::io::{Read, Write};
         let mut input = child.stdin.take().unwrap();
         input.write_all(b"go\nx").unwrap();
