@@ -63,11 +63,11 @@ impl Mounted {
         }
         let mnt = scratch.path().join("mnt");
         std::fs::create_dir(&mnt).expect("a mountpoint can be made");
-        let options = vec!["-o".into(), "allow_other,dev,suid".into()];
+        let options = vec!["-o".into(), "allow_other,dev,suid,snapshot_every=0".into()];
         Mounted { scratch, backings, mnt, options, mounted: false }
     }
 
-    /// The options of the next mount, in place of `-o allow_other,dev,suid`.
+    /// The options of the next mount, in place of `-o allow_other,dev,suid,snapshot_every=0`.
     pub fn set_options(&mut self, words: &[&str]) {
         self.options = words.iter().map(OsString::from).collect();
     }
