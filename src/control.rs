@@ -31,7 +31,7 @@ pub mod service;
 /// The socket's name in `.rearview`.
 pub const SOCKET_NAME: &str = "control.sock";
 /// The protocol's version; both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// The longest request: a path and a few names.
 pub const REQUEST_BYTES_MAX: u32 = 64 * 1024;
 /// The longest response: a diff of some million paths.

@@ -16,7 +16,7 @@
 //! counted, but kept in any case.
 //!
 //! # Versions
-//! [`moments`] thins the continuous history between the snapshots.
+//! [`moments()`] thins the continuous history between the snapshots.
 
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;

@@ -80,10 +80,10 @@ impl Freed {
                         .optional()?;
                     self.raw += length.unwrap_or(0).max(0) as u64;
                 }
-                ForgetChange::UndoPut(row) => {
-                    if row.at.is_some_and(|at| matches!(at.file, UndoFile::Segment(_))) {
-                        self.raw = self.raw.saturating_sub(row.length);
-                    }
+                ForgetChange::UndoPut(row)
+                    if row.at.is_some_and(|at| matches!(at.file, UndoFile::Segment(_))) =>
+                {
+                    self.raw = self.raw.saturating_sub(row.length);
                 }
                 _ => {}
             }
