@@ -33,7 +33,9 @@
 //! **A read of the past.** `fuse` → `fs` sees by the inode number that it is past →
 //! [`past::Past::lookup`] asks the catalog what the name meant at that generation;
 //! [`volume::Volume::read_content`] resolves the content's extents ([`history::Extents`]) and reads
-//! each from an undo segment, a preserved file, or the live file where it was not changed since.
+//! each from an undo segment, a preserved file, a pack, or the live file where it was not changed
+//! since. In the background [`history::packer`] turns the first two into packs, and what retention
+//! ([`retention`]) makes invisible is swept out of the catalog.
 //!
 //! **A backing dies.** A [`replica::backing::Backing`] call fails → the verdict in
 //! [`replica::ReplicaSet::apply`] ejects that replica and the operation succeeds on the others →

@@ -176,8 +176,12 @@ impl Volume {
             .map(|g| Ok((g, catalog.time_of(g)?)))
             .collect::<Result<_>>()?;
         let until = tiers.all.even_before(now).min(policy.protect.even_before(now));
-        let ticks = catalog.ticks(horizon, until)?;
         let at = (horizon, catalog.time_of(horizon)?);
+        if at.1 >= until {
+            // Nothing is old enough.
+            return Ok(());
+        }
+        let ticks = catalog.ticks(horizon, until)?;
         let seen = seen(&known, at, &ticks, catalog.generation());
         let zone = TimeZone::system();
         let thinning = moments(tiers, policy.protect, seen.into_iter(), &zone, now);
