@@ -121,13 +121,19 @@ impl<'a> Packer<'a> {
                 }
             }
         }
+        // First, so that an end in between leaves none of them behind.
+        if !same.is_empty() {
+            self.record(Vec::new())?;
+            self.remove_originals(&same)?;
+        }
         // Versions of one file beside each other compress together.
         run.sort_unstable_by_key(|content| (content.node, content.id));
         let mut changes = Vec::new();
         let mut originals = Vec::new();
         for content in &run {
             match self.content(content, &mut changes) {
-                Ok(()) => originals.push(content),
+                Ok(()) => originals.push(*content),
+                Err(Error::Interrupted) => return Err(Error::Interrupted),
                 Err(error) if error.is(rustix::io::Errno::NOSPC) => return Err(error),
                 Err(error) => {
                     let (id, node) = (content.id, content.node);
@@ -137,11 +143,17 @@ impl<'a> Packer<'a> {
         }
         packed.count = originals.len() as u64;
         self.record(changes)?;
-        for content in originals.into_iter().chain(&same) {
+        self.remove_originals(&originals)?;
+        Ok((last, packed))
+    }
+
+    /// Removes preserved files whose contents durably lie elsewhere.
+    fn remove_originals(&self, contents: &[WaitingContent]) -> Result<()> {
+        for content in contents {
             self.history.remove_preserved(self.replicas, content.node, content.id)?;
             (self.step)("an original was removed")?;
         }
-        Ok((last, packed))
+        Ok(())
     }
 
     /// Cuts and adds one content.
