@@ -53,6 +53,34 @@ mod found {
         super::run(sequence).unwrap_or_else(|difference| panic!("{difference}"));
     }
 
+    /// Death at each step of packing in turn: pack written, recorded, recipes recorded, durable,
+    /// each original removed.
+    #[test]
+    fn dying_at_any_step_of_packing_loses_and_doubles_nothing() {
+        for steps in 0..16 {
+            holds(&[
+                Create { dir: 0, name: 0, keep_open: false },
+                Write { file: 0, offset: 0, length: 20_000, fill: 1 },
+                Create { dir: 0, name: 1, keep_open: false },
+                Write { file: 1, offset: 8000, length: 9_000, fill: 2 },
+                Snapshot,
+                Write { file: 0, offset: 4000, length: 4096, fill: 9 },
+                Write { file: 1, offset: 100, length: 12_000, fill: 8 },
+                Snapshot,
+                OpenTruncate { file: 0 },
+                Write { file: 0, offset: 0, length: 10, fill: 3 },
+                Unlink { dir: 0, name: 1 },
+                DieWhilePacking { steps },
+                Compare,
+                DeleteSnapshot { snapshot: 0 },
+                Write { file: 0, offset: 5, length: 300, fill: 4 },
+                Thin { every: 1 },
+                DieWhilePacking { steps },
+                Compare,
+            ]);
+        }
+    }
+
     #[test]
     fn packed_contents_are_what_they_were() {
         holds(&[

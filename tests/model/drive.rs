@@ -523,6 +523,26 @@ impl Driver {
         // Dropped, not closed: the next mount recovers.
         self.fs = None;
         self.fs = Some(open(&self.paths()));
+        self.fs().volume().tidy_history().or_else(fail("tidy"))?;
+        self.nothing_unpacked()
+    }
+
+    /// Whether all that was preserved is in packs, and nothing is left beside them.
+    fn nothing_unpacked(&self) -> Outcome {
+        for backing in self.paths() {
+            let private = backing.join(".rearview");
+            let mut waiting = vec![private.join("preserved"), private.join("undo")];
+            waiting.push(private.join("tmp"));
+            while let Some(dir) = waiting.pop() {
+                for entry in std::fs::read_dir(&dir).map_err(|error| error.to_string())? {
+                    let path = entry.map_err(|error| error.to_string())?.path();
+                    match path.is_dir() {
+                        true => waiting.push(path),
+                        false => return Err(format!("{} was left", path.display())),
+                    }
+                }
+            }
+        }
         Ok(())
     }
 
