@@ -392,7 +392,8 @@ pub fn touched(range: ByteRange, sealed_size: u64) -> ByteRange {
 fn all_can_reflink(replicas: &ReplicaSet) -> Result<bool> {
     let dir = replicas.private(PrivateDir::Tmp)?;
     for id in replicas.online().collect::<Vec<_>>() {
-        let backing = replicas.get(id).backing();
+        let replica = replicas.get(id);
+        let backing = replica.backing();
         let probe = || -> std::io::Result<()> {
             let dir = dir.get(id)?;
             let names = [probe_name(0), probe_name(1)];
@@ -437,7 +438,8 @@ pub fn open_whole_on(
 ) -> std::io::Result<Handle> {
     let dir = replicas.private(preserved_dir(node)).map_err(|e| e.to_errno())?;
     let name = preserved_name(node, content);
-    let backing = replicas.get(id).backing();
+    let replica = replicas.get(id);
+    let backing = replica.backing();
     backing.open_file(dir.get(id)?, &name, Access::Read).map_err(missing)
 }
 

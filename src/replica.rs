@@ -24,7 +24,7 @@ use parking_lot::{ReentrantMutex, RwLock};
 use rustix::io::Errno;
 
 use crate::error::Result;
-use crate::types::{NodeId, RelPath, ReplicaId, ReplicaMap};
+use crate::types::{NodeId, REPLICAS_MAX, RelPath, ReplicaId, ReplicaMap, Timestamp};
 
 use backing::{Backing, Handle, Space};
 use handles::DirCache;
@@ -104,8 +104,11 @@ type FaultHook = Box<dyn Fn(ReplicaId, &Fault) + Send + Sync>;
 
 /// All replicas of a store, in order of preference.
 pub struct ReplicaSet {
-    replicas: ReplicaMap<Replica>,
+    /// By id; a slot that was never filled is `None`.
+    slots: RwLock<ReplicaMap<Option<Arc<Replica>>>>,
     records: ReplicaMap<Record>,
+    /// Bit `n` is set while replica `n` belongs to the set, online or not.
+    members: AtomicU8,
     /// Bit `n` is set while replica `n` is online.
     online: AtomicU8,
     /// Held while a replica is being ejected, hooks included. Innermost but for what the hooks
@@ -130,17 +133,25 @@ enum Nature {
 impl ReplicaSet {
     /// Takes the replicas in order of preference, all online.
     pub fn new(replicas: Vec<Replica>) -> ReplicaSet {
-        let replicas = ReplicaMap::new(replicas);
-        let online = replicas.ids().fold(0, |mask, id| mask | bit(id));
+        let count = replicas.len();
+        assert!(count <= REPLICAS_MAX, "a store has at most {REPLICAS_MAX} replicas");
+        let mut replicas = replicas.into_iter();
+        let mut present = 0;
+        let slots = ReplicaMap::for_all(|id| {
+            let replica = replicas.next().map(Arc::new);
+            present |= if replica.is_some() { bit(id) } else { 0 };
+            replica
+        });
         ReplicaSet {
-            records: replicas.map(|_, _| Record::default()),
-            online: AtomicU8::new(online),
+            slots: RwLock::new(slots),
+            records: ReplicaMap::for_all(|_| Record::default()),
+            members: AtomicU8::new(present),
+            online: AtomicU8::new(present),
             ejecting: ReentrantMutex::new(()),
             ejections: AtomicUsize::new(0),
             hooks: RwLock::default(),
-            dirs: DirCache::new(replicas.count()),
+            dirs: DirCache::new(count),
             room: Room::new(),
-            replicas,
         }
     }
 
@@ -151,8 +162,7 @@ impl ReplicaSet {
 
     /// The online replicas in order of preference, as they are at the call.
     pub fn online(&self) -> impl Iterator<Item = ReplicaId> + use<> {
-        let mask = self.online.load(Ordering::Acquire);
-        self.replicas.ids().filter(move |&id| mask & bit(id) != 0)
+        ids_of(self.online.load(Ordering::Acquire))
     }
 
     /// Whether that replica is online.
@@ -162,12 +172,64 @@ impl ReplicaSet {
 
     /// All replicas, online or not.
     pub fn ids(&self) -> impl Iterator<Item = ReplicaId> + use<> {
-        self.replicas.ids()
+        ids_of(self.members.load(Ordering::Acquire))
     }
 
-    /// One replica.
-    pub fn get(&self, id: ReplicaId) -> &Replica {
-        &self.replicas[id]
+    /// One replica, as it is at the call: [`ReplicaSet::replace`] can put another in its place.
+    pub fn get(&self, id: ReplicaId) -> Arc<Replica> {
+        self.slots.read()[id].clone().expect("an id is given out with its replica")
+    }
+
+    /// Adds a replica, which is not in use until it is admitted. `None` if there is no place for it.
+    pub fn add(&self, replica: Replica) -> Option<ReplicaId> {
+        let _ejecting = self.ejecting.lock();
+        let members = self.members.load(Ordering::Acquire);
+        let id = ReplicaId::all().find(|&id| members & bit(id) == 0)?;
+        self.records[id].renew();
+        self.slots.write()[id] = Some(Arc::new(replica));
+        self.members.fetch_or(bit(id), Ordering::SeqCst);
+        Some(id)
+    }
+
+    /// Puts another replica, or the same one with its backing opened anew, in the place of one that
+    /// is offline; `false` if that is online. It stays offline until it is admitted. Whoever comes
+    /// back comes back this way: what was open on the old backing, which missed changes, is not
+    /// open on the new one.
+    pub fn replace(&self, id: ReplicaId, replica: Replica) -> bool {
+        let _ejecting = self.ejecting.lock();
+        if self.is_online(id) {
+            return false;
+        }
+        let before = self.slots.write()[id].replace(Arc::new(replica));
+        drop(before);
+        true
+    }
+
+    /// Notes that a replica which is offline is being made equal to the others.
+    pub fn resyncing(&self, id: ReplicaId) {
+        let _ejecting = self.ejecting.lock();
+        if !self.is_online(id) {
+            self.records[id].set(State::Resyncing { since: Timestamp::now() });
+        }
+    }
+
+    /// Notes why a replica that was being made equal to the others is offline still.
+    pub fn resync_failed(&self, id: ReplicaId, fault: Fault) {
+        let _ejecting = self.ejecting.lock();
+        if !self.is_online(id) {
+            self.records[id].set(State::Offline { since: fault.at, fault });
+        }
+    }
+
+    /// Takes a replica that is offline out of the set; `false` if it is online. Its id may be given
+    /// to another one.
+    pub fn remove(&self, id: ReplicaId) -> bool {
+        let _ejecting = self.ejecting.lock();
+        let removed = !self.is_online(id);
+        if removed {
+            self.members.fetch_and(!bit(id), Ordering::SeqCst);
+        }
+        removed
     }
 
     /// Calls `hook` once for every replica that is ejected, before any change that it missed is
@@ -203,7 +265,7 @@ impl ReplicaSet {
         nature: Nature,
         mut f: impl FnMut(ReplicaId, &dyn Backing) -> io::Result<T>,
     ) -> Result<Answers<T>> {
-        let mut answers = self.replicas.map(|_, _| None);
+        let mut answers = ReplicaMap::for_all(|_| None);
         let mut succeeded = false;
         let mut failed: Vec<(ReplicaId, Errno)> = Vec::new();
         for id in self.online() {
@@ -280,9 +342,9 @@ impl ReplicaSet {
         Err(Errno::IO.into())
     }
 
-    /// A map of all replicas, online or not, made from each id.
-    pub fn map_ids<T>(&self, mut f: impl FnMut(ReplicaId) -> T) -> ReplicaMap<T> {
-        self.replicas.map(|id, _| f(id))
+    /// A map of all ids, also of those not given out yet, made from each.
+    pub fn map_ids<T>(&self, f: impl FnMut(ReplicaId) -> T) -> ReplicaMap<T> {
+        ReplicaMap::for_all(f)
     }
 
     /// Handles of the directory `node` on all online replicas, for use as a parent. `path` tells
@@ -404,9 +466,14 @@ fn out_of_files(errno: Errno) -> bool {
     matches!(errno, Errno::MFILE | Errno::NFILE)
 }
 
-/// A replica's bit in the mask of those online.
+/// A replica's bit in a mask.
 fn bit(id: ReplicaId) -> u8 {
     1 << id.index()
+}
+
+/// The ids in a mask.
+fn ids_of(mask: u8) -> impl Iterator<Item = ReplicaId> + use<> {
+    ReplicaId::all().filter(move |&id| mask & bit(id) != 0)
 }
 
 #[cfg(test)]

@@ -412,6 +412,11 @@ impl fmt::Display for RelPath {
 pub struct ReplicaId(u8);
 
 impl ReplicaId {
+    /// Every id that a store can ever give out, in order.
+    pub fn all() -> impl Iterator<Item = ReplicaId> + use<> {
+        (0..REPLICAS_MAX as u8).map(ReplicaId)
+    }
+
     /// The index as a number, for display.
     pub fn index(self) -> usize {
         usize::from(self.0)
@@ -427,6 +432,16 @@ impl<T> ReplicaMap<T> {
     pub fn new(values: Vec<T>) -> ReplicaMap<T> {
         assert!(values.len() <= REPLICAS_MAX, "a store has at most {REPLICAS_MAX} replicas");
         ReplicaMap(values)
+    }
+
+    /// A value for every id that a store can ever have, also for those that join later.
+    pub fn for_all(f: impl FnMut(ReplicaId) -> T) -> ReplicaMap<T> {
+        ReplicaMap(ReplicaId::all().map(f).collect())
+    }
+
+    /// The value of one replica; `None` for one that joined after the map was made.
+    pub fn get(&self, id: ReplicaId) -> Option<&T> {
+        self.0.get(usize::from(id.0))
     }
 
     /// All ids and values.

@@ -210,6 +210,7 @@ fn replica_report(replica: &ReplicaStatus) -> ReplicaReport {
         State::Offline { since, fault } => {
             ("offline", Some(report::time_text(*since)), Some(fault.to_string()))
         }
+        State::Resyncing { since } => ("resyncing", Some(report::time_text(*since)), None),
     };
     let space = replica.space.as_ref();
     ReplicaReport {

@@ -212,12 +212,13 @@ impl UndoLog {
             if images.iter().all(Option::is_some) {
                 break;
             }
-            let backing = replicas.get(id).backing();
+            let replica = replicas.get(id);
+            let backing = replica.backing();
             let read = || -> std::io::Result<Vec<u8>> {
                 let dir = replicas.private(PrivateDir::Undo).map_err(|e| e.to_errno())?;
                 read_segment(backing, dir.get(id)?, segment)
             };
-            let path = replicas.get(id).path.display();
+            let path = replica.path.display();
             let bytes = match read() {
                 Ok(bytes) => bytes,
                 Err(error) => {

@@ -12,13 +12,21 @@
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 pub use crate::types::Creds;
 use crate::types::{EntryName, Kind, RelPath, Timestamp, Xattrs};
 
-/// An object of one backing, held open. It follows the object through renames and unlinks.
-#[derive(Debug)]
-pub struct Handle(pub(crate) OwnedFd);
+/// An object of one backing, held open. It follows the object through renames and unlinks. Clones
+/// are the same open object, which is closed with the last of them.
+#[derive(Clone, Debug)]
+pub struct Handle(pub(crate) Arc<OwnedFd>);
+
+impl From<OwnedFd> for Handle {
+    fn from(fd: OwnedFd) -> Handle {
+        Handle(Arc::new(fd))
+    }
+}
 
 /// The attributes of an object, as `statx(2)` gives them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -242,12 +242,12 @@ impl Backing for DirBacking {
             step.push(b'.');
         }
         let from = dir.as_ref().unwrap_or(&self.root).as_fd();
-        Ok(Handle(open_beneath(from, step.as_slice(), flags, Mode::empty())?))
+        Ok(open_beneath(from, step.as_slice(), flags, Mode::empty())?.into())
     }
 
     fn open_node(&self, dir: &Handle, name: &EntryName) -> io::Result<Handle> {
         let opened = open_beneath(dir.0.as_fd(), name.as_os_str(), OFlags::PATH, Mode::empty());
-        Ok(Handle(opened?))
+        Ok(opened?.into())
     }
 
     fn open_file(&self, dir: &Handle, name: &EntryName, access: Access) -> io::Result<Handle> {
@@ -266,7 +266,7 @@ impl Backing for DirBacking {
             other => other?,
         };
         match stat_fd(file.as_fd())?.kind {
-            Kind::File => Ok(Handle(file)),
+            Kind::File => Ok(file.into()),
             Kind::Dir => Err(Errno::ISDIR.into()),
             _ => Err(Errno::INVAL.into()),
         }
@@ -276,13 +276,13 @@ impl Backing for DirBacking {
         become_creator(by, mode)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
         let mode = Mode::from_raw_mode(mode & 0o7777);
-        Ok(Handle(open_beneath(dir.0.as_fd(), name.as_os_str(), flags, mode)?))
+        Ok(open_beneath(dir.0.as_fd(), name.as_os_str(), flags, mode)?.into())
     }
 
     fn mkdir(&self, dir: &Handle, name: &EntryName, mode: u32, by: Creds) -> io::Result<()> {
         become_creator(by, mode)?;
         let mode = Mode::from_raw_mode(mode & 0o7777);
-        Ok(retry_on_intr(|| rustix::fs::mkdirat(&dir.0, name.as_os_str(), mode))?)
+        Ok(retry_on_intr(|| rustix::fs::mkdirat(dir.0.as_fd(), name.as_os_str(), mode))?)
     }
 
     fn mknod(
@@ -301,12 +301,12 @@ impl Backing for DirBacking {
         let file_type = FileType::from_raw_mode(kind.mode_bits());
         let mode = Mode::from_raw_mode(mode & 0o7777);
         let name = name.as_os_str();
-        Ok(retry_on_intr(|| rustix::fs::mknodat(&dir.0, name, file_type, mode, rdev))?)
+        Ok(retry_on_intr(|| rustix::fs::mknodat(dir.0.as_fd(), name, file_type, mode, rdev))?)
     }
 
     fn symlink(&self, dir: &Handle, name: &EntryName, target: &[u8], by: Creds) -> io::Result<()> {
         become_creator(by, 0)?;
-        Ok(retry_on_intr(|| rustix::fs::symlinkat(target, &dir.0, name.as_os_str()))?)
+        Ok(retry_on_intr(|| rustix::fs::symlinkat(target, dir.0.as_fd(), name.as_os_str()))?)
     }
 
     fn link(
@@ -318,7 +318,7 @@ impl Backing for DirBacking {
     ) -> io::Result<()> {
         let (old, new) = (from_name.as_os_str(), to_name.as_os_str());
         let flags = AtFlags::empty();
-        Ok(retry_on_intr(|| rustix::fs::linkat(&from.0, old, &to.0, new, flags))?)
+        Ok(retry_on_intr(|| rustix::fs::linkat(from.0.as_fd(), old, to.0.as_fd(), new, flags))?)
     }
 
     fn rename(
@@ -335,17 +335,19 @@ impl Backing for DirBacking {
             RenameMode::Exchange => RenameFlags::EXCHANGE,
         };
         let (old, new) = (from_name.as_os_str(), to_name.as_os_str());
-        Ok(retry_on_intr(|| rustix::fs::renameat_with(&from.0, old, &to.0, new, flags))?)
+        Ok(retry_on_intr(|| {
+            rustix::fs::renameat_with(from.0.as_fd(), old, to.0.as_fd(), new, flags)
+        })?)
     }
 
     fn unlink(&self, dir: &Handle, name: &EntryName) -> io::Result<()> {
         let flags = AtFlags::empty();
-        Ok(retry_on_intr(|| rustix::fs::unlinkat(&dir.0, name.as_os_str(), flags))?)
+        Ok(retry_on_intr(|| rustix::fs::unlinkat(dir.0.as_fd(), name.as_os_str(), flags))?)
     }
 
     fn rmdir(&self, dir: &Handle, name: &EntryName) -> io::Result<()> {
         let flags = AtFlags::REMOVEDIR;
-        Ok(retry_on_intr(|| rustix::fs::unlinkat(&dir.0, name.as_os_str(), flags))?)
+        Ok(retry_on_intr(|| rustix::fs::unlinkat(dir.0.as_fd(), name.as_os_str(), flags))?)
     }
 
     fn list(&self, dir: &Handle) -> io::Result<Vec<DirEntry>> {
@@ -389,7 +391,7 @@ impl Backing for DirBacking {
     }
 
     fn readlink(&self, object: &Handle) -> io::Result<Vec<u8>> {
-        match retry_on_intr(|| rustix::fs::readlinkat(&object.0, "", Vec::new())) {
+        match retry_on_intr(|| rustix::fs::readlinkat(object.0.as_fd(), "", Vec::new())) {
             Ok(target) => Ok(target.into_bytes()),
             // What `readlinkat` with an empty path says of other kinds; `readlink(2)` says EINVAL.
             Err(Errno::NOENT) => Err(Errno::INVAL.into()),
@@ -411,13 +413,13 @@ impl Backing for DirBacking {
         }
         let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
         let flags = AtFlags::EMPTY_PATH;
-        Ok(retry_on_intr(|| rustix::fs::chownat(&object.0, "", uid, gid, flags))?)
+        Ok(retry_on_intr(|| rustix::fs::chownat(object.0.as_fd(), "", uid, gid, flags))?)
     }
 
     fn set_times(&self, object: &Handle, atime: SetTime, mtime: SetTime) -> io::Result<()> {
         let times = Timestamps { last_access: timespec(atime), last_modification: timespec(mtime) };
         let flags = AtFlags::EMPTY_PATH;
-        Ok(retry_on_intr(|| rustix::fs::utimensat(&object.0, "", &times, flags))?)
+        Ok(retry_on_intr(|| rustix::fs::utimensat(object.0.as_fd(), "", &times, flags))?)
     }
 
     fn get_xattr(&self, object: &Handle, name: &OsStr) -> io::Result<Vec<u8>> {
@@ -439,20 +441,20 @@ impl Backing for DirBacking {
     }
 
     fn read_at(&self, file: &Handle, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        sys::read_full_at(&file.0, buffer, offset)
+        sys::read_full_at(file.0.as_fd(), buffer, offset)
     }
 
     fn write_at(&self, file: &Handle, data: &[u8], offset: u64) -> io::Result<()> {
-        sys::write_all_at(&file.0, data, offset)
+        sys::write_all_at(file.0.as_fd(), data, offset)
     }
 
     fn truncate(&self, file: &Handle, size: u64) -> io::Result<()> {
-        Ok(retry_on_intr(|| rustix::fs::ftruncate(&file.0, size))?)
+        Ok(retry_on_intr(|| rustix::fs::ftruncate(file.0.as_fd(), size))?)
     }
 
     fn fallocate(&self, file: &Handle, mode: u32, offset: u64, length: u64) -> io::Result<()> {
         let mode = FallocateFlags::from_bits_retain(mode);
-        Ok(retry_on_intr(|| rustix::fs::fallocate(&file.0, mode, offset, length))?)
+        Ok(retry_on_intr(|| rustix::fs::fallocate(file.0.as_fd(), mode, offset, length))?)
     }
 
     fn seek(&self, file: &Handle, offset: u64, to: Seek) -> io::Result<u64> {
@@ -461,7 +463,7 @@ impl Backing for DirBacking {
             Seek::Hole => SeekFrom::Hole(offset),
         };
         // It moves the descriptor's position, which nobody uses: all transfers give their offset.
-        Ok(retry_on_intr(|| rustix::fs::seek(&file.0, to))?)
+        Ok(retry_on_intr(|| rustix::fs::seek(file.0.as_fd(), to))?)
     }
 
     fn copy_range(
@@ -476,13 +478,13 @@ impl Backing for DirBacking {
         let count = retry_on_intr(|| {
             let (mut source, mut target) = (from_offset, to_offset);
             let (source, target) = (Some(&mut source), Some(&mut target));
-            rustix::fs::copy_file_range(&from.0, source, &to.0, target, length)
+            rustix::fs::copy_file_range(from.0.as_fd(), source, to.0.as_fd(), target, length)
         })?;
         Ok(count as u64)
     }
 
     fn clone_file(&self, from: &Handle, to: &Handle) -> io::Result<()> {
-        match retry_on_intr(|| rustix::fs::ioctl_ficlone(&to.0, &from.0)) {
+        match retry_on_intr(|| rustix::fs::ioctl_ficlone(to.0.as_fd(), from.0.as_fd())) {
             // What filesystems say that know nothing of clones.
             Err(Errno::NOTTY | Errno::NOSYS) => Err(Errno::OPNOTSUPP.into()),
             other => Ok(other?),

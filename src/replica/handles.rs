@@ -32,12 +32,13 @@ impl Handles {
     /// The handle on one replica. Where there is none, an error without an errno: a changing
     /// operation takes it for a fault of that replica (`EIO`), a reading one passes it over.
     pub fn get(&self, id: ReplicaId) -> io::Result<&Handle> {
-        self.0[id].as_ref().ok_or_else(|| io::Error::other("not open on this replica"))
+        let handle = self.0.get(id).and_then(Option::as_ref);
+        handle.ok_or_else(|| io::Error::other("not open on this replica"))
     }
 
     /// Whether there is a handle on that replica.
     pub fn has(&self, id: ReplicaId) -> bool {
-        self.0[id].is_some()
+        self.0.get(id).is_some_and(Option::is_some)
     }
 }
 

@@ -59,6 +59,12 @@ pub enum State {
         /// Why.
         fault: Fault,
     },
+    /// It is being made equal to the others; operations neither read nor write it until it is
+    /// admitted.
+    Resyncing {
+        /// Since when.
+        since: Timestamp,
+    },
 }
 
 /// A replica's condition at one moment.
@@ -87,6 +93,13 @@ impl Record {
             read_errors: self.read_errors.load(Ordering::Relaxed),
             write_errors: self.write_errors.load(Ordering::Relaxed),
         }
+    }
+
+    /// Begins anew, for a replica that is new here.
+    pub(super) fn renew(&self) {
+        self.set(State::Resyncing { since: Timestamp::now() });
+        self.read_errors.store(0, Ordering::Relaxed);
+        self.write_errors.store(0, Ordering::Relaxed);
     }
 
     pub(super) fn set(&self, state: State) {

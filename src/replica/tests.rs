@@ -209,6 +209,30 @@ fn the_last_replica_is_never_ejected() {
 }
 
 #[test]
+fn a_replica_joins_and_leaves_while_the_set_is_in_use() {
+    let rig = rig(2);
+    let before = Handles::from(rig.create("f").expect("create"));
+    let dir = TempDir::new().expect("a directory");
+    let newcomer = || {
+        let backing = Box::new(DirBacking::open(dir.path()).expect("open"));
+        Replica::new(uuid::Uuid::new_v4(), "new", dir.path(), backing)
+    };
+    let id = rig.set.add(newcomer()).expect("there is a place");
+    assert_eq!((rig.set.ids().count(), rig.online()), (3, vec![0, 1]));
+    assert!(matches!(rig.set.health(id).state, State::Resyncing { .. }));
+    rig.set.admit(id);
+    assert!(before.get(id).is_err(), "it was not there when the file was opened");
+    assert_eq!(rig.create("g").expect("create").iter().count(), 3);
+    assert!(!rig.set.remove(id) && !rig.set.replace(id, newcomer()), "it is in use");
+    rig.set.eject(id, Fault::new("test", Errno::IO));
+    assert!(rig.set.replace(id, newcomer()));
+    assert!(rig.set.remove(id));
+    assert_eq!(rig.set.ids().count(), 2);
+    assert_eq!(rig.set.add(newcomer()), Some(id));
+    assert_eq!(rig.online(), [0, 1]);
+}
+
+#[test]
 fn a_change_that_no_online_replica_holds_is_not_acknowledged() {
     let rig = rig(2);
     let answer = rig.set.apply("change", |id, _| match id.index() {

@@ -72,7 +72,8 @@ impl PackStore {
             };
             match self.replace(replicas, id, pack, &bytes) {
                 Ok(()) => {
-                    let from = replicas.get(source).path.display();
+                    let from = replicas.get(source);
+                    let from = from.path.display();
                     log::info!("{place}: replaced by the copy of {from}");
                     self.close(|kept, of| (kept, of) == (id, pack));
                     self.damages.lock().remove(&(id, pack));
@@ -95,7 +96,8 @@ impl PackStore {
         let tmp = replicas.private(PrivateDir::Tmp)?;
         let dir = replicas.private(pack_dir(pack))?;
         let quarantine = replicas.private(PrivateDir::Quarantine)?;
-        let b = replicas.get(id).backing();
+        let replica = replicas.get(id);
+        let b = replica.backing();
         let replaced = || -> io::Result<()> {
             let (dir, quarantine) = (dir.get(id)?, quarantine.get(id)?);
             let aside = format!("pack-{:016x}-{}", pack.0, Timestamp::now().as_nanos());
@@ -117,7 +119,8 @@ impl PackStore {
         pack: PackId,
         wanted: Option<&ChunkRow>,
     ) -> Result<Vec<u8>, Trouble> {
-        let b = replicas.get(id).backing();
+        let replica = replicas.get(id);
+        let b = replica.backing();
         // By its name: a kept file would be there even if the name is gone.
         let file = self.open_anew(replicas, id, pack)?;
         let size = b.stat(&file)?.size;

@@ -69,7 +69,8 @@ impl PackStore {
         id: ReplicaId,
         place: ChunkPlace,
     ) -> Result<Vec<u8>, Trouble> {
-        let b = replicas.get(id).backing();
+        let replica = replicas.get(id);
+        let b = replica.backing();
         let file = self.open(replicas, id, place.pack)?;
         let mut bytes = vec![0; FIRST_READ_BYTES];
         let got = b.read_at(&file, &mut bytes, place.frame)?;
@@ -113,7 +114,8 @@ impl PackStore {
         id: ReplicaId,
         pack: PackId,
     ) -> io::Result<Handle> {
-        let b = replicas.get(id).backing();
+        let replica = replicas.get(id);
+        let b = replica.backing();
         let dir = b.open_dir(&pack_dir(pack).path())?;
         b.open_file(&dir, &pack_name(pack), Access::Read)
     }
