@@ -36,6 +36,7 @@ pub mod dir_backing;
 pub mod faulty;
 pub mod handles;
 pub mod health;
+pub mod intent;
 mod room;
 
 pub use handles::{Handles, PrivateDir};

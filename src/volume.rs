@@ -1,7 +1,8 @@
 //! The live tree of a store: every operation, mirrored, preserved and recorded.
 //!
-//! The steps of every mutating operation are the same: lock, preserve what would be lost
-//! (`history`), apply to every replica (`replica`), push to the catalog, answer. What the kernel
+//! The steps of every mutating operation are the same: say what is about to change (`intend`),
+//! lock, preserve what would be lost (`history`), apply to every replica (`replica`), push to the
+//! catalog, answer. What the kernel
 //! was told is thus in the catalog's queue, and a snapshot that waits for the queue contains it.
 //!
 //! # Lock order
@@ -18,6 +19,7 @@ mod attributes;
 mod content;
 mod excludes;
 mod files;
+mod intend;
 mod maintain;
 mod namespace;
 pub mod nodes;
@@ -39,6 +41,7 @@ use crate::error::{Error, Result};
 use crate::excludes::{META_KEY, Patterns};
 use crate::history::History;
 use crate::replica::backing::{Creds, Space};
+use crate::replica::intent::Intents;
 use crate::replica::{Fault, Handles, Health, ReplicaSet};
 use crate::retention::StorePolicy;
 use crate::store::Store;
@@ -97,6 +100,7 @@ pub struct Volume {
     store: Store,
     history: History,
     nodes: Nodes,
+    intents: Intents,
     excludes: Excludes,
     actors: Actors,
     options: VolumeOptions,
@@ -162,6 +166,7 @@ impl Volume {
         let volume = Arc::new(Volume {
             history,
             nodes: Nodes::with_root(),
+            intents: Intents::new(store.catalog.upcoming_node()),
             excludes,
             actors: Actors::new(),
             options,

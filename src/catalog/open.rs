@@ -276,6 +276,11 @@ impl Catalog {
         NodeId(id)
     }
 
+    /// The id that the next new node gets.
+    pub fn upcoming_node(&self) -> NodeId {
+        NodeId(self.shared.ids.node.load(Ordering::Relaxed))
+    }
+
     /// A new content id, greater than all before it.
     pub fn next_content(&self) -> ContentId {
         ContentId(self.shared.ids.content.fetch_add(1, Ordering::Relaxed))

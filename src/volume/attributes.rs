@@ -12,6 +12,7 @@ use crate::replica::backing::{Access, Backing, Handle, SetTime, Stat};
 use crate::store::row_of;
 use crate::types::{ContentId, Kind, NodeId, Xattrs};
 
+use super::intend::dirty;
 use super::nodes::{Node, State};
 use super::{Caller, Volume};
 
@@ -165,6 +166,7 @@ impl Volume {
         caller: &Caller,
     ) -> Result<Stat> {
         let _cut = self.cut.read();
+        let _intent = self.intend(&[dirty(node)])?;
         let entries = if changes.size == Some(0) { self.lock_parent(node)? } else { None };
         let mut state = node.lock();
         if let Some(size) = changes.size {
@@ -350,6 +352,7 @@ impl Volume {
             return Err(Error::Posix(Errno::PERM));
         }
         let _cut = self.cut.read();
+        let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
         self.on_object("setxattr", node, &state, |b, o| b.set_xattr(o, name, value, flags))?;
         if name.as_bytes() == ACCESS_ACL {
@@ -384,6 +387,7 @@ impl Volume {
             return Err(Error::Posix(Errno::NODATA));
         }
         let _cut = self.cut.read();
+        let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
         self.on_object("removexattr", node, &state, |b, object| b.remove_xattr(object, name))?;
         self.record(node, &mut state, caller)

@@ -12,6 +12,7 @@ use crate::replica::backing::{Access, Backing, Handle, RenameMode, Seek, SetTime
 use crate::replica::{Handles, PrivateDir};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
+use super::intend::dirty;
 use super::nodes::{Node, Open, State};
 use super::{Caller, Volume};
 
@@ -39,6 +40,7 @@ impl Volume {
         caller: &Caller,
     ) -> Result<()> {
         let _cut = self.cut.read();
+        let _intent = if truncate { Some(self.intend(&[dirty(node)])?) } else { None };
         let entries = if truncate { self.lock_parent(node)? } else { None };
         let mut state = node.lock();
         self.open_state(node, &mut state)?;
@@ -196,6 +198,7 @@ impl Volume {
         }
         let _cut = self.cut.read();
         self.ensure_room(data.len() as u64)?;
+        let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
         let range = ByteRange::new(offset, data.len() as u64);
         let handles = self.before_change(node, &mut state, range)?;
@@ -409,6 +412,7 @@ impl Volume {
         caller: &Caller,
     ) -> Result<()> {
         let _cut = self.cut.read();
+        let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
         let range = ByteRange::new(offset, length);
         let destroys = mode & FALLOCATE_DESTROYS != 0;
@@ -458,6 +462,7 @@ impl Volume {
         caller: &Caller,
     ) -> Result<u64> {
         let _cut = self.cut.read();
+        let _intent = self.intend(&[dirty(to)])?;
         let other = (from.id != to.id).then_some(&**from);
         let (mut state, mut from_state) = Volume::lock_nodes(to, other);
         let source = match from_state.as_mut() {

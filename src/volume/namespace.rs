@@ -9,11 +9,13 @@ use crate::error::{Error, Result};
 use crate::history::{preserved_dir, preserved_name};
 use crate::replica::Handles;
 use crate::replica::backing::{RenameMode, SetTime, Stat};
+use crate::replica::intent::{Dirty, Intent};
 use crate::store::row_of;
 use crate::types::{ContentId, EntryName, Kind, NodeId, Xattrs};
 
 use super::excludes::{Turn, entry};
 use super::files::link_anew;
+use super::intend::dirty;
 use super::nodes::{Node, Open, State};
 use super::{Caller, ROOM_FOR_A_NAME, Volume};
 
@@ -40,6 +42,7 @@ impl Volume {
         let _cut = self.cut.read();
         self.check_name(parent, name)?;
         self.ensure_room(ROOM_FOR_A_NAME)?;
+        let intent = self.intend(&[Dirty::Dir(parent)])?;
         let _entries = self.lock_dir(parent);
         let dir = self.dir(parent)?;
         let handles = self
@@ -50,7 +53,7 @@ impl Volume {
             let file = handles.get(id)?;
             Ok((b.stat(file)?, b.xattrs(file)?))
         })?;
-        let row = self.born((parent, name), &stat, &xattrs, Vec::new(), caller)?;
+        let row = self.born(&intent, (parent, name), (&stat, &xattrs), Vec::new(), caller)?;
         stat.ino = row.id.0;
         let node = self.nodes.insert(row.id, Kind::File, parent, name);
         node.looked_up();
@@ -70,13 +73,14 @@ impl Volume {
     /// Records a birth and returns the first state.
     fn born(
         &self,
+        intent: &Intent<'_>,
         (parent, name): (NodeId, &EntryName),
-        stat: &Stat,
-        xattrs: &Xattrs,
+        (stat, xattrs): (&Stat, &Xattrs),
         mut more: Vec<Change>,
         caller: &Caller,
     ) -> Result<NodeRow> {
         let id = self.catalog().next_node();
+        intent.born(id);
         let xattrs = self.catalog().intern_xattrs(xattrs)?;
         let row = row_of(id, stat, xattrs, ContentId::EMPTY);
         self.meets_rules(name)?;
@@ -109,6 +113,7 @@ impl Volume {
         let _cut = self.cut.read();
         self.check_name(parent, name)?;
         self.ensure_room(ROOM_FOR_A_NAME)?;
+        let intent = self.intend(&[Dirty::Dir(parent)])?;
         let _entries = self.lock_dir(parent);
         let dir = self.dir(parent)?;
         let mut first: Option<(Stat, Xattrs)> = None;
@@ -143,7 +148,7 @@ impl Volume {
             }
             _ => Vec::new(),
         };
-        let row = self.born((parent, name), &stat, &xattrs, more, caller)?;
+        let row = self.born(&intent, (parent, name), (&stat, &xattrs), more, caller)?;
         stat.ino = row.id.0;
         let node = self.nodes.insert(row.id, stat.kind, parent, name);
         if stat.kind == Kind::Dir {
@@ -164,6 +169,7 @@ impl Volume {
         let _cut = self.cut.read();
         self.check_name(parent, name)?;
         self.ensure_room(ROOM_FOR_A_NAME)?;
+        let _intent = self.intend(&[Dirty::Dir(parent), dirty(node)])?;
         let _entries = self.lock_dir(parent);
         let to = self.dir(parent)?;
         let mut state = node.lock();
@@ -191,6 +197,7 @@ impl Volume {
     /// one rename.
     pub fn unlink(&self, parent: NodeId, name: &EntryName, caller: &Caller) -> Result<()> {
         let _cut = self.cut.read();
+        let _intent = self.intend(&[Dirty::Dir(parent)])?;
         let _entries = self.lock_dir(parent);
         let node = self.named(parent, name)?;
         if node.kind == Kind::Dir {
@@ -282,6 +289,7 @@ impl Volume {
     /// Removes an empty directory.
     pub fn rmdir(&self, parent: NodeId, name: &EntryName, caller: &Caller) -> Result<()> {
         let _cut = self.cut.read();
+        let _intent = self.intend(&[Dirty::Dir(parent)])?;
         let _entries = self.lock_dir(parent);
         let node = self.named(parent, name)?;
         if node.kind != Kind::Dir {
@@ -315,6 +323,7 @@ impl Volume {
         self.check_name(parent, name)?;
         self.check_name(new_parent, new_name)?;
         self.ensure_room(ROOM_FOR_A_NAME)?;
+        let intent = self.intend(&[Dirty::Dir(parent), Dirty::Dir(new_parent)])?;
         let _entries = self.lock_dirs(parent, new_parent);
         let source = self.named(parent, name)?;
         let target = match self.named(new_parent, new_name) {
@@ -345,6 +354,11 @@ impl Volume {
         let turn = self.turn(&source, &mut source_state, lost, Some(excluded))?;
         let moves_dir =
             [Some(&source), target.as_ref()].iter().flatten().any(|node| node.kind == Kind::Dir);
+        for node in [Some(&source), target.as_ref()].into_iter().flatten() {
+            if node.kind == Kind::Dir {
+                intent.also(Dirty::Moved(node.id))?;
+            }
+        }
         let entry_remove =
             |parent: NodeId, name: &EntryName| Change::EntryRemove { parent, name: name.clone() };
         // What the other one of an exchange becomes, by the name that it gets.

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::history::ranges::ByteRange;
 use crate::replica::Handles;
 use crate::replica::backing::{SetTime, Stat};
+use crate::replica::intent::Dirty;
 use crate::store::row_of;
 use crate::types::{ContentId, Generation, Kind, NodeId, XattrSetId, Xattrs};
 
@@ -116,6 +117,18 @@ impl Volume {
     /// cannot be recorded is tried again the next time. Returns whether any was.
     pub(super) fn settle_dirs(&self) -> bool {
         let stale = std::mem::take(&mut *self.stale_dirs.lock());
+        if stale.is_empty() {
+            return false;
+        }
+        let what: Vec<Dirty> = stale.iter().map(|&dir| Dirty::Dir(dir)).collect();
+        let _intent = match self.intend(&what) {
+            Ok(intent) => intent,
+            Err(error) => {
+                log::warn!("directories are not recorded yet: {error}");
+                self.stale_dirs.lock().extend(stale);
+                return false;
+            }
+        };
         let mut settled = false;
         for dir in stale {
             match self.settle_stale_dir(dir) {
