@@ -18,6 +18,7 @@
 
 mod actor;
 mod apply;
+mod attach;
 mod commit;
 mod diff;
 mod freed;
@@ -37,6 +38,7 @@ mod tests;
 mod xattr;
 
 pub use self::actor::Actor;
+pub use self::attach::Joining;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
 pub use self::retain::Sweep;
 pub use self::sweep::SweepStep;
@@ -487,6 +489,8 @@ struct Shared {
     waiting: Waiting,
     /// The replicas' databases; `None` for one that is detached or has none.
     writers: Mutex<ReplicaMap<Option<Writer>>>,
+    /// What is committed while a copy for a replica that joins is made. A leaf lock.
+    kept: Mutex<Option<attach::Kept>>,
     readers: Readers,
     ids: Ids,
     xattrs: Interned,

@@ -369,7 +369,7 @@ impl Shared {
     }
 
     /// Writes a batch to all replicas; fails only if none is left.
-    fn commit(&self, batch: &Batch, durable: bool) -> Result<Committed, String> {
+    fn commit(&self, batch: &Arc<Batch>, durable: bool) -> Result<Committed, String> {
         let plan = batch.plan();
         let mut writers = self.writers.lock();
         let mut jobs = Vec::new();
@@ -396,6 +396,9 @@ impl Shared {
                     self.detach(id, Some(error));
                 }
             }
+        }
+        if let Some(committed) = &committed {
+            self.keep(committed, batch);
         }
         committed.ok_or(last_error)
     }

@@ -27,7 +27,7 @@ use crate::types::{
 /// bounds the changes that wait, and each thread takes ids only for what it is about to push.
 const SKIPPED_IDS: u64 = 1 << 20;
 /// Pages copied per step of a backup: 4 MiB.
-const BACKUP_PAGES: i32 = 1024;
+pub(super) const BACKUP_PAGES: i32 = 1024;
 /// Catalogs below this size are checked at every mount: it takes well under a second.
 const CHECKED_BYTES: u64 = 64 << 20;
 
@@ -138,24 +138,7 @@ impl Catalog {
             .map_err(|error| name_damage(from, error))?;
         target.close().map_err(|(_, error)| error)?;
         drop(source);
-        // Opened once as what it is now, and emptied: no WAL belongs to the copy.
-        let copy = connect(&new, Use::Write)?;
-        read_head(&copy).map_err(|error| name_damage(from, error))?;
-        finish(copy)?;
-        File::open(&new).and_then(|file| file.sync_all()).context("sync", &new)?;
-        // A WAL beside the new file must not be taken for its own. What the old WAL holds goes into
-        // the old database first, so that this is whole if we die before the rename. If it cannot
-        // even be opened, there is nothing to lose.
-        if let Ok(old) = connect(to, Use::Write) {
-            let _ = finish(old);
-        }
-        remove_if_there(&beside(to, "-wal"))?;
-        remove_if_there(&beside(to, "-shm"))?;
-        sync_parent(to)?;
-        // Before the rename `to` is the old catalog, after it the new one; both are complete files.
-        fs::rename(&new, to).context("rename", &new)?;
-        remove_if_there(&beside(&new, "-shm"))?;
-        sync_parent(to)
+        put_in_place(&new, to)
     }
 
     /// Opens the replicas' catalogs for a mount; `None` for a replica that has none. All must have
@@ -171,7 +154,7 @@ impl Catalog {
         clean: bool,
         now: Box<dyn Fn() -> Timestamp + Send + Sync>,
     ) -> Result<Catalog> {
-        let mut writers = files.map(|_, _| None);
+        let mut writers = ReplicaMap::for_all(|_| None);
         let mut first: Option<(HeadRow, &Path, i64)> = None;
         let mut actors = (0, 1);
         for (id, file) in files.iter() {
@@ -234,7 +217,7 @@ impl Catalog {
         let (head, tick) = read_start(&db).map_err(|error| name_damage(file, error))?;
         check_head(file, &head)?;
         let files = ReplicaMap::new(vec![Some(file.to_path_buf())]);
-        let writers = ReplicaMap::new(vec![None]);
+        let writers = ReplicaMap::for_all(|_| None);
         let now = Box::new(Timestamp::now);
         let shared = Arc::new(new_shared(files, writers, &head, tick, now, true));
         Ok(Catalog { shared, committer: Mutex::new(None) })
@@ -327,6 +310,7 @@ fn new_shared(
     Shared {
         waiting: Waiting::new(queue),
         writers: Mutex::new(writers),
+        kept: Mutex::new(None),
         readers: Readers::new(files),
         ids: Ids::new(head.next),
         xattrs: Interned::new(),
@@ -366,8 +350,30 @@ fn check_head(file: &Path, head: &HeadRow) -> Result<()> {
     Ok(())
 }
 
+/// Makes the fresh copy `new`, which nobody has open, the catalog `to`, durably.
+pub(super) fn put_in_place(new: &Path, to: &Path) -> Result<()> {
+    // Opened once as what it is now, and emptied: no WAL belongs to the copy.
+    let copy = connect(new, Use::Write)?;
+    read_head(&copy).map_err(|error| name_damage(new, error))?;
+    finish(copy)?;
+    File::open(new).and_then(|file| file.sync_all()).context("sync", new)?;
+    // A WAL beside the new file must not be taken for its own. What the old WAL holds goes into
+    // the old database first, so that this is whole if we die before the rename. If it cannot
+    // even be opened, there is nothing to lose.
+    if let Ok(old) = connect(to, Use::Write) {
+        let _ = finish(old);
+    }
+    remove_if_there(&beside(to, "-wal"))?;
+    remove_if_there(&beside(to, "-shm"))?;
+    sync_parent(to)?;
+    // Before the rename `to` is the old catalog, after it the new one; both are complete files.
+    fs::rename(new, to).context("rename", new)?;
+    remove_if_there(&beside(new, "-shm"))?;
+    sync_parent(to)
+}
+
 /// Moves the WAL into the database and closes it, so that the one file is all there is.
-fn finish(db: Connection) -> rusqlite::Result<()> {
+pub(super) fn finish(db: Connection) -> rusqlite::Result<()> {
     db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
     db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
     db.flush_prepared_statement_cache();
@@ -375,13 +381,13 @@ fn finish(db: Connection) -> rusqlite::Result<()> {
 }
 
 /// `file` with a longer name.
-fn beside(file: &Path, suffix: &str) -> PathBuf {
+pub(super) fn beside(file: &Path, suffix: &str) -> PathBuf {
     let mut name = file.as_os_str().to_os_string();
     name.push(suffix);
     PathBuf::from(name)
 }
 
-fn remove_database(file: &Path) -> Result<()> {
+pub(super) fn remove_database(file: &Path) -> Result<()> {
     remove_if_there(file)?;
     remove_if_there(&beside(file, "-wal"))?;
     remove_if_there(&beside(file, "-shm"))?;

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rusqlite::{Connection, ErrorCode};
 
 use super::Shared;
@@ -19,7 +19,7 @@ const IDLE_MAX: usize = 4;
 
 /// The pool.
 pub(super) struct Readers {
-    files: ReplicaMap<Option<PathBuf>>,
+    files: RwLock<ReplicaMap<Option<PathBuf>>>,
     gone: ReplicaMap<AtomicBool>,
     idle: Mutex<Vec<(ReplicaId, Connection)>>,
 }
@@ -27,8 +27,9 @@ pub(super) struct Readers {
 impl Readers {
     /// A pool on these files.
     pub fn new(files: ReplicaMap<Option<PathBuf>>) -> Readers {
+        let files = ReplicaMap::for_all(|id| files.get(id).cloned().flatten());
         let gone = files.map(|_, file| AtomicBool::new(file.is_none()));
-        Readers { files, gone, idle: Mutex::new(Vec::new()) }
+        Readers { files: RwLock::new(files), gone, idle: Mutex::new(Vec::new()) }
     }
 
     /// Closes all idle connections.
@@ -36,10 +37,16 @@ impl Readers {
         self.idle.lock().clear();
     }
 
+    /// Takes a replica's file into use.
+    pub fn join(&self, id: ReplicaId, file: PathBuf) {
+        self.files.write()[id] = Some(file);
+        self.gone[id].store(false, Ordering::Release);
+    }
+
     fn take(&self) -> Result<(ReplicaId, Connection)> {
         let id = self.gone.iter().find(|(_, gone)| !gone.load(Ordering::Acquire)).map(|(id, _)| id);
         let (id, file) =
-            id.and_then(|id| Some((id, self.files[id].as_ref()?))).ok_or_else(|| {
+            id.and_then(|id| Some((id, self.files.read()[id].clone()?))).ok_or_else(|| {
                 Error::Damaged {
                     what: "the catalog".into(),
                     detail: "no replica's copy can be read".into(),
@@ -51,7 +58,7 @@ impl Readers {
         {
             return Ok(found);
         }
-        match connect(file, Use::Read) {
+        match connect(&file, Use::Read) {
             Ok(db) => Ok((id, db)),
             Err(error) => Err(error),
         }

@@ -1,0 +1,181 @@
+//! A replica's catalog joins while the others go on being written.
+//!
+//! A copy of one moment is taken from a replica in use. The batches committed from before that
+//! moment on are kept in memory and applied to the copy until it has caught up; the last of them
+//! while no commit runs, and from then on the copy is written as the others are. Every batch is
+//! checked: the copy must arrive at the same hash chain.
+//!
+//! Not durable by itself: the caller makes the replica's filesystem durable before it calls the
+//! replica whole.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rusqlite::Connection;
+use rusqlite::backup::{Backup, StepResult};
+
+use super::apply::{Committed, apply};
+use super::commit::Writer;
+use super::open::{BACKUP_PAGES, beside, finish, put_in_place, remove_database};
+use super::overlay::Batch;
+use super::schema::{Use, connect, name_damage, read_head, read_head_only};
+use super::{Catalog, Shared};
+use crate::error::{Error, Result};
+use crate::types::ReplicaId;
+
+/// Changes kept for a copy in the making: some 100 MB. A copy that cannot keep up within them is
+/// given up, and made anew by whoever wants it.
+const KEPT_CHANGES_MAX: usize = 1 << 20;
+
+/// The batches kept for a copy.
+#[derive(Default)]
+pub(super) struct Kept {
+    batches: VecDeque<(Committed, Arc<Batch>)>,
+    changes: usize,
+    /// More was committed than may be kept.
+    overrun: bool,
+}
+
+impl Shared {
+    /// Keeps a batch that was committed, if a copy is in the making. To be called before the next
+    /// commit can begin.
+    pub(super) fn keep(&self, committed: &Committed, batch: &Arc<Batch>) {
+        if let Some(kept) = &mut *self.kept.lock() {
+            kept.changes += batch.count + 1;
+            kept.overrun |= kept.changes > KEPT_CHANGES_MAX;
+            if kept.overrun {
+                kept.batches.clear();
+            } else {
+                kept.batches.push_back((committed.clone(), batch.clone()));
+            }
+        }
+    }
+}
+
+/// A copy of the catalog that is to join. Dropped, it is a catalog of an earlier moment.
+pub struct Joining<'a> {
+    catalog: &'a Catalog,
+    file: PathBuf,
+    writer: Option<Writer>,
+    sequence: u64,
+}
+
+impl Drop for Joining<'_> {
+    fn drop(&mut self) {
+        *self.catalog.shared.kept.lock() = None;
+        if let Some(writer) = self.writer.take() {
+            let _ = finish(writer.db);
+        }
+    }
+}
+
+impl Catalog {
+    /// Replaces the catalog in `to`, which is not open, by a copy of the present one, while that
+    /// goes on being written. `step` is called now and then and may end the work. One copy at a
+    /// time.
+    pub fn copy_live(
+        &self,
+        to: &Path,
+        step: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Joining<'_>> {
+        {
+            let mut kept = self.shared.kept.lock();
+            if kept.is_some() {
+                return Err(Error::InUse("another replica's catalog is being copied".into()));
+            }
+            *kept = Some(Kept::default());
+        }
+        let file = to.to_path_buf();
+        // From here on its drop ends the keeping.
+        let mut joining = Joining { catalog: self, file, writer: None, sequence: 0 };
+        let new = beside(to, ".new");
+        let mut ended = Ok(());
+        // Pinned for the length of the copy, which is then the state of one commit.
+        self.shared.read_at_once(|db| {
+            if remove_database(&new).is_err() {
+                return Err(rusqlite::Error::InvalidPath(new.clone()));
+            }
+            joining.sequence = read_head(db)?.head.sequence;
+            let mut target = Connection::open(&new)?;
+            let backup = Backup::new(db, &mut target)?;
+            loop {
+                ended = step();
+                if ended.is_err() || backup.step(BACKUP_PAGES)? == StepResult::Done {
+                    break;
+                }
+            }
+            drop(backup);
+            target.close().map_err(|(_, error)| error)
+        })?;
+        ended?;
+        put_in_place(&new, to)?;
+        let db = connect(to, Use::Write)?;
+        joining.writer = Some(Writer { db, full: false, in_wal: 0, dirty: true });
+        joining.catch_up()?;
+        Ok(joining)
+    }
+}
+
+impl Joining<'_> {
+    /// Applies what was committed meanwhile.
+    pub fn catch_up(&mut self) -> Result<()> {
+        loop {
+            let next = {
+                let mut kept = self.catalog.shared.kept.lock();
+                let Some(kept) = &mut *kept else { return Ok(()) };
+                if kept.overrun {
+                    let text = "the catalog grows faster than it can be copied: it is tried again";
+                    return Err(Error::Refused(text.into()));
+                }
+                let next = kept.batches.pop_front();
+                kept.changes -= next.as_ref().map_or(0, |(_, batch)| batch.count + 1);
+                next
+            };
+            let Some((committed, batch)) = next else { return Ok(()) };
+            if committed.sequence > self.sequence {
+                self.take(&committed, &batch)?;
+            }
+        }
+    }
+
+    fn take(&mut self, committed: &Committed, batch: &Batch) -> Result<()> {
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        let own = apply(&mut writer.db, &batch.plan())
+            .map_err(|error| name_damage(&self.file, error))?;
+        writer.in_wal += batch.count + 1;
+        if own != *committed {
+            return Err(self.differs());
+        }
+        self.sequence = own.sequence;
+        Ok(())
+    }
+
+    fn differs(&self) -> Error {
+        Error::Damaged {
+            what: format!("the catalog {}", self.file.display()),
+            detail: "its copy does not arrive at the state of the original".into(),
+            remedy: "It is copied again; if that repeats, check the disk",
+        }
+    }
+
+    /// From here on the copy is the catalog of `replica`, and every commit goes to it too.
+    pub fn attach(mut self, replica: ReplicaId) -> Result<()> {
+        let shared = &self.catalog.shared;
+        // No commit runs while this is held, and what was committed before is kept already.
+        let mut writers = shared.writers.lock();
+        self.catch_up()?;
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        let head = |db: &Connection| read_head_only(db);
+        let own = head(&writer.db)?;
+        if let Some(other) = writers.iter().find_map(|(_, writer)| writer.as_ref())
+            && head(&other.db)? != own
+        {
+            return Err(self.differs());
+        }
+        writers[replica] = Some(writer);
+        shared.failures.lock().retain(|(id, _)| *id != replica);
+        shared.readers.join(replica, self.file.clone());
+        Ok(())
+    }
+}
