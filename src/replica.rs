@@ -19,6 +19,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use parking_lot::{ReentrantMutex, RwLock};
 use rustix::io::Errno;
@@ -27,6 +28,7 @@ use crate::error::Result;
 use crate::types::{NodeId, REPLICAS_MAX, RelPath, ReplicaId, ReplicaMap, Timestamp};
 
 use backing::{Backing, Handle, Space};
+use guarded::{CALL_TIMEOUT, Guarded};
 use handles::DirCache;
 use health::{Meaning, Record, errno_of, meaning};
 use room::Room;
@@ -34,6 +36,7 @@ use room::Room;
 pub mod backing;
 pub mod dir_backing;
 pub mod faulty;
+pub mod guarded;
 pub mod handles;
 pub mod health;
 pub mod intent;
@@ -53,23 +56,41 @@ pub struct Replica {
     pub label: String,
     /// The backing directory.
     pub path: PathBuf,
-    backing: Box<dyn Backing>,
+    backing: Guarded,
 }
 
 impl Replica {
-    /// Takes an opened backing.
+    /// Takes an opened backing, whose calls are given [`CALL_TIMEOUT`].
     pub fn new(
         uuid: uuid::Uuid,
         label: impl Into<String>,
         path: impl Into<PathBuf>,
         backing: Box<dyn Backing>,
     ) -> Replica {
+        Replica::with_timeout(uuid, label, path, backing, CALL_TIMEOUT)
+    }
+
+    /// Takes an opened backing, none of whose calls may take longer than `timeout`.
+    pub fn with_timeout(
+        uuid: uuid::Uuid,
+        label: impl Into<String>,
+        path: impl Into<PathBuf>,
+        backing: Box<dyn Backing>,
+        timeout: Duration,
+    ) -> Replica {
+        let backing = Guarded::new(backing, timeout);
         Replica { uuid, label: label.into(), path: path.into(), backing }
     }
 
     /// The backing, for work on this replica alone.
     pub fn backing(&self) -> &dyn Backing {
-        &*self.backing
+        &self.backing
+    }
+
+    /// How many calls were given up on and have not returned: while there are any, they may still
+    /// change the backing.
+    pub fn overdue_count(&self) -> usize {
+        self.backing.overdue_count()
     }
 }
 

@@ -14,12 +14,12 @@
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::OnceLock;
 
 use rustix::fs::Mode;
-use rustix::io::{Errno, retry_on_intr};
+use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags};
 
 use crate::types::Creds;
@@ -169,6 +169,21 @@ pub fn read_full_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> io::Resu
         }
     }
     Ok(done)
+}
+
+/// [`read_full_at`] out of the page cache alone: `None` if not all of it is there.
+pub fn read_cached_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> Option<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let mut rest = [IoSliceMut::new(&mut buffer[done..])];
+        let at = offset + done as u64;
+        match rustix::io::preadv2(file.as_fd(), &mut rest, at, ReadWriteFlags::NOWAIT) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(_) => return None,
+        }
+    }
+    Some(done)
 }
 
 /// Writes all of `data` at `offset`. A write that takes nothing is an error, not a loop.

@@ -11,8 +11,10 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 pub use crate::types::Creds;
 use crate::types::{EntryName, Kind, RelPath, Timestamp, Xattrs};
@@ -20,11 +22,58 @@ use crate::types::{EntryName, Kind, RelPath, Timestamp, Xattrs};
 /// An object of one backing, held open. It follows the object through renames and unlinks. Clones
 /// are the same open object, which is closed with the last of them.
 #[derive(Clone, Debug)]
-pub struct Handle(pub(crate) Arc<OwnedFd>);
+pub struct Handle {
+    /// Always there but while it is dropped.
+    fd: Option<Arc<OwnedFd>>,
+    keeper: Option<Arc<Keeper>>,
+}
+
+/// Where the descriptors of one opening of a backing go to be closed: closing one can hang like any
+/// other call, so the owner of a handle must not do it.
+#[derive(Debug, Default)]
+pub struct Keeper {
+    left: Mutex<Vec<OwnedFd>>,
+}
+
+impl Keeper {
+    /// What was left to be closed since the last call.
+    pub fn take(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut *self.left.lock())
+    }
+}
+
+impl Handle {
+    /// The same handle, whose descriptor `keeper` gets in the end.
+    pub fn kept_by(mut self, keeper: &Arc<Keeper>) -> Handle {
+        self.keeper = Some(keeper.clone());
+        self
+    }
+
+    /// Whether it was opened by that opening of the backing.
+    pub fn is_of(&self, keeper: &Arc<Keeper>) -> bool {
+        self.keeper.as_ref().is_some_and(|own| Arc::ptr_eq(own, keeper))
+    }
+}
 
 impl From<OwnedFd> for Handle {
     fn from(fd: OwnedFd) -> Handle {
-        Handle(Arc::new(fd))
+        Handle { fd: Some(Arc::new(fd)), keeper: None }
+    }
+}
+
+impl AsFd for Handle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_ref().expect("taken by drop alone").as_fd()
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if let Some(keeper) = &self.keeper
+            && let Some(last) = self.fd.take().and_then(Arc::into_inner)
+        {
+            keeper.left.lock().push(last);
+        }
     }
 }
 
@@ -99,6 +148,15 @@ pub struct DirEntry {
     pub kind: Kind,
     /// The backing filesystem's own inode number.
     pub ino: u64,
+}
+
+/// A block device, as the kernel numbers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceNumber {
+    /// The driver's part.
+    pub major: u32,
+    /// The device's part.
+    pub minor: u32,
 }
 
 /// Space of the backing's filesystem (`statvfs(3)`).
@@ -227,4 +285,29 @@ pub trait Backing: Send + Sync {
     fn sync_all(&self) -> io::Result<()>;
     /// Space of the backing's filesystem.
     fn space(&self) -> io::Result<Space>;
+
+    /// The block device below, where there is one that does nothing else.
+    fn device(&self) -> Option<DeviceNumber> {
+        None
+    }
+
+    // What can be answered from memory, certainly without waiting for the device; `None` where that
+    // is not known of the backing, or not so this time.
+
+    /// [`Backing::open_dir`] at hand.
+    fn open_dir_at_hand(&self, _path: &RelPath) -> Option<io::Result<Handle>> {
+        None
+    }
+    /// [`Backing::open_node`] at hand.
+    fn open_node_at_hand(&self, _dir: &Handle, _name: &EntryName) -> Option<io::Result<Handle>> {
+        None
+    }
+    /// [`Backing::stat`] at hand.
+    fn stat_at_hand(&self, _object: &Handle) -> Option<io::Result<Stat>> {
+        None
+    }
+    /// [`Backing::read_at`] at hand.
+    fn read_at_hand(&self, _file: &Handle, _buffer: &mut [u8], _offset: u64) -> Option<usize> {
+        None
+    }
 }

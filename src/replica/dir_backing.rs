@@ -22,7 +22,7 @@ use rustix::fs::{
 use rustix::io::{Errno, retry_on_intr};
 
 use super::backing::{
-    Access, Backing, Creds, DirEntry, Handle, RenameMode, Seek, SetTime, Space, Stat,
+    Access, Backing, Creds, DeviceNumber, DirEntry, Handle, RenameMode, Seek, SetTime, Space, Stat,
 };
 use crate::error::{IoContext, Result};
 use crate::sys;
@@ -37,6 +37,16 @@ const LIST_BUFFER_BYTES: usize = 32 * 1024;
 /// `openat2` answers `EAGAIN` when a rename elsewhere disturbed it; so often we ask again.
 const RESOLVE_ATTEMPTS_MAX: usize = 64;
 
+/// How every path is resolved.
+const RESOLVE_BENEATH: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_XDEV)
+    .union(ResolveFlags::NO_MAGICLINKS);
+/// Filesystems (`statfs(2)`) in which the attributes of an open file are in memory: ext2 to ext4,
+/// XFS, btrfs, F2FS, tmpfs.
+const LOCAL_FILESYSTEMS: [u32; 5] =
+    [0x0000_ef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x0102_1994];
+
 /// A directory of the system as a backing.
 pub struct DirBacking {
     path: PathBuf,
@@ -45,6 +55,10 @@ pub struct DirBacking {
     sync_fd: OwnedFd,
     /// Held while a file's mode is widened for opening it, so that two such never interleave.
     widening: Mutex<()>,
+    /// Whether its filesystem keeps on a device of this machine, and the inodes of open files in
+    /// memory, so that it is known what does not wait for anything.
+    local: bool,
+    device: Option<DeviceNumber>,
 }
 
 impl DirBacking {
@@ -53,11 +67,16 @@ impl DirBacking {
         let action = "open the backing";
         let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
         let open = |extra| retry_on_intr(|| rustix::fs::open(path, flags | extra, Mode::empty()));
+        let sync_fd = open(OFlags::RDONLY).context(action, path)?;
+        let stat = rustix::fs::fstat(&sync_fd).context(action, path)?;
+        let kind = rustix::fs::fstatfs(&sync_fd).context(action, path)?.f_type;
         Ok(DirBacking {
             path: path.to_path_buf(),
             root: open(OFlags::PATH).context(action, path)?,
-            sync_fd: open(OFlags::RDONLY).context(action, path)?,
+            sync_fd,
             widening: Mutex::new(()),
+            local: LOCAL_FILESYSTEMS.contains(&(kind as u32)),
+            device: device_of(stat.st_dev),
         })
     }
 
@@ -121,6 +140,29 @@ impl DirBacking {
     }
 }
 
+/// The block device of a filesystem; `None` where it has none of its own (device numbers of major 0
+/// are made up).
+fn device_of(dev: u64) -> Option<DeviceNumber> {
+    let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
+    (major != 0).then_some(DeviceNumber { major, minor })
+}
+
+/// Looks an object up in the kernel's cache of names alone; `None` where that does not know, or the
+/// kernel cannot do it.
+fn open_cached(
+    dir: BorrowedFd<'_>,
+    path: impl rustix::path::Arg + Copy,
+    flags: OFlags,
+) -> Option<io::Result<Handle>> {
+    let flags = flags | OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = RESOLVE_BENEATH | ResolveFlags::CACHED;
+    match rustix::fs::openat2(dir, path, flags, Mode::empty(), resolve) {
+        Ok(fd) => Some(Ok(fd.into())),
+        Err(Errno::NOENT) => Some(Err(Errno::NOENT.into())),
+        Err(_) => None,
+    }
+}
+
 /// `openat2` beneath `dir`: no symlinks, no other mounts.
 fn open_beneath(
     dir: BorrowedFd<'_>,
@@ -128,10 +170,7 @@ fn open_beneath(
     flags: OFlags,
     mode: Mode,
 ) -> rustix::io::Result<OwnedFd> {
-    let resolve = ResolveFlags::BENEATH
-        | ResolveFlags::NO_SYMLINKS
-        | ResolveFlags::NO_XDEV
-        | ResolveFlags::NO_MAGICLINKS;
+    let resolve = RESOLVE_BENEATH;
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     for _ in 1..RESOLVE_ATTEMPTS_MAX {
         match rustix::fs::openat2(dir, path, flags, mode, resolve) {
@@ -246,7 +285,7 @@ impl Backing for DirBacking {
     }
 
     fn open_node(&self, dir: &Handle, name: &EntryName) -> io::Result<Handle> {
-        let opened = open_beneath(dir.0.as_fd(), name.as_os_str(), OFlags::PATH, Mode::empty());
+        let opened = open_beneath(dir.as_fd(), name.as_os_str(), OFlags::PATH, Mode::empty());
         Ok(opened?.into())
     }
 
@@ -255,13 +294,13 @@ impl Backing for DirBacking {
             Access::Read => OFlags::RDONLY,
             Access::ReadWrite => OFlags::RDWR,
         };
-        let file = match self.open_content(dir.0.as_fd(), name.as_os_str(), flags) {
+        let file = match self.open_content(dir.as_fd(), name.as_os_str(), flags) {
             Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
                 let node = self.open_node(dir, name)?;
-                if stat_fd(node.0.as_fd())?.kind != Kind::File {
+                if stat_fd(node.as_fd())?.kind != Kind::File {
                     return Err(error);
                 }
-                self.reopen(node.0.as_fd(), flags)?
+                self.reopen(node.as_fd(), flags)?
             }
             other => other?,
         };
@@ -276,13 +315,13 @@ impl Backing for DirBacking {
         become_creator(by, mode)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
         let mode = Mode::from_raw_mode(mode & 0o7777);
-        Ok(open_beneath(dir.0.as_fd(), name.as_os_str(), flags, mode)?.into())
+        Ok(open_beneath(dir.as_fd(), name.as_os_str(), flags, mode)?.into())
     }
 
     fn mkdir(&self, dir: &Handle, name: &EntryName, mode: u32, by: Creds) -> io::Result<()> {
         become_creator(by, mode)?;
         let mode = Mode::from_raw_mode(mode & 0o7777);
-        Ok(retry_on_intr(|| rustix::fs::mkdirat(dir.0.as_fd(), name.as_os_str(), mode))?)
+        Ok(retry_on_intr(|| rustix::fs::mkdirat(dir.as_fd(), name.as_os_str(), mode))?)
     }
 
     fn mknod(
@@ -301,12 +340,12 @@ impl Backing for DirBacking {
         let file_type = FileType::from_raw_mode(kind.mode_bits());
         let mode = Mode::from_raw_mode(mode & 0o7777);
         let name = name.as_os_str();
-        Ok(retry_on_intr(|| rustix::fs::mknodat(dir.0.as_fd(), name, file_type, mode, rdev))?)
+        Ok(retry_on_intr(|| rustix::fs::mknodat(dir.as_fd(), name, file_type, mode, rdev))?)
     }
 
     fn symlink(&self, dir: &Handle, name: &EntryName, target: &[u8], by: Creds) -> io::Result<()> {
         become_creator(by, 0)?;
-        Ok(retry_on_intr(|| rustix::fs::symlinkat(target, dir.0.as_fd(), name.as_os_str()))?)
+        Ok(retry_on_intr(|| rustix::fs::symlinkat(target, dir.as_fd(), name.as_os_str()))?)
     }
 
     fn link(
@@ -318,7 +357,7 @@ impl Backing for DirBacking {
     ) -> io::Result<()> {
         let (old, new) = (from_name.as_os_str(), to_name.as_os_str());
         let flags = AtFlags::empty();
-        Ok(retry_on_intr(|| rustix::fs::linkat(from.0.as_fd(), old, to.0.as_fd(), new, flags))?)
+        Ok(retry_on_intr(|| rustix::fs::linkat(from.as_fd(), old, to.as_fd(), new, flags))?)
     }
 
     fn rename(
@@ -335,24 +374,22 @@ impl Backing for DirBacking {
             RenameMode::Exchange => RenameFlags::EXCHANGE,
         };
         let (old, new) = (from_name.as_os_str(), to_name.as_os_str());
-        Ok(retry_on_intr(|| {
-            rustix::fs::renameat_with(from.0.as_fd(), old, to.0.as_fd(), new, flags)
-        })?)
+        Ok(retry_on_intr(|| rustix::fs::renameat_with(from.as_fd(), old, to.as_fd(), new, flags))?)
     }
 
     fn unlink(&self, dir: &Handle, name: &EntryName) -> io::Result<()> {
         let flags = AtFlags::empty();
-        Ok(retry_on_intr(|| rustix::fs::unlinkat(dir.0.as_fd(), name.as_os_str(), flags))?)
+        Ok(retry_on_intr(|| rustix::fs::unlinkat(dir.as_fd(), name.as_os_str(), flags))?)
     }
 
     fn rmdir(&self, dir: &Handle, name: &EntryName) -> io::Result<()> {
         let flags = AtFlags::REMOVEDIR;
-        Ok(retry_on_intr(|| rustix::fs::unlinkat(dir.0.as_fd(), name.as_os_str(), flags))?)
+        Ok(retry_on_intr(|| rustix::fs::unlinkat(dir.as_fd(), name.as_os_str(), flags))?)
     }
 
     fn list(&self, dir: &Handle) -> io::Result<Vec<DirEntry>> {
-        let open = || self.open_content(dir.0.as_fd(), OsStr::new("."), OFlags::DIRECTORY);
-        let fd = self.widened(dir.0.as_fd(), open)?;
+        let open = || self.open_content(dir.as_fd(), OsStr::new("."), OFlags::DIRECTORY);
+        let fd = self.widened(dir.as_fd(), open)?;
         let mut buffer = vec![MaybeUninit::uninit(); LIST_BUFFER_BYTES];
         let mut raw = RawDir::new(&fd, &mut buffer);
         let mut entries = Vec::new();
@@ -383,15 +420,15 @@ impl Backing for DirBacking {
     }
 
     fn stat(&self, object: &Handle) -> io::Result<Stat> {
-        stat_fd(object.0.as_fd())
+        stat_fd(object.as_fd())
     }
 
     fn stat_at(&self, dir: &Handle, name: &EntryName) -> io::Result<Stat> {
-        stat_path(dir.0.as_fd(), name.as_os_str())
+        stat_path(dir.as_fd(), name.as_os_str())
     }
 
     fn readlink(&self, object: &Handle) -> io::Result<Vec<u8>> {
-        match retry_on_intr(|| rustix::fs::readlinkat(object.0.as_fd(), "", Vec::new())) {
+        match retry_on_intr(|| rustix::fs::readlinkat(object.as_fd(), "", Vec::new())) {
             Ok(target) => Ok(target.into_bytes()),
             // What `readlinkat` with an empty path says of other kinds; `readlink(2)` says EINVAL.
             Err(Errno::NOENT) => Err(Errno::INVAL.into()),
@@ -403,7 +440,7 @@ impl Backing for DirBacking {
         if mode & 0o2000 != 0 {
             sys::regain_fsetid()?;
         }
-        chmod_fd(object.0.as_fd(), mode)
+        chmod_fd(object.as_fd(), mode)
     }
 
     fn chown(&self, object: &Handle, uid: Option<u32>, gid: Option<u32>) -> io::Result<()> {
@@ -413,48 +450,48 @@ impl Backing for DirBacking {
         }
         let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
         let flags = AtFlags::EMPTY_PATH;
-        Ok(retry_on_intr(|| rustix::fs::chownat(object.0.as_fd(), "", uid, gid, flags))?)
+        Ok(retry_on_intr(|| rustix::fs::chownat(object.as_fd(), "", uid, gid, flags))?)
     }
 
     fn set_times(&self, object: &Handle, atime: SetTime, mtime: SetTime) -> io::Result<()> {
         let times = Timestamps { last_access: timespec(atime), last_modification: timespec(mtime) };
         let flags = AtFlags::EMPTY_PATH;
-        Ok(retry_on_intr(|| rustix::fs::utimensat(object.0.as_fd(), "", &times, flags))?)
+        Ok(retry_on_intr(|| rustix::fs::utimensat(object.as_fd(), "", &times, flags))?)
     }
 
     fn get_xattr(&self, object: &Handle, name: &OsStr) -> io::Result<Vec<u8>> {
-        xattrs::get(&ProcPath::of(object.0.as_fd()), name)
+        xattrs::get(&ProcPath::of(object.as_fd()), name)
     }
 
     fn set_xattr(&self, object: &Handle, name: &OsStr, value: &[u8], flags: i32) -> io::Result<()> {
         // Setting an ACL may clear sgid; whether the caller's groups forbid it is not ours to know.
         sys::regain_fsetid()?;
-        xattrs::set(&ProcPath::of(object.0.as_fd()), name, value, flags)
+        xattrs::set(&ProcPath::of(object.as_fd()), name, value, flags)
     }
 
     fn remove_xattr(&self, object: &Handle, name: &OsStr) -> io::Result<()> {
-        xattrs::remove(&ProcPath::of(object.0.as_fd()), name)
+        xattrs::remove(&ProcPath::of(object.as_fd()), name)
     }
 
     fn xattrs(&self, object: &Handle) -> io::Result<Xattrs> {
-        xattrs::all(&ProcPath::of(object.0.as_fd()))
+        xattrs::all(&ProcPath::of(object.as_fd()))
     }
 
     fn read_at(&self, file: &Handle, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        sys::read_full_at(file.0.as_fd(), buffer, offset)
+        sys::read_full_at(file.as_fd(), buffer, offset)
     }
 
     fn write_at(&self, file: &Handle, data: &[u8], offset: u64) -> io::Result<()> {
-        sys::write_all_at(file.0.as_fd(), data, offset)
+        sys::write_all_at(file.as_fd(), data, offset)
     }
 
     fn truncate(&self, file: &Handle, size: u64) -> io::Result<()> {
-        Ok(retry_on_intr(|| rustix::fs::ftruncate(file.0.as_fd(), size))?)
+        Ok(retry_on_intr(|| rustix::fs::ftruncate(file.as_fd(), size))?)
     }
 
     fn fallocate(&self, file: &Handle, mode: u32, offset: u64, length: u64) -> io::Result<()> {
         let mode = FallocateFlags::from_bits_retain(mode);
-        Ok(retry_on_intr(|| rustix::fs::fallocate(file.0.as_fd(), mode, offset, length))?)
+        Ok(retry_on_intr(|| rustix::fs::fallocate(file.as_fd(), mode, offset, length))?)
     }
 
     fn seek(&self, file: &Handle, offset: u64, to: Seek) -> io::Result<u64> {
@@ -463,7 +500,7 @@ impl Backing for DirBacking {
             Seek::Hole => SeekFrom::Hole(offset),
         };
         // It moves the descriptor's position, which nobody uses: all transfers give their offset.
-        Ok(retry_on_intr(|| rustix::fs::seek(file.0.as_fd(), to))?)
+        Ok(retry_on_intr(|| rustix::fs::seek(file.as_fd(), to))?)
     }
 
     fn copy_range(
@@ -478,13 +515,13 @@ impl Backing for DirBacking {
         let count = retry_on_intr(|| {
             let (mut source, mut target) = (from_offset, to_offset);
             let (source, target) = (Some(&mut source), Some(&mut target));
-            rustix::fs::copy_file_range(from.0.as_fd(), source, to.0.as_fd(), target, length)
+            rustix::fs::copy_file_range(from.as_fd(), source, to.as_fd(), target, length)
         })?;
         Ok(count as u64)
     }
 
     fn clone_file(&self, from: &Handle, to: &Handle) -> io::Result<()> {
-        match retry_on_intr(|| rustix::fs::ioctl_ficlone(to.0.as_fd(), from.0.as_fd())) {
+        match retry_on_intr(|| rustix::fs::ioctl_ficlone(to.as_fd(), from.as_fd())) {
             // What filesystems say that know nothing of clones.
             Err(Errno::NOTTY | Errno::NOSYS) => Err(Errno::OPNOTSUPP.into()),
             other => Ok(other?),
@@ -496,7 +533,7 @@ impl Backing for DirBacking {
             true => retry_on_intr(|| rustix::fs::fdatasync(fd)),
             false => retry_on_intr(|| rustix::fs::fsync(fd)),
         };
-        let object = object.0.as_fd();
+        let object = object.as_fd();
         match sync(object) {
             // An `O_PATH` handle.
             Err(Errno::BADF) => {}
@@ -525,6 +562,31 @@ impl Backing for DirBacking {
             files: stat.f_files,
             files_free: stat.f_ffree,
         })
+    }
+
+    fn device(&self) -> Option<DeviceNumber> {
+        self.device
+    }
+
+    fn open_dir_at_hand(&self, path: &RelPath) -> Option<io::Result<Handle>> {
+        let bytes = path.to_bytes();
+        let path = if bytes.is_empty() { &b"."[..] } else { &bytes };
+        if path.len() > PATH_STEP_BYTES_MAX {
+            return None;
+        }
+        open_cached(self.root.as_fd(), path, OFlags::DIRECTORY)
+    }
+
+    fn open_node_at_hand(&self, dir: &Handle, name: &EntryName) -> Option<io::Result<Handle>> {
+        open_cached(dir.as_fd(), name.as_os_str(), OFlags::empty())
+    }
+
+    fn stat_at_hand(&self, object: &Handle) -> Option<io::Result<Stat>> {
+        self.local.then(|| self.stat(object))
+    }
+
+    fn read_at_hand(&self, file: &Handle, buffer: &mut [u8], offset: u64) -> Option<usize> {
+        sys::read_cached_at(file.as_fd(), buffer, offset)
     }
 }
 

@@ -33,13 +33,18 @@ impl Handles {
     /// operation takes it for a fault of that replica (`EIO`), a reading one passes it over.
     pub fn get(&self, id: ReplicaId) -> io::Result<&Handle> {
         let handle = self.0.get(id).and_then(Option::as_ref);
-        handle.ok_or_else(|| io::Error::other("not open on this replica"))
+        handle.ok_or_else(not_open)
     }
 
     /// Whether there is a handle on that replica.
     pub fn has(&self, id: ReplicaId) -> bool {
         self.0.get(id).is_some_and(Option::is_some)
     }
+}
+
+/// What is said of an object that is not open on a replica: see [`Handles::get`].
+pub(super) fn not_open() -> io::Error {
+    io::Error::other("not open on this replica")
 }
 
 /// One of our own directories in every backing, below [`PRIVATE_DIR`]. Mode 0700.

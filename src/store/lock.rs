@@ -87,7 +87,7 @@ pub fn acquire(site: &Site, owner: &Owner) -> Result<StoreLock> {
     .context("open the lock", &path)?;
     let mut tries = 0;
     loop {
-        match rustix::fs::flock(&file.0, FlockOperation::NonBlockingLockExclusive) {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => break,
             Err(Errno::WOULDBLOCK) if tries < TRIES => {
                 tries += 1;
@@ -135,7 +135,7 @@ pub fn peek(site: &Site) -> Result<Option<Owner>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.context("open the lock", &path)?,
     };
-    match rustix::fs::flock(&file.0, FlockOperation::NonBlockingLockShared) {
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
         Ok(()) => Ok(None),
         Err(Errno::WOULDBLOCK) => Ok(Some(read_owner(site, &file))),
         Err(error) => Err(error).context("lock", &path),

@@ -1,0 +1,250 @@
+//! The threads that make a replica's calls.
+//!
+//! A caller takes an idle worker, the one that was used last, whose stack and state are still in the
+//! processor's caches; where none is idle, a new one begins. So there are as many as there ever were
+//! calls at once.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::io::Errno;
+
+use crate::replica::backing::{Backing, Keeper};
+use crate::sys;
+
+/// The most threads of one replica: callers are fewer, unless calls hang.
+const WORKERS_MAX: usize = 256;
+/// How long the end of all idle workers is waited for: they only have to wake up.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A call; it runs its second argument when it is done, before it tells its caller.
+type Job = Box<dyn FnOnce(&dyn Backing, &dyn Fn()) + Send>;
+
+/// The workers of one opening of a backing. They end when it is dropped.
+pub(super) struct Workers {
+    shared: Arc<Shared>,
+    alive: Arc<Alive>,
+}
+
+struct Shared {
+    inner: Box<dyn Backing>,
+    keeper: Arc<Keeper>,
+    idle: Mutex<Vec<Arc<Worker>>>,
+    overdue: AtomicUsize,
+    ended: AtomicBool,
+}
+
+/// How many threads there are, and the signal that one has ended and holds nothing any more.
+#[derive(Default)]
+struct Alive {
+    count: Mutex<usize>,
+    ended: Condvar,
+}
+
+/// A thread and what it is to do next.
+#[derive(Default)]
+struct Worker {
+    job: Mutex<Option<Job>>,
+    thread: OnceLock<Thread>,
+}
+
+/// A call that was handed over.
+#[must_use]
+pub(super) struct Pending<T> {
+    call: Arc<Call<T>>,
+    shared: Arc<Shared>,
+}
+
+struct Call<T> {
+    caller: Thread,
+    stage: Mutex<Stage<T>>,
+    done: AtomicBool,
+}
+
+enum Stage<T> {
+    Running,
+    Done(io::Result<T>),
+    /// The caller has given up, or has the answer.
+    Left,
+}
+
+impl Workers {
+    pub(super) fn new(inner: Box<dyn Backing>, keeper: Arc<Keeper>) -> Workers {
+        let shared = Shared {
+            inner,
+            keeper,
+            idle: Mutex::default(),
+            overdue: AtomicUsize::new(0),
+            ended: AtomicBool::new(false),
+        };
+        Workers { shared: Arc::new(shared), alive: Arc::default() }
+    }
+
+    /// The backing, for what is at hand.
+    pub(super) fn inner(&self) -> &dyn Backing {
+        &*self.shared.inner
+    }
+
+    pub(super) fn overdue_count(&self) -> usize {
+        self.shared.overdue.load(Ordering::Acquire)
+    }
+
+    /// Hands a call to a worker. What cannot be begun is answered at once.
+    pub(super) fn begin<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&dyn Backing) -> io::Result<T> + Send + 'static,
+    ) -> Pending<T> {
+        let pending = Pending { call: Arc::new(Call::new()), shared: self.shared.clone() };
+        if self.overdue_count() > 0 {
+            pending.call.finish(Err(Errno::TIMEDOUT.into()));
+            return pending;
+        }
+        let (own, shared) = (pending.call.clone(), Arc::downgrade(&self.shared));
+        let job: Job = Box::new(move |inner, done| {
+            let answer = catch_unwind(AssertUnwindSafe(|| {
+                // Whose ids the thread had last must not decide whether a write clears a file's
+                // setuid bit: the volume does what the caller is due.
+                sys::regain_fsetid()?;
+                call(inner)
+            }));
+            // A panic has been logged by its hook.
+            let answer = answer.unwrap_or_else(|_| Err(Errno::IO.into()));
+            done();
+            if !own.finish(answer)
+                && let Some(shared) = shared.upgrade()
+            {
+                shared.overdue.fetch_sub(1, Ordering::AcqRel);
+            }
+        });
+        if let Err(error) = self.give(job) {
+            pending.call.finish(Err(error));
+        }
+        pending
+    }
+
+    fn give(&self, job: Job) -> io::Result<()> {
+        let idle = self.shared.idle.lock().pop();
+        let Some(worker) = idle else { return self.start(job) };
+        *worker.job.lock() = Some(job);
+        if let Some(thread) = worker.thread.get() {
+            thread.unpark();
+        }
+        Ok(())
+    }
+
+    /// Starts one more worker, with its first job.
+    fn start(&self, job: Job) -> io::Result<()> {
+        let mut count = self.alive.count.lock();
+        if *count >= WORKERS_MAX {
+            return Err(Errno::TIMEDOUT.into());
+        }
+        let worker = Arc::new(Worker { job: Mutex::new(Some(job)), thread: OnceLock::new() });
+        let (shared, alive) = (self.shared.clone(), self.alive.clone());
+        let run = move || {
+            shared.work(&worker);
+            drop((worker, shared));
+            *alive.count.lock() -= 1;
+            alive.ended.notify_all();
+        };
+        let started = std::thread::Builder::new().name("rv-replica".into()).spawn(run);
+        started.map_err(|_| io::Error::from(Errno::AGAIN))?;
+        *count += 1;
+        Ok(())
+    }
+}
+
+impl Drop for Workers {
+    /// Returns when the threads are gone and the backing is closed, but for those that hang.
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::SeqCst);
+        let idle = std::mem::take(&mut *self.shared.idle.lock());
+        idle.iter().filter_map(|worker| worker.thread.get()).for_each(Thread::unpark);
+        let deadline = Instant::now() + END_TIMEOUT;
+        let mut count = self.alive.count.lock();
+        while *count > self.overdue_count() {
+            if self.alive.ended.wait_until(&mut count, deadline).timed_out() {
+                break;
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// The life of a worker.
+    fn work(&self, worker: &Arc<Worker>) {
+        let _ = worker.thread.set(std::thread::current());
+        loop {
+            let job = worker.job.lock().take();
+            match job {
+                Some(job) => {
+                    // Idle before the caller goes on, whose next call comes at once.
+                    job(&*self.inner, &|| self.idle.lock().push(worker.clone()));
+                    drop(self.keeper.take());
+                }
+                None if self.ended.load(Ordering::SeqCst) => return,
+                None => std::thread::park(),
+            }
+        }
+    }
+}
+
+impl<T> Call<T> {
+    fn new() -> Call<T> {
+        Call {
+            caller: std::thread::current(),
+            stage: Mutex::new(Stage::Running),
+            done: AtomicBool::new(false),
+        }
+    }
+
+    /// Gives the answer; `false` if nobody waits for it any more.
+    fn finish(&self, answer: io::Result<T>) -> bool {
+        let mut stage = self.stage.lock();
+        if matches!(*stage, Stage::Left) {
+            return false;
+        }
+        *stage = Stage::Done(answer);
+        drop(stage);
+        self.done.store(true, Ordering::Release);
+        self.caller.unpark();
+        true
+    }
+}
+
+impl<T> Pending<T> {
+    /// Waits for the answer, `ETIMEDOUT` after so long.
+    pub(super) fn wait(self, timeout: Duration) -> io::Result<T> {
+        self.wait_while(timeout, 1, || false)
+    }
+
+    /// As [`Pending::wait`]; as long as `moving` says so it waits again, up to `turns` times in all.
+    pub(super) fn wait_while(
+        self,
+        timeout: Duration,
+        turns: u32,
+        mut moving: impl FnMut() -> bool,
+    ) -> io::Result<T> {
+        for turn in 1..=turns {
+            let deadline = Instant::now() + timeout;
+            while !self.call.done.load(Ordering::Acquire) {
+                let Some(left) = deadline.checked_duration_since(Instant::now()) else { break };
+                std::thread::park_timeout(left);
+            }
+            if self.call.done.load(Ordering::Acquire) || turn == turns || !moving() {
+                break;
+            }
+        }
+        match std::mem::replace(&mut *self.call.stage.lock(), Stage::Left) {
+            Stage::Done(answer) => answer,
+            Stage::Running | Stage::Left => {
+                self.shared.overdue.fetch_add(1, Ordering::AcqRel);
+                Err(Errno::TIMEDOUT.into())
+            }
+        }
+    }
+}
