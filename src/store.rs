@@ -22,8 +22,10 @@ use uuid::Uuid;
 use crate::catalog::{Catalog, Head};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
+use crate::history;
 use crate::progress::Progress;
 use crate::replica::dir_backing::DirBacking;
+use crate::replica::intent::{Base, Intents};
 use crate::replica::{Replica, ReplicaSet};
 use crate::retention::StorePolicy;
 use crate::types::{ReplicaId, ReplicaMap, Timestamp};
@@ -82,6 +84,8 @@ pub struct Store {
     pub replicas: ReplicaSet,
     /// Its catalog.
     pub catalog: Catalog,
+    /// What operations are about to change.
+    pub intents: Intents,
     members: Mutex<Vec<Member>>,
     opened_at: Head,
 }
@@ -313,6 +317,13 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
     let files = members.iter().map(|member| Some(member.catalog_file())).collect();
     // Recovery is done: as far as ids go, this is a clean start.
     let catalog = Catalog::open(ReplicaMap::new(files), true)?;
+    // Before the markers: with a log of this mount and the old markers the store is what it was.
+    let base = Base {
+        generation: head.generation.0,
+        sequence: head.sequence,
+        undo_from: history::undo::next_segment(&replicas)?,
+    };
+    let intents = Intents::begin_log(&replicas, now, catalog.upcoming_node(), base)?;
     // Who was away, or is new, takes over what the store keeps. The winner need not be the one who
     // knows: who was away and missed no change of the tree can win as well.
     let latest =
@@ -344,7 +355,7 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
         }
         return Err(error);
     }
-    Ok(Store { uuid, replicas, catalog, members: Mutex::new(members), opened_at: head })
+    Ok(Store { uuid, replicas, catalog, intents, members: Mutex::new(members), opened_at: head })
 }
 
 /// The peers that any present replica knows and that are not present, without those that a new

@@ -192,6 +192,7 @@ impl Catalog {
         let shared = Arc::new(new_shared(files, writers, &head, tick, now, false));
         {
             let mut queue = shared.waiting.queue.lock();
+            queue.sequence = head.head.sequence;
             queue.open.acts = Acts::after_actor(actors.0);
             queue.actors = Known::new(actors.1);
         }

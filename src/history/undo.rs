@@ -101,6 +101,11 @@ fn segments(replicas: &ReplicaSet) -> Result<Vec<u64>> {
     Ok(all.into_iter().collect())
 }
 
+/// The number of the segment that the next mount begins.
+pub fn next_segment(replicas: &ReplicaSet) -> Result<u64> {
+    Ok(segments(replicas)?.last().map_or(1, |last| last + 1))
+}
+
 fn encode_header(of: (NodeId, ContentId), offset: u64, data: &[u8]) -> [u8; HEADER_BYTES] {
     let mut header = [0; HEADER_BYTES];
     header[0..4].copy_from_slice(&MAGIC);
@@ -144,8 +149,7 @@ pub fn decode(bytes: &[u8]) -> Option<(UndoRow, usize)> {
 impl UndoLog {
     /// Begins after the last segment there is: a segment is written by one mount only.
     pub fn open(replicas: &ReplicaSet) -> Result<UndoLog> {
-        let next = segments(replicas)?.last().map_or(1, |last| last + 1);
-        let tail = Tail { segment: next, end: 0, files: None, position: 0 };
+        let tail = Tail { segment: next_segment(replicas)?, end: 0, files: None, position: 0 };
         Ok(UndoLog {
             tail: Mutex::new(tail),
             synced: Mutex::default(),
@@ -180,12 +184,17 @@ impl UndoLog {
 
     /// The segments that nobody appends to any more, all of whose rows are in the catalog.
     pub fn complete(&self, replicas: &ReplicaSet) -> Result<Vec<u64>> {
-        // Whoever begins to append after this look does so to the tail or a later segment.
-        let tail = self.tail.lock().segment;
-        let first = self.pins.lock().keys().next().copied().unwrap_or(tail).min(tail);
+        let first = self.first_open();
         let mut all = segments(replicas)?;
         all.retain(|&segment| segment < first);
         Ok(all)
+    }
+
+    /// The first segment that may have records whose rows are not pushed yet.
+    pub fn first_open(&self) -> u64 {
+        // Whoever begins to append after this look does so to the tail or a later segment.
+        let tail = self.tail.lock().segment;
+        self.pins.lock().keys().next().copied().unwrap_or(tail).min(tail)
     }
 
     /// Removes a segment that no row points to.

@@ -9,6 +9,9 @@
 //! A node that is born in an epoch is no part of the epoch's set: its directory is, and stands for
 //! all that is born in it ([`DirtySet::born_from`]).
 //!
+//! What an operation is about to change is on record on every replica, durably, before it goes on
+//! ([`log`], [`mod@format`]): so recovery from an unclean end looks only at that.
+//!
 //! Does not know what an operation does, nor when an epoch is to end.
 
 use std::collections::{BTreeMap, HashSet};
@@ -16,7 +19,16 @@ use std::collections::{BTreeMap, HashSet};
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::Result;
-use crate::types::NodeId;
+use crate::replica::ReplicaSet;
+use crate::replica::backing::Backing;
+use crate::types::{NodeId, ReplicaId};
+
+use log::Log;
+
+pub mod format;
+mod log;
+
+pub use format::{Base, MovedDir, Past};
 
 /// What an operation is about to change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,6 +40,15 @@ pub enum Dirty {
     /// By which name this directory is reached, but nothing in it. Of the directories that it
     /// moves between each is dirty, too.
     Moved(NodeId),
+}
+
+impl Dirty {
+    /// Which node it is about.
+    pub fn node(self) -> NodeId {
+        match self {
+            Dirty::File(node) | Dirty::Dir(node) | Dirty::Moved(node) => node,
+        }
+    }
 }
 
 /// Numbers epochs in the order of their opening. Never repeats within a mount.
@@ -91,7 +112,7 @@ impl Span {
     }
 
     fn add(&mut self, what: Dirty) {
-        let (Dirty::File(node) | Dirty::Dir(node) | Dirty::Moved(node)) = what;
+        let node = what.node();
         let born = node >= self.born_from && !self.late.contains(&node);
         if !born && self.set.insert(what) {
             self.set.born_from = Some(self.born_from);
@@ -102,8 +123,12 @@ impl Span {
 struct Book {
     spans: BTreeMap<Epoch, Span>,
     current: Epoch,
-    /// The sets of epochs from here on are kept for whoever asks.
+    /// The sets of epochs from here on are kept for whoever asked for them.
     kept_from: Epoch,
+    /// Epochs before this one are closed in the log.
+    open_from: Epoch,
+    /// Operations that have begun.
+    begun: u64,
 }
 
 /// The epochs of a mounted store.
@@ -111,35 +136,50 @@ pub struct Intents {
     book: Mutex<Book>,
     /// An operation of an epoch that is not the current one has ended.
     ended: Condvar,
+    log: Log,
 }
 
 /// One operation that changes something, counted in its epoch until it is dropped.
 #[must_use = "the operation is counted only while this lives"]
 pub struct Intent<'a> {
     intents: &'a Intents,
+    replicas: &'a ReplicaSet,
     epoch: Epoch,
 }
 
 impl Intents {
-    /// The first epoch begins; nodes that are born from now on have ids from `next` on.
-    pub fn new(next: NodeId) -> Intents {
+    /// Begins the log of a mount on every replica, and the first epoch; nodes that are born from
+    /// now on have ids from `next` on. `mount` is when the mount began, `base` what is durable.
+    pub fn begin_log(
+        replicas: &ReplicaSet,
+        mount: i64,
+        next: NodeId,
+        base: Base,
+    ) -> Result<Intents> {
         let current = Epoch(1);
         let book = Book {
             spans: BTreeMap::from([(current, Span::new(next))]),
             current,
-            kept_from: current,
+            kept_from: Epoch(u64::MAX),
+            open_from: current,
+            begun: 0,
         };
-        Intents { book: Mutex::new(book), ended: Condvar::new() }
+        let log = Log::begin(replicas, mount, next, base)?;
+        Ok(Intents { book: Mutex::new(book), ended: Condvar::new(), log })
     }
 
-    /// An operation is about to change `what`.
-    pub fn begin(&self, what: &[Dirty]) -> Intent<'_> {
+    /// An operation is about to change `what`: that is on record when this returns.
+    pub fn begin<'a>(&'a self, replicas: &'a ReplicaSet, what: &[Dirty]) -> Result<Intent<'a>> {
         let mut book = self.book.lock();
         let epoch = book.current;
+        book.begun += 1;
         let span = book.span(epoch);
         span.running += 1;
         what.iter().for_each(|&what| span.add(what));
-        Intent { intents: self, epoch }
+        drop(book);
+        let intent = Intent { intents: self, replicas, epoch };
+        self.log.ensure(replicas, epoch, what, &[])?;
+        Ok(intent)
     }
 
     /// The epoch that operations begin in now.
@@ -147,13 +187,75 @@ impl Intents {
         self.book.lock().current
     }
 
-    /// Opens a new epoch and returns it. `next` tells the id that the next newborn node gets.
+    /// Opens a new epoch and returns it; its set and those of later ones are kept until
+    /// [`Intents::forget_before`]. `next` tells the id that the next newborn node gets.
     pub fn open(&self, next: impl FnOnce() -> NodeId) -> Epoch {
         let mut book = self.book.lock();
-        let epoch = Epoch(book.current.0 + 1);
-        book.spans.insert(epoch, Span::new(next()));
-        book.current = epoch;
+        let epoch = book.open(next());
+        book.kept_from = book.kept_from.min(epoch);
         epoch
+    }
+
+    /// As [`Intents::open`], for a checkpoint: what is dirtied from now on is recorded apart, and
+    /// what was before counts no more after [`Intents::close`]. Where a checkpoint failed after
+    /// this, it is to be gone on with. One checkpoint at a time.
+    pub fn turn(&self, next: impl FnOnce() -> NodeId) -> Epoch {
+        let mut book = self.book.lock();
+        if let Some(epoch) = self.log.turned() {
+            return epoch;
+        }
+        let next = next();
+        let epoch = book.open(next);
+        self.log.turn(epoch, next);
+        epoch
+    }
+
+    /// All that was dirtied before the last [`Intents::turn`] is durable everywhere, up to `base`
+    /// of the catalog and the undo log.
+    pub fn close(&self, replicas: &ReplicaSet, base: Base) -> Result<()> {
+        let first = self.log.close(replicas, base)?;
+        let mut book = self.book.lock();
+        book.open_from = first;
+        book.forget();
+        Ok(())
+    }
+
+    /// What was dirtied before `epoch` and is not closed.
+    pub fn dirty_before(&self, epoch: Epoch) -> DirtySet {
+        let book = self.book.lock();
+        let mut all = DirtySet::default();
+        book.spans.range(book.open_from..epoch).for_each(|(_, span)| all.join(&span.set));
+        all
+    }
+
+    /// Whether so much is recorded that a checkpoint is wanted.
+    pub fn is_long(&self) -> bool {
+        self.log.is_long()
+    }
+
+    /// How many records the log has since the last checkpoint.
+    pub fn recorded(&self) -> u64 {
+        self.log.count()
+    }
+
+    /// Whether nothing was recorded since the last checkpoint.
+    pub fn is_clean(&self) -> bool {
+        self.recorded() == 0
+    }
+
+    /// A number that grows with every operation.
+    pub fn activity(&self) -> u64 {
+        self.book.lock().begun
+    }
+
+    /// Begins the log of a replica that comes into use; see [`Log::join`].
+    pub fn join(
+        &self,
+        replicas: &ReplicaSet,
+        id: ReplicaId,
+        backing: &dyn Backing,
+    ) -> std::io::Result<()> {
+        self.log.join(replicas, id, backing)
     }
 
     /// Waits until all operations of epochs before `epoch`, which is open, have ended.
@@ -176,21 +278,29 @@ impl Intents {
         all
     }
 
-    /// Nobody asks any more what was dirtied before `epoch`.
-    pub fn forget_before(&self, epoch: Epoch) {
+    /// Nobody asks any more what was dirtied before `epoch`; with `None`, nobody asks at all.
+    pub fn forget_before(&self, epoch: Option<Epoch>) {
         let mut book = self.book.lock();
-        book.kept_from = book.kept_from.max(epoch);
+        let until = epoch.unwrap_or(Epoch(u64::MAX));
+        book.kept_from = book.kept_from.max(until);
         book.forget();
     }
 }
 
 impl Book {
+    fn open(&mut self, next: NodeId) -> Epoch {
+        let epoch = Epoch(self.current.0 + 1);
+        self.spans.insert(epoch, Span::new(next));
+        self.current = epoch;
+        epoch
+    }
+
     fn span(&mut self, epoch: Epoch) -> &mut Span {
         self.spans.get_mut(&epoch).expect("an epoch stays while it is current or has operations")
     }
 
     fn forget(&mut self) {
-        let (from, current) = (self.kept_from, self.current);
+        let (from, current) = (self.kept_from.min(self.open_from), self.current);
         self.spans.retain(|&epoch, span| epoch >= from || epoch == current || span.running > 0);
     }
 }
@@ -199,7 +309,14 @@ impl Intent<'_> {
     /// The operation is about to change this, too.
     pub fn also(&self, what: Dirty) -> Result<()> {
         self.intents.book.lock().span(self.epoch).add(what);
-        Ok(())
+        self.intents.log.ensure(self.replicas, self.epoch, &[what], &[])
+    }
+
+    /// The operation is about to move this directory, which each replica knows as told.
+    pub fn moves(&self, node: NodeId, known: &[MovedDir]) -> Result<()> {
+        let what = Dirty::Moved(node);
+        self.intents.book.lock().span(self.epoch).add(what);
+        self.intents.log.ensure(self.replicas, self.epoch, &[what], known)
     }
 
     /// The operation has just got this id for what it made. Told before anybody else can know the
@@ -211,6 +328,7 @@ impl Intent<'_> {
                 span.late.insert(node);
             }
         }
+        self.intents.log.born(self.epoch, node);
     }
 }
 
@@ -227,75 +345,4 @@ impl Drop for Intent<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
-
-    use super::*;
-
-    const OLD: NodeId = NodeId(5);
-    const NEXT: NodeId = NodeId(100);
-
-    fn dirs(set: &DirtySet) -> Vec<NodeId> {
-        let mut dirs: Vec<NodeId> = set.dirs.iter().copied().collect();
-        dirs.sort();
-        dirs
-    }
-
-    #[test]
-    fn what_is_born_in_an_epoch_is_told_by_its_directory_alone() {
-        let intents = Intents::new(NEXT);
-        drop(intents.begin(&[Dirty::Dir(OLD), Dirty::File(NEXT), Dirty::Dir(NodeId(101))]));
-        let set = intents.dirty_since(Epoch(1));
-        assert_eq!((dirs(&set), set.files.len(), set.born_from), (vec![OLD], 0, Some(NEXT)));
-        // In the next epoch it is as old as all others.
-        let epoch = intents.open(|| NodeId(102));
-        drop(intents.begin(&[Dirty::File(NEXT)]));
-        assert!(intents.dirty_in(epoch).files.contains(&NEXT));
-        assert!(intents.dirty_in(epoch).dirs.is_empty());
-    }
-
-    #[test]
-    fn a_birth_that_an_earlier_epoch_began_is_none_of_the_next() {
-        let intents = Intents::new(NEXT);
-        let creating = intents.begin(&[Dirty::Dir(OLD)]);
-        let epoch = intents.open(|| NEXT);
-        creating.born(NEXT);
-        drop(creating);
-        drop(intents.begin(&[Dirty::File(NEXT)]));
-        assert!(intents.dirty_in(epoch).files.contains(&NEXT));
-    }
-
-    #[test]
-    fn an_operation_counts_in_the_epoch_in_which_it_began() {
-        let intents = Arc::new(Intents::new(NEXT));
-        let early = intents.begin(&[Dirty::Dir(OLD)]);
-        let epoch = intents.open(|| NEXT);
-        let late = intents.begin(&[]);
-        early.also(Dirty::Moved(NodeId(7))).unwrap();
-        assert!(intents.dirty_in(epoch).is_empty());
-        assert!(intents.dirty_in(Epoch(1)).moved.contains(&NodeId(7)));
-        let drained = Arc::new(AtomicBool::new(false));
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                intents.drain(epoch);
-                assert!(drained.swap(true, Ordering::SeqCst), "drained before the operation ended");
-            });
-            drained.store(true, Ordering::SeqCst);
-            drop(early);
-        });
-        // What began later is not waited for.
-        drop(late);
-    }
-
-    #[test]
-    fn sets_are_kept_until_they_are_forgotten() {
-        let intents = Intents::new(NEXT);
-        drop(intents.begin(&[Dirty::Dir(OLD)]));
-        let epoch = intents.open(|| NEXT);
-        drop(intents.begin(&[Dirty::Dir(NodeId(6))]));
-        assert_eq!(dirs(&intents.dirty_since(Epoch(1))), [OLD, NodeId(6)]);
-        intents.forget_before(epoch);
-        assert_eq!(dirs(&intents.dirty_since(Epoch(1))), [NodeId(6)]);
-    }
-}
+mod tests;

@@ -129,7 +129,7 @@ fn check_no_remains(site: &Site) -> Result<()> {
     let listed = site.backing.list(&dir).context("list", site.private_path(""))?;
     for entry in listed {
         let harmless = match entry.name.as_bytes() {
-            b"lock" | b"store.toml.new" | b"tmp" => true,
+            b"lock" | b"store.toml.new" | b"intent.log" | b"tmp" => true,
             b"preserved" | b"undo" | b"packs" | b"quarantine" => {
                 let inner = private(&String::from_utf8_lossy(entry.name.as_bytes()));
                 let inner = site.dir(&inner)?;

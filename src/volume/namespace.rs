@@ -354,10 +354,9 @@ impl Volume {
         let turn = self.turn(&source, &mut source_state, lost, Some(excluded))?;
         let moves_dir =
             [Some(&source), target.as_ref()].iter().flatten().any(|node| node.kind == Kind::Dir);
-        for node in [Some(&source), target.as_ref()].into_iter().flatten() {
-            if node.kind == Kind::Dir {
-                intent.also(Dirty::Moved(node.id))?;
-            }
+        self.intend_move(&intent, &source, (&from, name))?;
+        if let (RenameMode::Exchange, Some(target)) = (mode, &target) {
+            self.intend_move(&intent, target, (&to, new_name))?;
         }
         let entry_remove =
             |parent: NodeId, name: &EntryName| Change::EntryRemove { parent, name: name.clone() };
