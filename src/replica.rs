@@ -82,6 +82,11 @@ impl Replica {
         Replica { uuid, label: label.into(), path: path.into(), backing }
     }
 
+    /// The first half of its uuid, by which the intent log tells replicas apart.
+    pub fn short_id(&self) -> u64 {
+        self.uuid.as_u64_pair().0
+    }
+
     /// The backing, for work on this replica alone.
     pub fn backing(&self) -> &dyn Backing {
         &self.backing

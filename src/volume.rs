@@ -16,6 +16,7 @@
 
 mod actors;
 mod attributes;
+mod checkpoint;
 mod content;
 mod excludes;
 mod files;
@@ -41,7 +42,6 @@ use crate::error::{Error, Result};
 use crate::excludes::{META_KEY, Patterns};
 use crate::history::History;
 use crate::replica::backing::{Creds, Space};
-use crate::replica::intent::Intents;
 use crate::replica::{Fault, Handles, Health, ReplicaSet};
 use crate::retention::StorePolicy;
 use crate::store::Store;
@@ -49,6 +49,7 @@ use crate::types::{EntryName, Generation, NodeId, PRIVATE_DIR, RelPath, Timestam
 
 use actors::Actors;
 pub use attributes::{Changes, Privileges};
+use checkpoint::Checkpoints;
 use excludes::Excludes;
 use maintain::Maintenance;
 pub use namespace::Newborn;
@@ -70,6 +71,10 @@ pub struct VolumeOptions {
     pub pack_after: Duration,
     /// How often the store's own policy is applied.
     pub policy_every: Duration,
+    /// A checkpoint is made at least so often while anything changes.
+    pub checkpoint_every: Duration,
+    /// A checkpoint is made when nothing has changed for so long.
+    pub checkpoint_idle: Duration,
     /// Patterns of what is to have no history, counted from the root.
     pub exclude: Arc<Patterns>,
 }
@@ -81,6 +86,8 @@ impl Default for VolumeOptions {
             housekeeping: Duration::from_secs(1),
             pack_after: Duration::from_secs(60),
             policy_every: Duration::from_secs(300),
+            checkpoint_every: Duration::from_secs(30),
+            checkpoint_idle: Duration::from_secs(5),
             exclude: Arc::default(),
         }
     }
@@ -100,7 +107,6 @@ pub struct Volume {
     store: Store,
     history: History,
     nodes: Nodes,
-    intents: Intents,
     excludes: Excludes,
     actors: Actors,
     options: VolumeOptions,
@@ -113,6 +119,7 @@ pub struct Volume {
     stale_dirs: Mutex<HashSet<NodeId>>,
     housekeepers: Mutex<Vec<Housekeeper>>,
     maintenance: Mutex<Maintenance>,
+    checkpoints: Checkpoints,
     stopping: AtomicBool,
     /// How many writes wait for history to yield.
     urgent: AtomicUsize,
@@ -166,7 +173,6 @@ impl Volume {
         let volume = Arc::new(Volume {
             history,
             nodes: Nodes::with_root(),
-            intents: Intents::new(store.catalog.upcoming_node()),
             excludes,
             actors: Actors::new(),
             options,
@@ -177,6 +183,7 @@ impl Volume {
             stale_dirs: Mutex::default(),
             housekeepers: Mutex::default(),
             maintenance: Mutex::new(Maintenance::new()),
+            checkpoints: Checkpoints::new(),
             stopping: AtomicBool::new(false),
             urgent: AtomicUsize::new(0),
             space: Mutex::default(),
@@ -199,6 +206,7 @@ impl Volume {
         let housekeepers = [
             Housekeeper::start(&volume, "rv-housekeeping", housekeep)?,
             Housekeeper::start(&volume, "rv-maintenance", maintain::run)?,
+            Housekeeper::start(&volume, "rv-checkpoint", checkpoint::run)?,
         ];
         volume.housekeepers.lock().extend(housekeepers);
         Ok(volume)
@@ -213,6 +221,7 @@ impl Volume {
             let _ = housekeeper.thread.join();
         }
         self.settle()?;
+        self.checkpoint()?;
         self.catalog().close()?;
         self.store.close()
     }
@@ -262,7 +271,8 @@ impl Volume {
         Ok(self.catalog().freeze())
     }
 
-    /// [`Volume::settle`] and names that generation.
+    /// [`Volume::settle`] and names that generation. What it shows is durable on every replica in
+    /// use when this returns.
     pub fn create_snapshot(
         &self,
         name: &str,
@@ -270,7 +280,9 @@ impl Volume {
         tags: &[String],
     ) -> Result<Snapshot> {
         let at = self.settle()?;
-        self.catalog().create_snapshot(name, at, automatic, tags)
+        let snapshot = self.catalog().create_snapshot(name, at, automatic, tags)?;
+        self.checkpoint()?;
+        Ok(snapshot)
     }
 
     /// State of the replicas and totals.

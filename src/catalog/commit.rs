@@ -259,6 +259,12 @@ impl Catalog {
         }
     }
 
+    /// The last committed generation, and how many batches were committed by this mount and before.
+    pub fn committed(&self) -> (Generation, u64) {
+        let queue = self.shared.waiting.queue.lock();
+        (queue.committed, queue.sequence)
+    }
+
     /// Stops writing to a replica's catalog: the replica is out of the store until it is resynced.
     pub fn detach(&self, replica: ReplicaId) {
         self.shared.detach(replica, None);
