@@ -18,6 +18,7 @@ mod mount;
 mod progress;
 mod prune;
 mod purge;
+mod replica;
 mod restore;
 mod shell;
 mod snapshot;
@@ -129,6 +130,12 @@ pub enum Command {
     /// Take back what one program changed, and nothing else
     #[command(after_help = undo::EXAMPLES)]
     Undo(undo::UndoArgs),
+    /// List, add, remove, replace replicas, take them offline and bring them back
+    #[command(subcommand, after_help = replica::EXAMPLES)]
+    Replica(replica::ReplicaCommand),
+    /// Bring every replica that can be reached up to date
+    #[command(after_help = replica::RESYNC_EXAMPLES)]
+    Resync(replica::ResyncArgs),
     /// Print the completion script of a shell
     #[command(after_help = COMPLETION_EXAMPLES)]
     Completions(CompletionsArgs),
@@ -465,6 +472,8 @@ fn run(cli: Cli) -> Result<Exit> {
         Command::Undelete(args) => restore::undelete(&args),
         Command::Prune(args) => prune::prune(*args),
         Command::Purge(args) => purge::purge(&args),
+        Command::Replica(command) => replica::replica(&command),
+        Command::Resync(args) => replica::resync(&args),
         Command::Undo(args) => undo::undo(&args),
         Command::Completions(args) => shell::completions(&args),
         Command::Man(args) => shell::man(&args),

@@ -25,6 +25,7 @@ use crate::retention::Policy;
 
 pub mod client;
 mod prune;
+mod replica;
 pub mod server;
 pub mod service;
 
@@ -132,6 +133,37 @@ pub enum Request {
         /// Root-relative.
         path: PathText,
     },
+    /// Brings a replica back.
+    ReplicaOnline {
+        /// Its label, or the path of its backing.
+        replica: PathText,
+        /// What is mounted stays live where both were changed apart.
+        take: bool,
+    },
+    /// Takes a replica out of use.
+    ReplicaOffline {
+        /// Its label, or the path of its backing.
+        replica: PathText,
+    },
+    /// Fills an empty directory in the place of a replica.
+    ReplicaReplace {
+        /// The label of the old one, or the path of its backing.
+        old: PathText,
+        /// The directory.
+        new: PathText,
+    },
+    /// Fills an empty directory as one more replica.
+    ReplicaAdd {
+        /// The directory.
+        new: PathText,
+    },
+    /// Gives a replica up.
+    ReplicaRemove {
+        /// Its label, or the path of its backing.
+        replica: PathText,
+    },
+    /// Looks now at every replica that failed.
+    Resync,
     /// Removes paths from all history, or tells what that would do.
     Purge {
         /// Root-relative.
@@ -155,6 +187,13 @@ impl Request {
             | Request::SnapshotLastSeen { .. } => true,
             Request::Prune { dry_run, .. } => !dry_run,
             Request::Purge { dry_run, .. } => !dry_run,
+            // What the store holds is the same on how many replicas ever.
+            Request::ReplicaOnline { .. }
+            | Request::ReplicaOffline { .. }
+            | Request::ReplicaReplace { .. }
+            | Request::ReplicaAdd { .. }
+            | Request::ReplicaRemove { .. }
+            | Request::Resync => true,
             Request::Ping
             | Request::Status
             | Request::SnapshotList

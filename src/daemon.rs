@@ -91,6 +91,7 @@ fn open_volume(
         label: plan.label.clone(),
         mountpoint: Some(target.to_path_buf()),
         exclude: exclude.clone(),
+        resync_later: true,
     };
     let recover = |replicas: &_, catalog: &_| History::recover(replicas, catalog);
     let store = store::open(&plan.backings, &options, &recover, progress)?;

@@ -20,6 +20,7 @@ pub mod undo;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -61,7 +62,8 @@ pub struct History {
     packs: PackStore,
     recipes: Mutex<LruCache<ContentId, Arc<PlacedRecipe>>>,
     maps: Mutex<LruCache<(NodeId, ContentId), StampedMap>>,
-    reflink: bool,
+    /// Whether all replicas can share blocks.
+    reflink: AtomicBool,
 }
 
 /// The name of a whole content in its shard of `preserved/`.
@@ -94,8 +96,20 @@ impl History {
             packs: PackStore::new(store),
             recipes: Mutex::new(LruCache::new(RECIPES_MAX)),
             maps: Mutex::new(LruCache::new(EXTENT_MAPS_MAX)),
-            reflink: all_can_reflink(replicas)?,
+            reflink: AtomicBool::new(all_can_reflink(replicas)?),
         })
+    }
+
+    /// A replica is about to join; nothing of history is changed meanwhile. It has all files of it.
+    pub fn join(&self, replicas: &ReplicaSet, id: ReplicaId) -> Result<()> {
+        let replica = replicas.get(id);
+        let backing = replica.backing();
+        let dir = backing.open_dir(&PrivateDir::Tmp.path()).map_err(Error::from_io)?;
+        if try_reflink(backing, &dir).is_err() {
+            self.reflink.store(false, Ordering::Relaxed);
+        }
+        self.packs.replica_changed(id);
+        self.undo.join(replicas, id)
     }
 
     /// Preserves `range` of the sealed content that `file` still has there. When it returns, the
@@ -152,7 +166,7 @@ impl History {
         size: u64,
         file: &Handles,
     ) -> Result<bool> {
-        if !self.reflink {
+        if !self.reflink.load(Ordering::Relaxed) {
             return Ok(false);
         }
         let (node, content) = of;
@@ -393,27 +407,27 @@ fn all_can_reflink(replicas: &ReplicaSet) -> Result<bool> {
     let dir = replicas.private(PrivateDir::Tmp)?;
     for id in replicas.online().collect::<Vec<_>>() {
         let replica = replicas.get(id);
-        let backing = replica.backing();
-        let probe = || -> std::io::Result<()> {
-            let dir = dir.get(id)?;
-            let names = [probe_name(0), probe_name(1)];
-            let outcome = (|| {
-                let _ = names.iter().try_for_each(|name| backing.unlink(dir, name));
-                let from = backing.create(dir, &names[0], 0o600, OWN)?;
-                backing.write_at(&from, &[1; BLOCK_BYTES as usize], 0)?;
-                let to = backing.create(dir, &names[1], 0o600, OWN)?;
-                backing.clone_file(&from, &to)
-            })();
-            for name in &names {
-                let _ = backing.unlink(dir, name);
-            }
-            outcome
-        };
-        if probe().is_err() {
+        if dir.get(id).and_then(|dir| try_reflink(replica.backing(), dir)).is_err() {
             return Ok(false);
         }
     }
     Ok(true)
+}
+
+/// Tries whether files in this directory can share blocks.
+fn try_reflink(backing: &dyn Backing, dir: &Handle) -> std::io::Result<()> {
+    let names = [probe_name(0), probe_name(1)];
+    let outcome = (|| {
+        let _ = names.iter().try_for_each(|name| backing.unlink(dir, name));
+        let from = backing.create(dir, &names[0], 0o600, OWN)?;
+        backing.write_at(&from, &[1; BLOCK_BYTES as usize], 0)?;
+        let to = backing.create(dir, &names[1], 0o600, OWN)?;
+        backing.clone_file(&from, &to)
+    })();
+    for name in &names {
+        let _ = backing.unlink(dir, name);
+    }
+    outcome
 }
 
 fn probe_name(number: u32) -> EntryName {

@@ -200,7 +200,7 @@ fn refuse_entries(target: &Path) -> Result<()> {
 /// Refuses a mountpoint that is, contains or lies in a backing, however the two are spelt: both
 /// paths are resolved, and directories are compared by device and inode number all the way up, so
 /// that a bind mount is seen through.
-fn refuse_overlap(target: &Path, backing: &Path) -> Result<()> {
+pub fn refuse_overlap(target: &Path, backing: &Path) -> Result<()> {
     let resolved = resolve_existing(backing)?;
     let same = |a: &Path, b: &Path| match (identity(a), identity(b)) {
         (Some(a), Some(b)) => a == b,

@@ -385,10 +385,16 @@ impl ReplicaSet {
             return Ok(handles);
         }
         let path = path()?;
-        let opened = self.open("open_dir", |_, backing| backing.open_dir(&path))?;
-        let handles = Arc::new(Handles::from(opened));
-        self.dirs.keep_dir(node, &handles);
-        Ok(handles)
+        loop {
+            let opened = self.open("open_dir", |_, backing| backing.open_dir(&path))?;
+            let handles = Arc::new(Handles::from(opened));
+            self.dirs.keep_dir(node, &handles);
+            // One that was admitted meanwhile may have cleared what is kept before this came.
+            if self.online().all(|id| handles.has(id)) {
+                return Ok(handles);
+            }
+            self.dirs.forget_dir(node);
+        }
     }
 
     /// The handles of a directory if they are at hand.
@@ -406,10 +412,17 @@ impl ReplicaSet {
         if let Some(handles) = self.dirs.private(dir) {
             return Ok(handles);
         }
-        let opened = self.open("open_private", |_, backing| handles::open_private(backing, dir))?;
-        let handles = Arc::new(Handles::from(opened));
-        self.dirs.keep_private(dir, &handles);
-        Ok(handles)
+        loop {
+            let opened =
+                self.open("open_private", |_, backing| handles::open_private(backing, dir))?;
+            let handles = Arc::new(Handles::from(opened));
+            self.dirs.keep_private(dir, &handles);
+            // As above.
+            if self.online().all(|id| handles.has(id)) {
+                return Ok(handles);
+            }
+            self.dirs.forget_private(dir);
+        }
     }
 
     /// Takes a replica out of use, unless it is out already or is the last one. Returns when the

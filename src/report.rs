@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::store::marker::{Marker, Peer, PeerState};
 use crate::time::{Zone, local, parse_instant};
 use crate::types::{Generation, Kind, RelPath, Timestamp, escape};
+use crate::volume::{Extent, Progressing};
 
 pub mod log;
 pub mod lost;
@@ -192,10 +193,63 @@ pub struct ReplicaReport {
     pub read_errors: u64,
     /// Writes that failed since the mount.
     pub write_errors: u64,
+    /// How its resync stands, if it is to have one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resync: Option<ResyncReport>,
     /// Bytes of the backing's filesystem; 0 where unknown.
     pub space_bytes: u64,
     /// Bytes available on it.
     pub available_bytes: u64,
+}
+
+/// How a resync stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResyncReport {
+    /// `waiting`, `running`, `retry` or `parked`.
+    pub stage: String,
+    /// Bytes that were compared or copied.
+    pub bytes: u64,
+    /// All there are, about.
+    pub bytes_total: u64,
+    /// Bytes that were copied.
+    pub copied_bytes: u64,
+    /// Hundredths that are done.
+    pub percent: u64,
+    /// Since how many seconds it runs.
+    pub elapsed_secs: u64,
+    /// After how many seconds it will end, or is tried again; where that can be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_secs: Option<u64>,
+}
+
+impl From<Progressing> for ResyncReport {
+    fn from(progressing: Progressing) -> ResyncReport {
+        let (stage, extent, elapsed, left) = match progressing {
+            Progressing::Waiting => ("waiting", Extent::default(), Duration::ZERO, None),
+            Progressing::Running { extent, elapsed } => {
+                ("running", extent, elapsed, extent.left(elapsed))
+            }
+            Progressing::Retry(after) => ("retry", Extent::default(), Duration::ZERO, Some(after)),
+            Progressing::Parked => ("parked", Extent::default(), Duration::ZERO, None),
+        };
+        ResyncReport {
+            stage: stage.into(),
+            bytes: extent.bytes,
+            bytes_total: extent.bytes_total,
+            copied_bytes: extent.copied,
+            percent: extent.percent(),
+            elapsed_secs: elapsed.as_secs(),
+            left_secs: left.map(|left| left.as_secs()),
+        }
+    }
+}
+
+impl ReplicaReport {
+    /// Whether it is being made equal to the others, or waits for it.
+    pub fn is_resyncing(&self) -> bool {
+        let stage = self.resync.as_ref().map(|resync| resync.stage.as_str());
+        matches!(stage, Some("waiting" | "running"))
+    }
 }
 
 /// The replicas that a store knows of beside those in `present`: what one of its markers says.
@@ -219,6 +273,7 @@ pub fn absent_replicas(marker: &Marker, present: &[ReplicaReport]) -> Vec<Replic
         error: (!peer.reason.is_empty()).then(|| peer.reason.clone()),
         read_errors: 0,
         write_errors: 0,
+        resync: None,
         space_bytes: 0,
         available_bytes: 0,
     };

@@ -36,22 +36,24 @@ use marker::{CleanMark, Marker, Peer, PeerState, Phase};
 use site::Site;
 
 pub mod compare;
-mod copy;
-mod fill;
+pub(crate) mod copy;
+pub(crate) mod fill;
 mod identify;
 mod idset;
 mod import;
+mod join;
 mod lineage;
 mod lock;
 pub mod marker;
-mod quarantine;
+pub(crate) mod quarantine;
 mod settle;
-mod site;
+pub(crate) mod site;
 #[cfg(test)]
 mod tests;
 
 pub use fill::FillReport;
 pub use import::{ImportReport, row_of};
+pub use join::{Arrival, Fork, check_empty, is_replica};
 pub use lock::Owner;
 
 /// The catalog's file name in the private directory.
@@ -70,6 +72,9 @@ pub struct OpenOptions {
     pub mountpoint: Option<PathBuf>,
     /// Patterns of what is to have no history, counted from the root.
     pub exclude: Arc<Patterns>,
+    /// Leave replicas that are new, or missed changes, out of use: they are resynced while the
+    /// store is in use. Otherwise they are made equal before it is opened.
+    pub resync_later: bool,
 }
 
 /// Recovers the history files of the replica that goes on, after an unclean end and before the live
@@ -80,24 +85,27 @@ pub type Recover<'a> = &'a dyn Fn(&ReplicaSet, &Catalog) -> Result<()>;
 pub struct Store {
     /// Its identity.
     pub uuid: Uuid,
-    /// Its replicas, all current, in the order given.
+    /// Its replicas: the current ones in the order given, then those to be resynced.
     pub replicas: ReplicaSet,
     /// Its catalog.
     pub catalog: Catalog,
     /// What operations are about to change.
     pub intents: Intents,
+    /// By the index of the replica.
     members: Mutex<Vec<Member>>,
     opened_at: Head,
+    owner: Owner,
 }
 
 /// One replica of an open store.
 struct Member {
     site: Site,
     marker: Marker,
-    _lock: StoreLock,
+    /// `None` once the replica was taken out of the store.
+    lock: Option<StoreLock>,
     /// Absent peers that were current before this mount: they still are if it changes nothing.
     left_behind: Vec<Uuid>,
-    /// Thrown out of the running store: its marker is left as it is.
+    /// Not current: its marker is left as it is.
     stale: bool,
 }
 
@@ -157,6 +165,25 @@ impl Member {
         self.write_marker()
     }
 
+    /// Opens its backing for use.
+    fn open_replica(&self) -> Result<Replica> {
+        let backing = Box::new(DirBacking::open(&self.site.path)?);
+        let (marker, path) = (&self.marker, &self.site.path);
+        Ok(Replica::new(marker.replica, marker.label.clone(), path, backing))
+    }
+
+    /// What the others have to note of it while the store is in use.
+    fn as_present(&self) -> Peer {
+        match (self.stale, self.marker.phase) {
+            (false, _) => self.as_peer(PeerState::Ok),
+            (true, Phase::Ok) => {
+                let reason = "it missed changes and waits for its resync".into();
+                Peer { reason, ..self.as_peer(PeerState::Stale) }
+            }
+            (true, _) => self.as_peer(PeerState::Filling),
+        }
+    }
+
     fn as_peer(&self, state: PeerState) -> Peer {
         Peer {
             replica: self.marker.replica,
@@ -182,8 +209,20 @@ pub fn open(
         Plan::Create { source } => create(&candidates, source, options)?,
         Plan::Open => join(&candidates, options)?,
     };
-    let winner = settle::settle(&mut members, recover, &options.exclude, progress)?;
-    finish_open(members, winner)
+    let (winner, behind) = settle::settle(&mut members, recover, options, progress)?;
+    // Who is to be resynced comes last, for the first of the others is read from.
+    let mut order: Vec<usize> = (0..members.len()).collect();
+    order.sort_by_key(|&index| behind[index]);
+    let winner = order.iter().position(|&index| index == winner).unwrap_or(0);
+    let mut places: Vec<Option<Member>> = members.into_iter().map(Some).collect();
+    let mut members = Vec::new();
+    for index in order {
+        if let Some(mut member) = places[index].take() {
+            member.stale = behind[index];
+            members.push(member);
+        }
+    }
+    finish_open(members, winner, Owner::this(options.mountpoint.as_deref()))
 }
 
 fn no_store(paths: &[PathBuf]) -> Error {
@@ -238,7 +277,13 @@ fn create(candidates: &[Candidate], source: usize, options: &OpenOptions) -> Res
         let (site, lock, _) = enlist(candidate, options)?;
         let phase = if index == source { Phase::Adopting } else { Phase::Filling };
         let marker = Marker::new(store, label_of(&site, options), created.clone(), phase);
-        members.push(Member { site, marker, _lock: lock, left_behind: Vec::new(), stale: false });
+        members.push(Member {
+            site,
+            marker,
+            lock: Some(lock),
+            left_behind: Vec::new(),
+            stale: false,
+        });
     }
     // First the source's marker, without peers: were one of them named before it has its own
     // marker, a mount that dies between would look like a disk that is not there.
@@ -279,7 +324,8 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
                 marker
             }
         };
-        let member = Member { site, marker, _lock: lock, left_behind: Vec::new(), stale: false };
+        let member =
+            Member { site, marker, lock: Some(lock), left_behind: Vec::new(), stale: false };
         members.push((index, member));
     }
     members.sort_by_key(|(index, _)| *index);
@@ -287,12 +333,12 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
 }
 
 /// Notes durably who takes part, and opens the catalog.
-fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
+fn finish_open(mut members: Vec<Member>, winner: usize, owner: Owner) -> Result<Store> {
     let head = Catalog::inspect(&members[winner].catalog_file())?;
     let uuid = members[winner].marker.store;
     let now = Timestamp::now().as_nanos();
     let absent = absent_peers(&members, winner);
-    let present: Vec<Peer> = members.iter().map(|member| member.as_peer(PeerState::Ok)).collect();
+    let present: Vec<Peer> = members.iter().map(Member::as_present).collect();
     let left_behind: Vec<Uuid> =
         absent.iter().filter(|peer| peer.state == PeerState::Ok).map(|peer| peer.replica).collect();
     for peer in &absent {
@@ -314,7 +360,8 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
         .collect();
     // The markers come last: a mount that is refused up to here leaves a clean store clean.
     let replicas = replica_set(&members)?;
-    let files = members.iter().map(|member| Some(member.catalog_file())).collect();
+    let files = members.iter().map(|member| (!member.stale).then(|| member.catalog_file()));
+    let files = files.collect();
     // Recovery is done: as far as ids go, this is a clean start.
     let catalog = Catalog::open(ReplicaMap::new(files), true)?;
     // Before the markers: with a log of this mount and the old markers the store is what it was.
@@ -331,7 +378,7 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
     let latest = latest.expect("a store has a member");
     let (policy, policy_changed) = (latest.policy.clone(), latest.policy_changed);
     let before: Vec<Marker> = members.iter().map(|member| member.marker.clone()).collect();
-    let noted = members.iter_mut().try_for_each(|member| {
+    let noted = members.iter_mut().filter(|member| !member.stale).try_for_each(|member| {
         let own = member.marker.replica;
         let others = present.iter().filter(|peer| peer.replica != own);
         member.marker.peers = others.chain(&absent).cloned().collect();
@@ -346,7 +393,7 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
     if let Err(error) = noted {
         // Nothing was changed: what was clean is so again.
         catalog.close()?;
-        for (member, marker) in members.iter().zip(before) {
+        for (member, marker) in members.iter().zip(before).filter(|(member, _)| !member.stale) {
             if marker.clean.is_some()
                 && let Err(error) = marker.write(&member.site)
             {
@@ -355,7 +402,15 @@ fn finish_open(mut members: Vec<Member>, winner: usize) -> Result<Store> {
         }
         return Err(error);
     }
-    Ok(Store { uuid, replicas, catalog, intents, members: Mutex::new(members), opened_at: head })
+    Ok(Store {
+        uuid,
+        replicas,
+        catalog,
+        intents,
+        members: Mutex::new(members),
+        opened_at: head,
+        owner,
+    })
 }
 
 /// The peers that any present replica knows and that are not present, without those that a new
@@ -399,15 +454,12 @@ fn empty_tmp(site: &Site) -> Result<()> {
 }
 
 fn replica_set(members: &[Member]) -> Result<ReplicaSet> {
-    let replicas = members
-        .iter()
-        .map(|member| {
-            let backing = Box::new(DirBacking::open(&member.site.path)?);
-            let (marker, path) = (&member.marker, &member.site.path);
-            Ok(Replica::new(marker.replica, marker.label.clone(), path, backing))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    Ok(ReplicaSet::new(replicas))
+    let current = members.iter().filter(|member| !member.stale);
+    let set = ReplicaSet::new(current.map(Member::open_replica).collect::<Result<Vec<_>>>()?);
+    for behind in members.iter().filter(|member| member.stale) {
+        set.add(behind.open_replica()?);
+    }
+    Ok(set)
 }
 
 impl Store {

@@ -25,6 +25,7 @@ mod maintain;
 mod namespace;
 pub mod nodes;
 mod purge;
+mod resync;
 mod retain;
 mod same;
 mod seal;
@@ -54,6 +55,8 @@ use excludes::Excludes;
 use maintain::Maintenance;
 pub use namespace::Newborn;
 use nodes::{Node, Nodes, State};
+use resync::Resyncs;
+pub use resync::{Extent, Progressing};
 
 /// Stripes of directory locks: more than threads.
 const DIR_STRIPES: usize = 64;
@@ -120,6 +123,7 @@ pub struct Volume {
     housekeepers: Mutex<Vec<Housekeeper>>,
     maintenance: Mutex<Maintenance>,
     checkpoints: Checkpoints,
+    resyncs: Resyncs,
     stopping: AtomicBool,
     /// How many writes wait for history to yield.
     urgent: AtomicUsize,
@@ -143,6 +147,8 @@ pub struct ReplicaStatus {
     pub uuid: uuid::Uuid,
     /// How it is.
     pub health: Health,
+    /// How its resync stands, if it is to have one.
+    pub resync: Option<Progressing>,
     /// Space of its filesystem; `None` where that cannot be told.
     pub space: Option<Space>,
 }
@@ -184,6 +190,7 @@ impl Volume {
             housekeepers: Mutex::default(),
             maintenance: Mutex::new(Maintenance::new()),
             checkpoints: Checkpoints::new(),
+            resyncs: Resyncs::new(),
             stopping: AtomicBool::new(false),
             urgent: AtomicUsize::new(0),
             space: Mutex::default(),
@@ -209,6 +216,10 @@ impl Volume {
             Housekeeper::start(&volume, "rv-checkpoint", checkpoint::run)?,
         ];
         volume.housekeepers.lock().extend(housekeepers);
+        volume.enter_waiting()?;
+        let resyncs = Housekeeper::start(&volume, "rv-resync", resync::run)?;
+        volume.resyncs.set_kick(Some(resyncs.stop.clone()));
+        volume.housekeepers.lock().push(resyncs);
         Ok(volume)
     }
 
@@ -216,6 +227,7 @@ impl Volume {
     /// after.
     pub fn close(&self) -> Result<()> {
         self.stopping.store(true, Ordering::Relaxed);
+        self.resyncs.stop();
         for housekeeper in std::mem::take(&mut *self.housekeepers.lock()) {
             drop(housekeeper.stop);
             let _ = housekeeper.thread.join();
@@ -299,6 +311,7 @@ impl Volume {
                         path: replica.path.clone(),
                         uuid: replica.uuid,
                         health: replicas.health(id),
+                        resync: self.resync_of(id),
                         space: replica.backing().space().ok(),
                     }
                 })
@@ -329,6 +342,7 @@ impl Volume {
 
     /// Handles of a directory on every online replica.
     fn dir(&self, dir: NodeId) -> Result<Arc<Handles>> {
+        self.resyncs.note_activity();
         if let Some(handles) = self.replicas().kept_dir(dir) {
             return Ok(handles);
         }

@@ -141,8 +141,8 @@ impl Joining<'_> {
 
     fn take(&mut self, committed: &Committed, batch: &Batch) -> Result<()> {
         let Some(writer) = &mut self.writer else { return Ok(()) };
-        let own = apply(&mut writer.db, &batch.plan())
-            .map_err(|error| name_damage(&self.file, error))?;
+        let own =
+            apply(&mut writer.db, &batch.plan()).map_err(|error| name_damage(&self.file, error))?;
         writer.in_wal += batch.count + 1;
         if own != *committed {
             return Err(self.differs());

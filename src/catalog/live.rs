@@ -124,6 +124,21 @@ impl Catalog {
         })
     }
 
+    /// Calls `f` for every live directory but the root that is in the database, with where it lies.
+    pub fn live_dirs(&self, f: &mut dyn FnMut(NodeId, NodeId, EntryName)) -> Result<()> {
+        self.shared.read(|db| {
+            let mut statement = db.prepare_cached(
+                "SELECT e.node, e.parent, e.name FROM entry e JOIN node n ON n.id = e.node \
+                 WHERE n.kind = ?1",
+            )?;
+            let mut rows = statement.query(params![Kind::Dir])?;
+            while let Some(row) = rows.next()? {
+                f(row.get(0)?, row.get(1)?, row.get(2)?);
+            }
+            Ok(())
+        })
+    }
+
     /// A symlink's target.
     pub fn symlink_target(&self, node: NodeId) -> Result<Option<Vec<u8>>> {
         if let Some(target) = self.shared.overlay(|batch| batch.symlinks.get(&node).cloned()) {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use super::{Exit, MountArgs, UmountArgs, progress};
+use super::{Exit, MountArgs, UmountArgs, progress, replica};
 use crate::daemon::{self, MountPlan};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
@@ -97,6 +97,7 @@ pub fn mount(args: MountArgs, verbose: u8) -> Result<Exit> {
     }
     daemon::log::to_stderr(verbose);
     daemon::background::start(&background_arguments(&plan, verbose))?;
+    replica::after_mount(&plan.backings)?;
     Ok(Exit::Done)
 }
 

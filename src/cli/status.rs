@@ -40,6 +40,7 @@ fn unmounted(catalog: &Catalog, backing: &std::path::Path) -> Result<StatusRepor
         error: None,
         read_errors: 0,
         write_errors: 0,
+        resync: None,
         space_bytes: space.as_ref().map_or(0, |space| space.f_blocks * space.f_frsize),
         available_bytes: space.as_ref().map_or(0, |space| space.f_bavail * space.f_frsize),
     };
@@ -81,13 +82,26 @@ fn status_text(report: &StatusReport) -> String {
         line("status", &format!("not current or not reachable: {}", names.join(", ")));
         line(
             "action",
-            "the mount goes on with the other replicas; unmount, bring the backing back, and \
-             mount with all backings again",
+            "the mount goes on with the other replicas; bring the disk back and run 'rearview \
+             replica online', or exchange it with 'rearview replica replace'",
         );
     }
     if let Some(mountpoint) = &report.mountpoint {
         line("mount", &mountpoint.shown());
     }
+    for replica in &report.replicas {
+        if let Some(scan) = scan_text(replica) {
+            line("scan", &scan);
+        }
+    }
+    out.push_str(&replicas_text(report));
+    totals_text(report, &mut out);
+    out
+}
+
+/// The table of replicas, with a blank line before and after it.
+pub(super) fn replicas_text(report: &StatusReport) -> String {
+    let mut out = String::new();
     let mut rows = vec![
         vec!["NAME", "STATE", "READ", "WRITE", "FREE", "SIZE", "SINCE"]
             .into_iter()
@@ -106,6 +120,34 @@ fn status_text(report: &StatusReport) -> String {
         }
     }
     out.push('\n');
+    out
+}
+
+/// What a resync does, as `zpool status` says it.
+fn scan_text(replica: &ReplicaReport) -> Option<String> {
+    let resync = replica.resync.as_ref()?;
+    let path = replica.path.shown();
+    let left = |secs: u64| format!("{:02}:{:02}:{:02}", secs / 3600, secs / 60 % 60, secs % 60);
+    match resync.stage.as_str() {
+        "waiting" => Some(format!("resync of {path} waits for its turn")),
+        "running" => {
+            let (done, total) = (text::size(resync.bytes), text::size(resync.bytes_total));
+            let mut scan =
+                format!("resync of {path} in progress, {done} of {total}, {} %", resync.percent);
+            if let Some(secs) = resync.left_secs {
+                scan.push_str(&format!(", {} to go", left(secs)));
+            }
+            Some(scan)
+        }
+        "retry" => {
+            let secs = resync.left_secs.unwrap_or(0);
+            Some(format!("{path} is looked at again in {}", left(secs)))
+        }
+        _ => None,
+    }
+}
+
+fn totals_text(report: &StatusReport, out: &mut String) {
     let totals = &report.totals;
     let mut line = |key: &str, value: String| out.push_str(&format!("{key:>9}: {value}\n"));
     let live = text::size(totals.live_bytes);
@@ -126,7 +168,6 @@ fn status_text(report: &StatusReport) -> String {
     }
     line("snapshots", totals.snapshots.to_string());
     line("oldest", text::local_time(&report.oldest));
-    out
 }
 
 fn replica_row(replica: &ReplicaReport) -> Vec<String> {
@@ -162,6 +203,7 @@ mod tests {
             error: (!healthy).then(|| "I/O error".to_string()),
             read_errors: 0,
             write_errors: u64::from(!healthy),
+            resync: None,
             space_bytes: 1 << 30,
             available_bytes: 1 << 20,
         };

@@ -131,6 +131,15 @@ impl Handler for Service {
         Ok(match request {
             Request::Ping => Response::Pong(self.info.clone()),
             Request::Status => Response::Status(self.status()?),
+            Request::ReplicaOnline { .. }
+            | Request::ReplicaOffline { .. }
+            | Request::ReplicaReplace { .. }
+            | Request::ReplicaAdd { .. }
+            | Request::ReplicaRemove { .. }
+            | Request::Resync => {
+                super::replica::change(self.fs.volume(), &request, &self.info)?;
+                Response::Status(self.status()?)
+            }
             Request::SnapshotCreate { name, at, automatic, tags } => {
                 self.create(name, at, automatic, tags)?
             }
@@ -223,6 +232,7 @@ fn replica_report(replica: &ReplicaStatus) -> ReplicaReport {
         error,
         read_errors: health.read_errors,
         write_errors: health.write_errors,
+        resync: replica.resync.clone().map(Into::into),
         space_bytes: space.map_or(0, |space| space.blocks.saturating_mul(space.block_bytes)),
         available_bytes: space.map_or(0, |space| space.available.saturating_mul(space.block_bytes)),
     }

@@ -333,6 +333,12 @@ impl PackStore {
         self.close(|_, pack| pack == id);
     }
 
+    /// Another backing stands for this replica from here on.
+    pub fn replica_changed(&self, id: ReplicaId) {
+        self.damages.lock().retain(|(replica, _), _| *replica != id);
+        self.close(|replica, _| replica == id);
+    }
+
     /// Closes kept files.
     fn close(&self, which: impl Fn(ReplicaId, PackId) -> bool) {
         let mut files = self.files.lock();

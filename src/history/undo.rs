@@ -25,7 +25,7 @@ use crate::catalog::{Catalog, Change, UndoFile, UndoPlace, UndoRow};
 use crate::error::{Error, Result};
 use crate::replica::backing::{Access, Backing, Handle};
 use crate::replica::{Handles, PrivateDir, ReplicaSet};
-use crate::types::{ContentId, EntryName, NodeId};
+use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use super::ranges::ByteRange;
 
@@ -83,7 +83,8 @@ fn segment_name(segment: u64) -> EntryName {
     EntryName::new(format!("{segment:016x}.seg")).expect("hex digits and a suffix")
 }
 
-fn parse_segment_name(name: &EntryName) -> Option<u64> {
+/// The number of a segment by its file's name; `None` for a name that is not ours.
+pub fn parse_segment_name(name: &EntryName) -> Option<u64> {
     let hex = std::str::from_utf8(name.as_bytes()).ok()?.strip_suffix(".seg")?;
     (hex.len() == 16).then(|| u64::from_str_radix(hex, 16).ok())?
 }
@@ -173,6 +174,18 @@ impl UndoLog {
             replicas.apply("fsync", |id, b| b.sync(full.get(id)?, true))?;
             tail.segment += 1;
             tail.end = 0;
+        }
+        Ok(())
+    }
+
+    /// A replica joined, and has the open segment: it is opened there too. Nobody appends.
+    pub fn join(&self, replicas: &ReplicaSet, id: ReplicaId) -> Result<()> {
+        let mut tail = self.tail.lock();
+        if let Some(files) = tail.files.clone() {
+            let b = replicas.get(id);
+            let dir = b.backing().open_dir(&PrivateDir::Undo.path()).map_err(Error::from_io)?;
+            let file = b.backing().open_file(&dir, &segment_name(tail.segment), Access::ReadWrite);
+            tail.files = Some(Arc::new(files.with(id, file.map_err(Error::from_io)?)));
         }
         Ok(())
     }

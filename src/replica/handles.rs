@@ -36,6 +36,22 @@ impl Handles {
         handle.ok_or_else(not_open)
     }
 
+    /// Makes the object durable on one replica. One that joined after it was opened does not have
+    /// it open, and is made durable as a whole.
+    pub fn sync(&self, id: ReplicaId, b: &dyn Backing, data_only: bool) -> io::Result<()> {
+        match self.has(id) {
+            true => b.sync(self.get(id)?, data_only),
+            false => Ok(()),
+        }
+    }
+
+    /// The same object, with its handle on a replica that joined since.
+    pub fn with(&self, id: ReplicaId, handle: Handle) -> Handles {
+        let mut handles = ReplicaMap::for_all(|own| self.0.get(own).cloned().flatten());
+        handles[id] = Some(handle);
+        Handles(handles)
+    }
+
     /// Whether there is a handle on that replica.
     pub fn has(&self, id: ReplicaId) -> bool {
         self.0.get(id).is_some_and(Option::is_some)
@@ -148,6 +164,10 @@ impl DirCache {
 
     pub(super) fn keep_private(&self, dir: PrivateDir, handles: &Arc<Handles>) {
         self.private.lock().insert(dir, handles.clone());
+    }
+
+    pub(super) fn forget_private(&self, dir: PrivateDir) {
+        let _left = self.private.lock().remove(&dir);
     }
 
     /// Forgets everything, because the replicas that take part have changed.

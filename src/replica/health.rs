@@ -11,6 +11,9 @@ use rustix::io::Errno;
 
 use crate::types::{RelPath, Timestamp};
 
+/// What [`Fault::by_hand`] is called.
+const BY_HAND: &str = "taken offline by hand";
+
 /// Why a replica was taken out of use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
@@ -30,6 +33,11 @@ impl Fault {
         Fault { op, errno, path: None, at: Timestamp::now() }
     }
 
+    /// No fault: somebody took the replica out of use.
+    pub fn by_hand() -> Fault {
+        Fault::new(BY_HAND, Errno::CANCELED)
+    }
+
     /// The same fault, on `path`.
     pub fn on(self, path: RelPath) -> Fault {
         Fault { path: Some(path), ..self }
@@ -38,6 +46,9 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.op == BY_HAND {
+            return f.write_str(BY_HAND);
+        }
         write!(f, "{} failed", self.op)?;
         if let Some(path) = &self.path {
             write!(f, " on {path}")?;

@@ -23,6 +23,8 @@ pub struct Copier<'a> {
     source: &'a Site,
     target: &'a Site,
     progress: &'a Progress,
+    /// The source is in use: a file may shrink under our hands.
+    changing: bool,
     scratch: Handle,
     number: u64,
     bytes_written: u64,
@@ -45,12 +47,19 @@ impl<'a> Copier<'a> {
             source,
             target,
             progress,
+            changing: false,
             scratch,
             number: 0,
             bytes_written: 0,
             buffer: vec![0; COPY_BYTES],
             other: Vec::new(),
         })
+    }
+
+    /// For a source that is in use: what changes meanwhile is told by [`has_changed`].
+    pub fn of_changing(mut self) -> Copier<'a> {
+        self.changing = true;
+        self
     }
 
     /// Bytes of file contents written so far.
@@ -165,6 +174,9 @@ impl<'a> Copier<'a> {
     }
 
     fn changed<T>(&self, path: &RelPath) -> Result<T> {
+        if self.changing {
+            return Err(io::Error::from(Errno::STALE)).context("copy", self.source.at(path));
+        }
         Err(Error::Refused(format!(
             "{} is being changed by another program while it is copied: close that program and \
              mount again",
@@ -217,16 +229,15 @@ impl<'a> Copier<'a> {
     /// Whether a file has the same bytes on both backings.
     pub fn same_bytes(
         &mut self,
-        from: &Handle,
-        to: &Handle,
+        (from, from_name): (&Handle, &EntryName),
+        (to, to_name): (&Handle, &EntryName),
         dir: &RelPath,
-        name: &EntryName,
     ) -> Result<bool> {
-        let path = dir.join(name);
+        let path = dir.join(from_name);
         let (source, target) = (self.source, self.target);
-        let a = source.backing.open_file(from, name, Access::Read);
+        let a = source.backing.open_file(from, from_name, Access::Read);
         let a = a.context("open", source.at(&path))?;
-        let b = target.backing.open_file(to, name, Access::Read);
+        let b = target.backing.open_file(to, to_name, Access::Read);
         let b = b.context("open", target.at(&path))?;
         self.other.resize(COPY_BYTES, 0);
         let mut offset = 0;
@@ -273,4 +284,22 @@ pub fn blame(target: &Site, action: &'static str, path: &RelPath, error: io::Err
         ));
     }
     Error::Io { action, path: shown, source: error }
+}
+
+/// Whether an error only says that something of `source`, which is in use, went or was changed
+/// while it was looked at.
+pub fn has_changed(source: &Site, error: &Error) -> bool {
+    let gone = |errno| matches!(errno, Some(Errno::NOENT | Errno::STALE | Errno::NOTDIR));
+    match error {
+        Error::Posix(errno) => gone(Some(*errno)),
+        Error::Io { path, source: error, .. } => {
+            let changed = gone(Errno::from_io_error(error))
+                || matches!(
+                    Errno::from_io_error(error),
+                    Some(Errno::LOOP | Errno::INVAL | Errno::ISDIR)
+                );
+            path.starts_with(&source.path) && changed
+        }
+        _ => false,
+    }
 }

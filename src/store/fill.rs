@@ -15,9 +15,11 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use crate::catalog::Catalog;
 use crate::error::{Error, IoContext, Result};
 use crate::progress::Progress;
 use crate::replica::backing::{Handle, Stat};
+use crate::store::CATALOG_FILE;
 use crate::store::copy::{Copier, blame};
 use crate::store::import::count_words;
 use crate::store::quarantine::Quarantine;
@@ -25,7 +27,7 @@ use crate::store::site::{Object, Site, is_other_mount, own_creds};
 use crate::types::{EntryName, Kind, RelPath, Timestamp};
 
 mod estimate;
-mod history;
+pub(crate) mod history;
 
 pub use estimate::quick_equal;
 
@@ -199,7 +201,16 @@ impl<'a> Fill<'a> {
                 Step::Leave(path) => self.finish_dir(&path)?,
             }
         }
-        history::fill(self.source, self.target, &mut self.copier, &mut self.quarantine)?;
+        // One that cannot be asked (it is of an older version) has forgotten nothing yet.
+        let catalog = Catalog::open_read_only(&self.source.private_path(CATALOG_FILE)).ok();
+        let history = history::History {
+            source: self.source,
+            target: self.target,
+            catalog: catalog.as_ref(),
+            changing: false,
+            packs: true,
+        };
+        history.fill(&mut self.copier, &mut self.quarantine)?;
         self.target.backing.sync_all().context("make durable", &self.target.path)?;
         self.report.bytes = self.copier.bytes_written();
         self.report.quarantined = self.quarantine.count();
@@ -291,7 +302,7 @@ impl<'a> Fill<'a> {
             let free = present.stat.nlink <= 1 || self.taken.insert(present.stat.ino);
             if free && same_content(object, present) {
                 let equal = !self.is_suspect(&object.stat, &present.stat)
-                    || self.copier.same_bytes(from, to, dir, name)?;
+                    || self.copier.same_bytes((from, name), (to, name), dir)?;
                 if equal {
                     return self.adjust(to, &path, name, object, present);
                 }

@@ -154,7 +154,7 @@ fn check_no_remains(site: &Site) -> Result<()> {
     Ok(())
 }
 
-fn check_apart(one: &Candidate, other: &Candidate) -> Result<()> {
+pub(super) fn check_apart(one: &Candidate, other: &Candidate) -> Result<()> {
     let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
     let same = one.path == other.path
         || identity(&one.path).is_some_and(|own| identity(&other.path) == Some(own));

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::lineage::{self, Standing, Verdict};
 use super::marker::{CleanMark, Marker, PeerState, Phase};
 use super::site::{self, Site};
-use super::{CATALOG_FILE, Member, Recover, fill, import, replica_set};
+use super::{CATALOG_FILE, Member, OpenOptions, Recover, fill, import, replica_set};
 use crate::catalog::{Catalog, Durability, Head};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
@@ -35,7 +35,7 @@ fn judge(members: &[Member], heads: &[Option<Head>]) -> Verdict {
 
 /// Whether a replica went on without another: it says so, or it has given the other up, which still
 /// knows it. For a peer is forgotten only when another takes its place.
-fn holds_stale(own: &Marker, other: &Marker) -> bool {
+pub(super) fn holds_stale(own: &Marker, other: &Marker) -> bool {
     match own.peer(other.replica) {
         Some(peer) => peer.state == PeerState::Stale,
         None => {
@@ -45,13 +45,14 @@ fn holds_stale(own: &Marker, other: &Marker) -> bool {
     }
 }
 
-/// Finds the winner, finishes what the last mount left of it, and makes the others equal to it.
+/// Finds the winner, finishes what the last mount left of it, and makes the others equal to it,
+/// unless they are to be resynced later. Returns the winner, and who is.
 pub(super) fn settle(
     members: &mut [Member],
     recover: Recover<'_>,
-    exclude: &Arc<Patterns>,
+    options: &OpenOptions,
     progress: &Progress,
-) -> Result<usize> {
+) -> Result<(usize, Vec<bool>)> {
     let mut heads: Vec<Option<Head>> = members.iter().map(Member::head).collect();
     loop {
         let verdict = judge(members, &heads);
@@ -59,7 +60,7 @@ pub(super) fn settle(
             Verdict::Winner { winner, .. } => Some(*winner),
             _ => None,
         };
-        match (settle_by(members, verdict, &heads, recover, exclude, progress), winner) {
+        match (settle_by(members, verdict, &heads, recover, options, progress), winner) {
             // Damage that shows only now: whoever else has a whole catalog wins instead.
             (Err(error), Some(winner))
                 if is_catalog_damage(&error) && has_other_head(members, &heads, winner) =>
@@ -94,9 +95,10 @@ fn settle_by(
     verdict: Verdict,
     heads: &[Option<Head>],
     recover: Recover<'_>,
-    exclude: &Arc<Patterns>,
+    options: &OpenOptions,
     progress: &Progress,
-) -> Result<usize> {
+) -> Result<(usize, Vec<bool>)> {
+    let exclude = &options.exclude;
     let shown = |index: usize| members[index].site.path.display();
     let (winner, current) = match verdict {
         Verdict::Winner { winner, current, clean: true } => (winner, current),
@@ -140,8 +142,22 @@ fn settle_by(
             });
         }
     };
-    fill_others(members, winner, &current, heads, progress)?;
-    Ok(winner)
+    let mut behind = vec![false; members.len()];
+    let mut equal = current.clone();
+    if options.resync_later {
+        for index in (0..members.len()).filter(|&index| !current[index]) {
+            behind[index] = is_behind(&members[winner].marker, &members[index], &heads[index]);
+            equal[index] = behind[index];
+        }
+    }
+    fill_others(members, winner, &equal, heads, progress)?;
+    Ok((winner, behind))
+}
+
+/// Whether a replica missed changes, so that it has to be resynced; otherwise it took part until
+/// the store's last end and differs by what was in flight then.
+fn is_behind(winner: &Marker, member: &Member, head: &Option<Head>) -> bool {
+    member.marker.phase != Phase::Ok || head.is_none() || holds_stale(winner, &member.marker)
 }
 
 /// The backings of all members but one.

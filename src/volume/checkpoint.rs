@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::error::Result;
 use crate::replica::intent::{Base, Dirty};
@@ -67,6 +67,11 @@ impl Volume {
         book.carried = intents.recorded();
         book.told = None;
         Ok(())
+    }
+
+    /// Waits until no checkpoint runs; none begins before the guard is dropped.
+    pub(super) fn hold_checkpoints(&self) -> MutexGuard<'_, ()> {
+        self.checkpoints.running.lock()
     }
 
     /// What is changed and not sealed, or a directory's new times, will be recorded by a later

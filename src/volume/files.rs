@@ -75,6 +75,7 @@ impl Volume {
         state: &mut State,
         access: Access,
     ) -> Result<()> {
+        self.resyncs.note_activity();
         let open = state.open.as_mut().expect("the caller made the open state");
         match access {
             Access::ReadWrite if open.write.is_none() => {
@@ -513,7 +514,7 @@ impl Volume {
             }
         };
         if let Some(handles) = handles {
-            self.replicas().apply("fsync", |id, b| b.sync(handles.get(id)?, data_only))?;
+            self.replicas().apply("fsync", |id, b| handles.sync(id, b, data_only))?;
         }
         self.barrier()
     }

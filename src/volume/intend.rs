@@ -79,6 +79,40 @@ impl Volume {
     }
 }
 
+/// Tells again and again what was dirtied since the last time.
+pub(super) struct Tracker<'a> {
+    volume: &'a Volume,
+    epoch: Epoch,
+}
+
+impl Drop for Tracker<'_> {
+    fn drop(&mut self) {
+        self.volume.forget_epochs(None);
+    }
+}
+
+impl Volume {
+    /// A tracker of what is dirtied from now on: what was dirtied before is done. One at a time.
+    pub(super) fn track_dirty(&self) -> Tracker<'_> {
+        let epoch = self.open_epoch();
+        self.drain_epochs(epoch);
+        Tracker { volume: self, epoch }
+    }
+}
+
+impl Tracker<'_> {
+    /// What was dirtied since the last call, by operations that have ended. Not to be called with a
+    /// lock that an operation takes, unless none can be running.
+    pub fn next(&mut self) -> DirtySet {
+        let next = self.volume.open_epoch();
+        self.volume.drain_epochs(next);
+        let set = self.volume.dirty_since(self.epoch);
+        self.volume.forget_epochs(Some(next));
+        self.epoch = next;
+        set
+    }
+}
+
 /// What a change of a node's attributes dirties.
 pub(super) fn dirty(node: &Node) -> Dirty {
     match node.kind {

@@ -488,7 +488,7 @@ impl Volume {
     pub fn fsync_dir(&self, node: &Arc<Node>) -> Result<()> {
         if !node.lock().orphan {
             let dir = self.dir(node.id)?;
-            self.replicas().apply("fsync", |id, b| b.sync(dir.get(id)?, false))?;
+            self.replicas().apply("fsync", |id, b| dir.sync(id, b, false))?;
         }
         self.barrier()
     }

@@ -241,6 +241,17 @@ impl Nodes {
         shard.entry(id).or_insert_with(|| self.make(id, kind, Place::Unknown)).clone()
     }
 
+    /// The nodes that are open. Their locks are taken one after another.
+    pub fn open_ones(&self) -> Vec<Arc<Node>> {
+        let is_open = |node: &&Arc<Node>| node.kind == Kind::File && node.lock().open.is_some();
+        let mut open = Vec::new();
+        for shard in &self.shards {
+            let all: Vec<Arc<Node>> = shard.lock().values().cloned().collect();
+            open.extend(all.iter().filter(is_open).cloned());
+        }
+        open
+    }
+
     /// Takes back `count` lookups and drops the node if nobody uses it any more.
     pub fn forget(&self, id: NodeId, count: u64) {
         if id == NodeId::ROOT {

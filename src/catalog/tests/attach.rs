@@ -20,11 +20,8 @@ fn add(catalog: &Catalog, id: u64) {
 #[test]
 fn a_catalog_joins_while_the_others_are_written_and_is_equal_to_them() {
     let scratch = Scratch::new(3);
-    let files = ReplicaMap::new(vec![
-        Some(scratch.files[0].clone()),
-        Some(scratch.files[1].clone()),
-        None,
-    ]);
+    let files =
+        ReplicaMap::new(vec![Some(scratch.files[0].clone()), Some(scratch.files[1].clone()), None]);
     let catalog = Catalog::open(files, true).unwrap();
     catalog.push(vec![Change::NodePut(dir(1))]).unwrap();
     (2..60_000).for_each(|id| add(&catalog, id));
@@ -57,7 +54,8 @@ fn a_catalog_joins_while_the_others_are_written_and_is_equal_to_them() {
     add(&catalog, 1_000_000);
     catalog.close().unwrap();
     assert_eq!(catalog.failed_replicas(), []);
-    let heads: Vec<Head> = scratch.files.iter().map(|file| Catalog::inspect(file).unwrap()).collect();
+    let heads: Vec<Head> =
+        scratch.files.iter().map(|file| Catalog::inspect(file).unwrap()).collect();
     assert!(heads.iter().all(|head| *head == heads[0]), "{heads:?}");
 }
 

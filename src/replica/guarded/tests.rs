@@ -25,9 +25,11 @@ fn guarded(dir: &TempDir) -> Guarded {
 fn hanging(dir: &TempDir, op: &'static str) -> (Guarded, Sender<Option<Injected>>) {
     let (go_on, resume): (Sender<_>, Receiver<Option<Injected>>) = unbounded();
     let inner = Box::new(DirBacking::open(dir.path()).expect("open"));
-    let plan = Arc::new(move |call: crate::replica::faulty::Call<'_>| {
-        if call.op == op { resume.recv().ok().flatten() } else { None }
-    });
+    let plan = Arc::new(
+        move |call: crate::replica::faulty::Call<'_>| {
+            if call.op == op { resume.recv().ok().flatten() } else { None }
+        },
+    );
     (Guarded::new(Box::new(Faulty::new(inner, plan)), TIMEOUT), go_on)
 }
 

@@ -9,59 +9,116 @@ use std::collections::BTreeMap;
 use crate::catalog::{Catalog, Whereabouts};
 use crate::error::{IoContext, Result};
 use crate::history;
-use crate::store::CATALOG_FILE;
-use crate::store::copy::{Copier, blame};
+use crate::replica::backing::Handle;
+use crate::store::copy::{Copier, blame, has_changed};
 use crate::store::quarantine::Quarantine;
 use crate::store::site::{Site, own_creds, private};
 use crate::types::{EntryName, Kind, RelPath};
 
 const UNDO: &str = "undo";
-const DIRS: [&str; 3] = ["preserved", UNDO, "packs"];
+const PACKS: &str = "packs";
+const DIRS: [&str; 3] = ["preserved", UNDO, PACKS];
 
-/// Makes the target's history files equal to the source's. What differs goes to quarantine, except
-/// what the source had too and has packed or forgotten since: the target's catalog is older than
-/// the source's, so nothing is in there that the source does not know of.
-pub fn fill(
-    source: &Site,
-    target: &Site,
-    copier: &mut Copier<'_>,
-    quarantine: &mut Quarantine<'_>,
-) -> Result<()> {
-    // One that cannot be asked (it is of an older version) has forgotten nothing yet.
-    let catalog = Catalog::open_read_only(&source.private_path(CATALOG_FILE)).ok();
-    for (path, is_undo) in dirs(source, target)? {
-        make_dir(target, &path)?;
-        make_dir(source, &path)?;
-        let from = source.dir(&path)?;
-        let to = target.dir(&path)?;
-        let present = files(target, &path)?;
-        let wanted = files(source, &path)?;
+/// The history files of two backings, one of which is to get what the other has.
+pub struct History<'a> {
+    /// What has them all.
+    pub source: &'a Site,
+    /// What is to get them.
+    pub target: &'a Site,
+    /// The source's catalog, if it can be asked.
+    pub catalog: Option<&'a Catalog>,
+    /// The source is in use: files come and go meanwhile.
+    pub changing: bool,
+    /// Packs, too.
+    pub packs: bool,
+}
+
+impl History<'_> {
+    /// Makes the target's history files equal to the source's. What differs goes to quarantine,
+    /// except what the source had too and has packed or forgotten since: the target's catalog is
+    /// older than the source's, so nothing is in there that the source does not know of.
+    pub fn fill(&self, copier: &mut Copier<'_>, quarantine: &mut Quarantine<'_>) -> Result<()> {
+        let packs = private(PACKS);
+        for (path, is_undo) in dirs(self.source, self.target)? {
+            if !self.packs && path.names().starts_with(packs.names()) {
+                continue;
+            }
+            self.fill_dir(&path, is_undo, copier, quarantine)?;
+        }
+        Ok(())
+    }
+
+    fn fill_dir(
+        &self,
+        path: &RelPath,
+        is_undo: bool,
+        copier: &mut Copier<'_>,
+        quarantine: &mut Quarantine<'_>,
+    ) -> Result<()> {
+        let (source, target) = (self.source, self.target);
+        make_dir(target, path)?;
+        make_dir(source, path)?;
+        let from = source.dir(path)?;
+        let to = target.dir(path)?;
+        let present = files(target, path)?;
+        let wanted = files(source, path)?;
         for name in present.keys().filter(|name| !wanted.contains_key(*name)) {
-            if catalog.as_ref().map_or(Ok(false), |catalog| is_over(catalog, name))? {
+            if self.catalog.map_or(Ok(false), |catalog| is_over(catalog, name))? {
                 let removed = target.backing.unlink(&to, name);
                 removed.context("remove", target.at(&path.join(name)))?;
-            } else {
-                quarantine.take(&to, &path, name)?;
+            } else if !self.changing {
+                quarantine.take(&to, path, name)?;
             }
         }
         for (name, size) in &wanted {
             let equal_size = present.get(name) == Some(size);
-            if equal_size && (!is_undo || copier.same_bytes(&from, &to, &path, name)?) {
+            let same = equal_size && (!is_undo || self.same(copier, (&from, &to), path, name)?);
+            if same {
                 continue;
             }
-            let Some(object) = source.object(&from, &path, name)? else { continue };
-            let made = copier.make(&from, &path, name, &object)?;
-            if present.contains_key(name) {
-                quarantine.take(&to, &path, name)?;
+            let made = source.object(&from, path, name).and_then(|object| {
+                object.map(|object| copier.make(&from, path, name, &object)).transpose()
+            });
+            let made = match made {
+                Ok(Some(made)) => made,
+                Ok(None) => continue,
+                // It was packed or forgotten meanwhile, or it grows: the next look finds it.
+                Err(error) if self.changing && has_changed(source, &error) => continue,
+                Err(error) => return Err(error),
+            };
+            match present.contains_key(name) {
+                // A segment that grows is copied again and again.
+                true if is_undo && self.changing => {
+                    let removed = target.backing.unlink(&to, name);
+                    removed.context("remove", target.at(&path.join(name)))?;
+                }
+                true => quarantine.take(&to, path, name)?,
+                false => {}
             }
             copier.place(&made, &to, &path.join(name), name)?;
         }
+        Ok(())
     }
-    Ok(())
+
+    fn same(
+        &self,
+        copier: &mut Copier<'_>,
+        (from, to): (&Handle, &Handle),
+        path: &RelPath,
+        name: &EntryName,
+    ) -> Result<bool> {
+        match copier.same_bytes((from, name), (to, name), path) {
+            Err(error) if self.changing && has_changed(self.source, &error) => Ok(true),
+            other => other,
+        }
+    }
 }
 
-/// Whether a preserved file or a pack is one that the catalog has no use for any more.
+/// Whether a preserved file, a segment or a pack is one that the catalog has no use for any more.
 fn is_over(catalog: &Catalog, name: &EntryName) -> Result<bool> {
+    if let Some(segment) = history::undo::parse_segment_name(name) {
+        return Ok(!catalog.needs_segment(segment)?);
+    }
     if let Some((_, content)) = history::parse_preserved_name(name) {
         let whereabouts = catalog.whereabouts(content)?;
         return Ok(matches!(whereabouts, Whereabouts::Elsewhere | Whereabouts::Forgotten));
@@ -135,8 +192,11 @@ fn files(site: &Site, path: &RelPath) -> Result<BTreeMap<EntryName, u64>> {
     let mut found = BTreeMap::new();
     for entry in site.backing.list(&dir).context("list", site.at(path))? {
         if entry.kind != Kind::Dir {
-            let stat = site.backing.stat_at(&dir, &entry.name);
-            let stat = stat.context("look at", site.at(&path.join(&entry.name)))?;
+            let stat = match site.backing.stat_at(&dir, &entry.name) {
+                // It went between the two looks.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                other => other.context("look at", site.at(&path.join(&entry.name)))?,
+            };
             found.insert(entry.name, stat.size);
         }
     }

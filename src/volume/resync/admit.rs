@@ -1,0 +1,173 @@
+//! The last round: with operations stopped, what little differs is made equal, the catalog joins,
+//! and the replica is in use.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::catalog::{Durability, Joining};
+use crate::error::{Error, Result};
+use crate::history::{OWN, preserved_dir, preserved_name};
+use crate::replica::Handles;
+use crate::replica::backing::{Access, Backing, Handle};
+use crate::store::copy::Copier;
+use crate::store::fill::history::History as HistoryFiles;
+use crate::store::quarantine::Quarantine;
+use crate::types::{ContentId, EntryName};
+
+use super::super::nodes::{Node, State};
+use super::Rounds;
+use super::mirror::Mirror;
+use crate::replica::PrivateDir;
+
+/// How long the last round waits for running operations before it lets others pass again.
+const CUT_WAIT: Duration = Duration::from_millis(500);
+/// An orphan that no replica's tree has is copied in pieces of this size.
+const ORPHAN_BYTES: usize = 1 << 20;
+
+impl Rounds<'_> {
+    /// Does the last round and takes the replica into use.
+    pub(super) fn finish(&mut self, mut joining: Joining<'_>) -> Result<()> {
+        let (volume, id) = (self.volume, self.arrival.id);
+        loop {
+            // Nothing is packed, swept, healed or checkpointed meanwhile. These come before `cut`:
+            // who has `cut` waits for them for a while only.
+            let _alone = volume.maintenance.lock();
+            let _no_checkpoint = volume.hold_checkpoints();
+            volume.history.undo().rotate(volume.replicas())?;
+            self.history(true)?;
+            joining.catch_up()?;
+            self.progress.advance(0, 0)?;
+            let Some(_cut) = volume.cut.try_write_for(CUT_WAIT) else { continue };
+            let begun = Instant::now();
+            self.gauge.hurry.store(true, Ordering::Relaxed);
+            let outcome = self.admit(joining);
+            self.gauge.hurry.store(false, Ordering::Relaxed);
+            let stall = begun.elapsed();
+            log::info!("operations waited {} ms for the end of a resync", stall.as_millis());
+            outcome?;
+            break;
+        }
+        // If we die before its marker says so, it is no whole copy and is resynced again.
+        self.sync_all()?;
+        volume.catalog().flush(Durability::Durable)?;
+        volume.store.joined(id)
+    }
+
+    /// With `cut` and `maintenance` held.
+    fn admit(&mut self, joining: Joining<'_>) -> Result<()> {
+        let (volume, id) = (self.volume, self.arrival.id);
+        let set = self.next_set();
+        self.last_copy(&set)?;
+        let opened = volume.open_on_newcomer(id)?;
+        volume.history.join(volume.replicas(), id)?;
+        volume.join_log(id)?;
+        joining.attach(id)?;
+        // From here on nothing can fail.
+        volume.replicas().admit(id);
+        for (node, handle) in opened {
+            if let Some(open) = node.lock().open.as_mut()
+                && let Some(write) = &open.write
+            {
+                open.write = Some(Arc::new(write.with(id, handle)));
+            }
+        }
+        Ok(())
+    }
+
+    fn last_copy(&mut self, set: &crate::replica::intent::DirtySet) -> Result<()> {
+        let source = self.source()?;
+        let sides = (&source, &self.target);
+        let since = self.arrival.apart_since;
+        let mut mirror = Mirror::new(self.volume, sides, &mut self.places, self.progress, since)?;
+        mirror.set(set)?;
+        mirror.clear_aside()?;
+        let mut copied = mirror.copier.bytes_written();
+        let mut copier = Copier::new(&source, &self.target, self.progress)?;
+        let mut quarantine = Quarantine::new(&self.target);
+        let catalog = Some(self.volume.catalog());
+        let files = HistoryFiles {
+            source: &source,
+            target: &self.target,
+            catalog,
+            changing: false,
+            packs: false,
+        };
+        files.fill(&mut copier, &mut quarantine)?;
+        copied += copier.bytes_written();
+        self.gauge.copied.fetch_add(copied, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl super::Volume {
+    /// Opens what is open for writing on a replica that is about to join.
+    fn open_on_newcomer(&self, id: crate::types::ReplicaId) -> Result<Vec<(Arc<Node>, Handle)>> {
+        let replica = self.replicas().get(id);
+        let backing = replica.backing();
+        let mut opened = Vec::new();
+        for node in self.nodes.open_ones() {
+            let state = node.lock();
+            let write = state.open.as_ref().and_then(|open| open.write.clone());
+            let Some(write) = write else { continue };
+            let handle = match state.orphan {
+                true => self.open_orphan(&node, &state, &write, backing)?,
+                false => {
+                    let Some((parent, name)) = node.place(self.catalog())? else { continue };
+                    let path = self.path_of(parent)?;
+                    open_at(backing, &path, &name)?
+                }
+            };
+            drop(state);
+            opened.push((node, handle));
+        }
+        Ok(opened)
+    }
+
+    /// An orphan lies in `preserved/`, or in no directory at all: then it is copied.
+    fn open_orphan(
+        &self,
+        node: &Node,
+        state: &State,
+        write: &Handles,
+        backing: &dyn Backing,
+    ) -> Result<Handle> {
+        let content = state.open.as_ref().map_or(ContentId::EMPTY, |open| open.sealed.content);
+        let (dir, name) = (preserved_dir(node.id).path(), preserved_name(node.id, content));
+        if content != ContentId::EMPTY
+            && let Ok(handle) = open_at(backing, &dir, &name)
+        {
+            return Ok(handle);
+        }
+        let own = EntryName::new("orphan").expect("letters");
+        let make = || -> std::io::Result<Handle> {
+            let tmp = backing.open_dir(&PrivateDir::Tmp.path())?;
+            let _ = backing.unlink(&tmp, &own);
+            let file = backing.create(&tmp, &own, 0o600, OWN)?;
+            backing.unlink(&tmp, &own)?;
+            Ok(file)
+        };
+        let file = make().map_err(Error::from_io)?;
+        let mut buffer = vec![0; ORPHAN_BYTES];
+        let mut offset = 0;
+        loop {
+            let read = |id, b: &dyn Backing| b.read_at(write.get(id)?, &mut buffer, offset);
+            let got = self.replicas().read("read", read)?;
+            backing.write_at(&file, &buffer[..got], offset).map_err(Error::from_io)?;
+            offset += got as u64;
+            if got < ORPHAN_BYTES {
+                return Ok(file);
+            }
+        }
+    }
+}
+
+fn open_at(
+    backing: &dyn Backing,
+    path: &crate::types::RelPath,
+    name: &EntryName,
+) -> Result<Handle> {
+    let opened =
+        backing.open_dir(path).and_then(|dir| backing.open_file(&dir, name, Access::ReadWrite));
+    opened.map_err(Error::from_io)
+}
