@@ -18,7 +18,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{ReentrantMutex, RwLock};
@@ -30,8 +30,9 @@ use crate::types::{NodeId, REPLICAS_MAX, RelPath, ReplicaId, ReplicaMap, Timesta
 use backing::{Backing, Handle, Space};
 use guarded::{CALL_TIMEOUT, Guarded};
 use handles::DirCache;
-use health::{Meaning, Record, errno_of, meaning};
+use health::{Meaning, Record, errno_of, is_out_of_files, meaning};
 use room::Room;
+use verdict::{Nature, Verdict};
 
 pub mod backing;
 pub mod dir_backing;
@@ -41,9 +42,12 @@ pub mod handles;
 pub mod health;
 pub mod intent;
 mod room;
+mod together;
+mod verdict;
 
 pub use handles::{Handles, PrivateDir};
 pub use health::{Fault, Health, State};
+pub use together::SyncAll;
 
 /// The unit in which [`ReplicaSet::space`] counts blocks, in bytes.
 const SPACE_BLOCK_BYTES: u64 = 4096;
@@ -144,17 +148,12 @@ pub struct ReplicaSet {
     /// How many ejections are under way: see [`ReplicaSet::settle`].
     ejections: AtomicUsize,
     hooks: RwLock<Vec<FaultHook>>,
-    dirs: DirCache,
+    /// See [`ReplicaSet::is_doubtful`].
+    doubtful: AtomicBool,
+    /// The fewest replicas in use with which anything is changed.
+    required: AtomicUsize,
+    dirs: Arc<DirCache>,
     room: Room,
-}
-
-/// How the failure of a later replica is judged once an earlier one has succeeded.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Nature {
-    /// The backing has changed: whoever did not follow is out.
-    Change,
-    /// Nothing has changed: a shortage of ours is the answer and nobody's fault.
-    Open,
 }
 
 impl ReplicaSet {
@@ -177,7 +176,9 @@ impl ReplicaSet {
             ejecting: ReentrantMutex::new(()),
             ejections: AtomicUsize::new(0),
             hooks: RwLock::default(),
-            dirs: DirCache::new(count),
+            doubtful: AtomicBool::new(false),
+            required: AtomicUsize::new(1),
+            dirs: Arc::new(DirCache::new(count)),
             room: Room::new(),
         }
     }
@@ -275,6 +276,18 @@ impl ReplicaSet {
         self.run(op, Nature::Change, f)
     }
 
+    /// [`ReplicaSet::apply`] of an operation that owns what it needs. It is handed over as a whole,
+    /// which for what is done often is a multiple faster.
+    pub fn change<T: Send + 'static>(
+        &self,
+        op: &'static str,
+        f: impl Fn(ReplicaId, &dyn Backing) -> io::Result<T> + Send + Sync + 'static,
+    ) -> Result<Answers<T>> {
+        let online: Vec<_> = self.online().map(|id| (id, self.get(id))).collect();
+        let verdict = Verdict::new(Nature::Change);
+        self.judge(op, guarded::relay(op, &online, verdict, &self.dirs, f)?)
+    }
+
     /// Runs an operation that changes nothing but must work on every online replica, as opening a
     /// file. As [`ReplicaSet::apply`], except that running out of file descriptors or memory at any
     /// of them is the answer and ejects nobody.
@@ -292,46 +305,81 @@ impl ReplicaSet {
         nature: Nature,
         mut f: impl FnMut(ReplicaId, &dyn Backing) -> io::Result<T>,
     ) -> Result<Answers<T>> {
-        let mut answers = ReplicaMap::for_all(|_| None);
-        let mut succeeded = false;
-        let mut failed: Vec<(ReplicaId, Errno)> = Vec::new();
+        let mut verdict = Verdict::new(nature);
         for id in self.online() {
-            let mut result = f(id, self.get(id).backing());
-            if result.as_ref().is_err_and(|error| out_of_files(errno_of(error))) {
+            let replica = self.get(id);
+            let mut result = f(id, replica.backing());
+            if result.as_ref().is_err_and(is_out_of_files) {
                 // Rather than lose a replica to our own thrift, we give back what is only kept.
                 self.dirs.shrink();
-                result = f(id, self.get(id).backing());
+                let _ = replica.backing.close_left();
+                result = f(id, replica.backing());
             }
-            let errno = match result {
-                Ok(answer) => {
-                    answers[id] = Some(answer);
-                    succeeded = true;
-                    continue;
-                }
-                Err(error) => errno_of(&error),
-            };
-            match (meaning(errno), nature) {
-                (Meaning::Answer | Meaning::Shortage, _) if !succeeded => return Err(errno.into()),
-                (Meaning::Shortage, Nature::Open) => return Err(errno.into()),
-                _ => failed.push((id, errno)),
-            }
+            verdict.take(id, result)?;
         }
-        if !succeeded {
+        self.judge(op, verdict)
+    }
+
+    /// Takes those out of use that failed where another succeeded, and gives the answer.
+    fn judge<T>(&self, op: &'static str, verdict: Verdict<T>) -> Result<Answers<T>> {
+        let failed = verdict.failed().inspect_err(|_| {
             log::error!("{op} failed on every replica");
-            return Err(Errno::IO.into());
-        }
-        for (id, errno) in failed {
+            // It may have been done in part, and differently.
+            self.doubtful.store(true, Ordering::Relaxed);
+        })?;
+        for &(id, errno) in failed {
             self.records[id].count_write_error();
-            self.eject(id, Fault::new(op, errno));
+            self.eject(id, self.fault(id, op, errno));
         }
         self.settle();
         // Another thread may have lost the very replica that succeeded here, and left us with one
         // that did not: nobody online has the change then.
-        if !answers.iter().any(|(id, answer)| answer.is_some() && self.is_online(id)) {
+        let answers = Answers(verdict.answers);
+        if !answers.iter().any(|(id, _)| self.is_online(id)) {
             log::error!("{op}: the only replica it succeeded on is out of use");
+            self.doubtful.store(true, Ordering::Relaxed);
             return Err(Errno::IO.into());
         }
-        Ok(Answers(answers))
+        Ok(answers)
+    }
+
+    /// A fault of this moment, with the path on which that replica failed last.
+    fn fault(&self, id: ReplicaId, op: &'static str, errno: Errno) -> Fault {
+        let fault = Fault::new(op, errno);
+        match self.get(id).backing.last_failure() {
+            Some(Fault { errno: last, path: Some(path), .. }) if last == errno => fault.on(path),
+            _ => fault,
+        }
+    }
+
+    /// Whether an operation may have been done in part on the replicas that are in use, so that
+    /// only a comparison can tell whether they are equal: the store must not be called clean.
+    pub fn is_doubtful(&self) -> bool {
+        self.doubtful.load(Ordering::Relaxed)
+    }
+
+    /// Asks for so many replicas in use, below which nothing is changed any more.
+    pub fn require(&self, count: usize) {
+        self.required.store(count, Ordering::Relaxed);
+    }
+
+    /// Fails with `EROFS` while fewer replicas are in use than required. To be asked before a
+    /// change begins; one that has begun when a replica is lost is finished on the others.
+    pub fn check_writable(&self) -> Result<()> {
+        if self.online().count() < self.required.load(Ordering::Relaxed) {
+            return Err(Errno::ROFS.into());
+        }
+        Ok(())
+    }
+
+    /// The calls that failed by a replica's fault, the oldest first: the last ones for each path.
+    pub fn failures(&self, id: ReplicaId) -> Vec<Fault> {
+        self.get(id).backing.failures()
+    }
+
+    /// Counts a piece of data that a replica gave wrong: its checksum differs.
+    pub fn count_checksum_error(&self, id: ReplicaId) {
+        self.records[id].count_checksum_error();
     }
 
     /// Waits until nobody is being ejected. An operation that began after a replica was struck off
@@ -434,6 +482,7 @@ impl ReplicaSet {
         let mask = self.online.load(Ordering::Acquire);
         let replica = self.get(id);
         if mask == bit(id) {
+            self.doubtful.store(true, Ordering::Relaxed);
             log::error!(
                 "{}: {fault}. It is the last replica and stays in use; check its disk at once",
                 replica.path.display()
@@ -500,10 +549,6 @@ impl ReplicaSet {
             self.online().filter_map(|id| self.get(id).backing().space().ok()).collect();
         if spaces.is_empty() { Err(Errno::IO.into()) } else { Ok(spaces) }
     }
-}
-
-fn out_of_files(errno: Errno) -> bool {
-    matches!(errno, Errno::MFILE | Errno::NFILE)
 }
 
 /// A replica's bit in a mask.

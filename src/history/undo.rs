@@ -171,7 +171,7 @@ impl UndoLog {
     pub fn rotate(&self, replicas: &ReplicaSet) -> Result<()> {
         let mut tail = self.tail.lock();
         if let Some(full) = tail.files.take() {
-            replicas.apply("fsync", |id, b| b.sync(full.get(id)?, true))?;
+            replicas.sync(&full, true)?;
             tail.segment += 1;
             tail.end = 0;
         }
@@ -292,7 +292,7 @@ impl UndoLog {
     fn begin_segment(&self, replicas: &ReplicaSet, tail: &mut Tail) -> Result<()> {
         if let Some(full) = tail.files.take() {
             // Its last records must not be forgotten by later group syncs of the next segment.
-            replicas.apply("fsync", |id, b| b.sync(full.get(id)?, true))?;
+            replicas.sync(&full, true)?;
             tail.segment += 1;
         }
         let dir = replicas.private(PrivateDir::Undo)?;
@@ -329,9 +329,7 @@ impl UndoLog {
             (tail.position, tail.files.clone())
         };
         let outcome = match files {
-            Some(files) => {
-                replicas.apply("fsync", |id, b| b.sync(files.get(id)?, true)).map(|_| ())
-            }
+            Some(files) => replicas.sync(&files, true),
             None => Ok(()),
         };
         let mut synced = self.synced.lock();

@@ -291,6 +291,12 @@ pub trait Backing: Send + Sync {
         None
     }
 
+    /// Where an open object is, from the root, as the kernel remembers it; `None` if that is not
+    /// known. Only for people.
+    fn path_of(&self, _object: &Handle) -> Option<RelPath> {
+        None
+    }
+
     // What can be answered from memory, certainly without waiting for the device; `None` where that
     // is not known of the backing, or not so this time.
 
@@ -304,6 +310,10 @@ pub trait Backing: Send + Sync {
     }
     /// [`Backing::stat`] at hand.
     fn stat_at_hand(&self, _object: &Handle) -> Option<io::Result<Stat>> {
+        None
+    }
+    /// [`Backing::stat_at`] at hand.
+    fn stat_name_at_hand(&self, _dir: &Handle, _name: &EntryName) -> Option<io::Result<Stat>> {
         None
     }
     /// [`Backing::read_at`] at hand.

@@ -568,6 +568,16 @@ impl Backing for DirBacking {
         self.device
     }
 
+    fn path_of(&self, object: &Handle) -> Option<RelPath> {
+        let read = |fd: BorrowedFd<'_>| {
+            let path = rustix::fs::readlink(&*ProcPath::of(fd), Vec::new()).ok()?.into_bytes();
+            Some(path.strip_suffix(b" (deleted)").map_or_else(|| path.clone(), <[u8]>::to_vec))
+        };
+        let (root, path) = (read(self.root.as_fd())?, read(object.as_fd())?);
+        let below = path.strip_prefix(&*root)?;
+        RelPath::parse(below.strip_prefix(b"/").unwrap_or(below)).ok()
+    }
+
     fn open_dir_at_hand(&self, path: &RelPath) -> Option<io::Result<Handle>> {
         let bytes = path.to_bytes();
         let path = if bytes.is_empty() { &b"."[..] } else { &bytes };
@@ -583,6 +593,12 @@ impl Backing for DirBacking {
 
     fn stat_at_hand(&self, object: &Handle) -> Option<io::Result<Stat>> {
         self.local.then(|| self.stat(object))
+    }
+
+    fn stat_name_at_hand(&self, dir: &Handle, name: &EntryName) -> Option<io::Result<Stat>> {
+        let node =
+            self.local.then(|| open_cached(dir.as_fd(), name.as_os_str(), OFlags::empty()))?;
+        Some(node?.and_then(|node| self.stat(&node)))
     }
 
     fn read_at_hand(&self, file: &Handle, buffer: &mut [u8], offset: u64) -> Option<usize> {

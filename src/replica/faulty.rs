@@ -129,6 +129,10 @@ impl Backing for Faulty {
         fn space(&self) -> Space;
     }
 
+    fn path_of(&self, object: &Handle) -> Option<RelPath> {
+        self.inner.path_of(object)
+    }
+
     fn write_at(&self, file: &Handle, data: &[u8], offset: u64) -> io::Result<()> {
         let call = Call { op: "write_at", name: None, offset, len: data.len() as u64 };
         match (self.plan)(call) {

@@ -9,6 +9,11 @@
 //! While a call is overdue no other is begun: each would only cost the same time again, and a thread
 //! more. So also the last replica, which is never ejected, answers at once instead of hanging.
 //!
+//! Handing over costs two switches between threads, some 5 µs where one processor does both, which
+//! made an untar a third slower and `rm -r` twice as slow when it was paid for every call on every
+//! replica. So an operation goes over once as a whole ([`relay`]), and calls one by one only where
+//! they are rare.
+//!
 //! What certainly does not touch the device (`*_at_hand`: attributes of an open file, pages and
 //! names that are in the kernel's caches) is done by the caller itself.
 //!
@@ -24,14 +29,23 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use super::backing::{
-    Access, Backing, Creds, DirEntry, Handle, Keeper, RenameMode, Seek, SetTime, Space, Stat,
+    Access, Backing, Creds, DirEntry, Handle, RenameMode, Seek, SetTime, Space, Stat,
 };
+use super::health::Fault;
 use crate::types::{EntryName, Kind, RelPath, Xattrs};
+use checked::{Argument, Checked, On};
 use workers::{Pending, Workers};
 
+mod checked;
+mod failures;
 mod progress;
+mod relay;
 mod workers;
+
+pub(super) use relay::relay;
 
 /// How long a call may take, unless the mount says otherwise.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -41,15 +55,13 @@ const SYNC_PATIENCE: u32 = 20;
 /// A backing with worker threads.
 pub struct Guarded {
     workers: Arc<Workers>,
-    keeper: Arc<Keeper>,
     timeout: Duration,
 }
 
 impl Guarded {
     /// Guards `inner`: no call takes longer than `timeout`.
     pub fn new(inner: Box<dyn Backing>, timeout: Duration) -> Guarded {
-        let keeper = Arc::<Keeper>::default();
-        Guarded { workers: Arc::new(Workers::new(inner, keeper.clone())), keeper, timeout }
+        Guarded { workers: Arc::new(Workers::new(Checked::new(inner))), timeout }
     }
 
     /// How many calls are overdue: they were given up, and have not returned. They may still change
@@ -58,199 +70,193 @@ impl Guarded {
         self.workers.overdue_count()
     }
 
-    /// Begins to make an object durable; the rest is [`Syncing::wait`].
-    pub fn begin_sync(&self, object: &Handle, data_only: bool) -> io::Result<Syncing> {
-        object.check(&self.keeper)?;
-        let object = object.clone();
-        Ok(self.syncing(move |inner| inner.sync(&object, data_only)))
+    /// The calls that failed by the backing's fault, the oldest first.
+    pub fn failures(&self) -> Vec<Fault> {
+        self.workers.inner().failures.all()
+    }
+
+    /// The last of them.
+    pub fn last_failure(&self) -> Option<Fault> {
+        self.workers.inner().failures.last()
+    }
+
+    /// Closes what was dropped and not closed yet.
+    pub fn close_left(&self) -> io::Result<()> {
+        let shared = self.workers.shared().clone();
+        self.call("close", (None, None), move |_| {
+            shared.close_left();
+            Ok(())
+        })
+    }
+
+    /// Begins to make an object durable; the rest is [`UnderWay::wait`].
+    pub fn begin_sync(&self, object: &Handle, data_only: bool) -> UnderWay {
+        let own = object.clone();
+        let call = move |inner: &dyn Backing| inner.sync(&own, data_only);
+        self.begin("sync", Some(object), SYNC_PATIENCE, call)
     }
 
     /// Begins to make all of the backing's filesystem durable.
-    pub fn begin_sync_all(&self) -> Syncing {
-        self.syncing(|inner| inner.sync_all())
+    pub fn begin_sync_all(&self) -> UnderWay {
+        self.begin("sync_all", None, SYNC_PATIENCE, |inner| inner.sync_all())
     }
 
     /// Begins to write all of `data`.
-    pub fn begin_write(&self, file: &Handle, data: &Arc<[u8]>, offset: u64) -> io::Result<Writing> {
-        file.check(&self.keeper)?;
-        let (file, data) = (file.clone(), data.clone());
-        let pending = self.workers.begin(move |inner| inner.write_at(&file, &data, offset));
-        Ok(Writing { pending, timeout: self.timeout })
+    pub fn begin_write(&self, file: &Handle, data: &Arc<[u8]>, offset: u64) -> UnderWay {
+        let (own, data) = (file.clone(), data.clone());
+        let call = move |inner: &dyn Backing| inner.write_at(&own, &data, offset);
+        self.begin("write_at", Some(file), 1, call)
     }
 
-    fn syncing(
+    fn begin(
         &self,
+        op: &'static str,
+        subject: Option<&Handle>,
+        patience: u32,
         call: impl FnOnce(&dyn Backing) -> io::Result<()> + Send + 'static,
-    ) -> Syncing {
-        let pending = self.workers.begin(call);
-        Syncing { pending, workers: self.workers.clone(), timeout: self.timeout }
+    ) -> UnderWay {
+        UnderWay {
+            op,
+            subject: subject.cloned(),
+            pending: self.workers.begin(call),
+            workers: self.workers.clone(),
+            timeout: self.timeout,
+            patience,
+        }
     }
 
     /// Hands a call to a worker and waits for its answer.
-    fn call<T: Answer>(
+    fn call<T: Send + 'static>(
         &self,
+        op: &'static str,
+        on: On<'_>,
         call: impl FnOnce(&dyn Backing) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
-        let answer = self.workers.begin(call).wait(self.timeout)?;
-        Ok(answer.kept_by(&self.keeper))
+        let answer = self.workers.begin(call).wait(self.timeout);
+        answer.inspect_err(|error| note_timeout(&self.workers, op, on, error))
     }
 }
 
-/// A sync that is under way.
+/// What the worker itself cannot note, who is still at it.
+fn note_timeout(workers: &Workers, op: &'static str, on: On<'_>, error: &io::Error) {
+    if error.raw_os_error() == Some(Errno::TIMEDOUT.raw_os_error()) {
+        workers.inner().note(op, on, error);
+    }
+}
+
+/// A call that is under way.
 #[must_use]
-pub struct Syncing {
+pub struct UnderWay {
+    op: &'static str,
+    subject: Option<Handle>,
     pending: Pending<()>,
     workers: Arc<Workers>,
     timeout: Duration,
+    patience: u32,
 }
 
-impl Syncing {
+impl UnderWay {
     /// Waits for its end.
     pub fn wait(self) -> io::Result<()> {
         let mut watch = progress::Watch::new(self.workers.inner());
-        self.pending.wait_while(self.timeout, SYNC_PATIENCE, || watch.has_moved())
+        let moving = || watch.has_moved();
+        let answer = self.pending.wait_while(self.timeout, self.patience, moving);
+        let on = (self.subject.as_ref(), None);
+        answer.inspect_err(|error| note_timeout(&self.workers, self.op, on, error))
     }
 }
 
-/// A write that is under way.
-#[must_use]
-pub struct Writing {
-    pending: Pending<()>,
-    timeout: Duration,
+/// The methods of [`Backing`] that are forwarded alike, with their borrowed arguments first.
+macro_rules! methods {
+    ($forward:ident) => {
+        $forward! {
+            fn open_file(&self, dir: &Handle, name: &EntryName; access: Access) -> Handle;
+            fn create(&self, dir: &Handle, name: &EntryName; mode: u32, by: Creds) -> Handle;
+            fn mkdir(&self, dir: &Handle, name: &EntryName; mode: u32, by: Creds) -> ();
+            fn mknod(
+                &self, dir: &Handle, name: &EntryName; kind: Kind, mode: u32, rdev: u64, by: Creds
+            ) -> ();
+            fn symlink(&self, dir: &Handle, name: &EntryName, target: &[u8]; by: Creds) -> ();
+            fn link(
+                &self, from: &Handle, from_name: &EntryName, to: &Handle, to_name: &EntryName
+            ) -> ();
+            fn rename(
+                &self, from: &Handle, from_name: &EntryName, to: &Handle, to_name: &EntryName;
+                mode: RenameMode
+            ) -> ();
+            fn unlink(&self, dir: &Handle, name: &EntryName) -> ();
+            fn rmdir(&self, dir: &Handle, name: &EntryName) -> ();
+            fn list(&self, dir: &Handle) -> Vec<DirEntry>;
+            fn open_dir(&self, path: &RelPath) -> Handle;
+            fn open_node(&self, dir: &Handle, name: &EntryName) -> Handle;
+            fn stat(&self, object: &Handle) -> Stat;
+            fn stat_at(&self, dir: &Handle, name: &EntryName) -> Stat;
+            fn readlink(&self, object: &Handle) -> Vec<u8>;
+            fn chmod(&self, object: &Handle; mode: u32) -> ();
+            fn chown(&self, object: &Handle; uid: Option<u32>, gid: Option<u32>) -> ();
+            fn set_times(&self, object: &Handle; atime: SetTime, mtime: SetTime) -> ();
+            fn get_xattr(&self, object: &Handle, name: &OsStr) -> Vec<u8>;
+            fn set_xattr(&self, object: &Handle, name: &OsStr, value: &[u8]; flags: i32) -> ();
+            fn remove_xattr(&self, object: &Handle, name: &OsStr) -> ();
+            fn xattrs(&self, object: &Handle) -> Xattrs;
+            fn write_at(&self, file: &Handle, data: &[u8]; offset: u64) -> ();
+            fn truncate(&self, file: &Handle; size: u64) -> ();
+            fn fallocate(&self, file: &Handle; mode: u32, offset: u64, length: u64) -> ();
+            fn seek(&self, file: &Handle; offset: u64, to: Seek) -> u64;
+            fn clone_file(&self, from: &Handle, to: &Handle) -> ();
+            fn space(&self) -> Space;
+        }
+    };
 }
+use methods;
 
-impl Writing {
-    /// Waits for its end.
-    pub fn wait(self) -> io::Result<()> {
-        self.pending.wait(self.timeout)
-    }
-}
-
-/// An argument that a call takes by reference.
-trait Argument {
-    /// Fails for a handle of another opening.
-    fn check(&self, _keeper: &Arc<Keeper>) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Argument for Handle {
-    fn check(&self, keeper: &Arc<Keeper>) -> io::Result<()> {
-        if self.is_of(keeper) { Ok(()) } else { Err(super::handles::not_open()) }
-    }
-}
-
-impl Argument for EntryName {}
-impl Argument for RelPath {}
-impl Argument for OsStr {}
-impl Argument for [u8] {}
-
-/// What a call gives: handles among it belong to this opening.
-trait Answer: Send + Sized + 'static {
-    fn kept_by(self, _keeper: &Arc<Keeper>) -> Self {
-        self
-    }
-}
-
-impl Answer for Handle {
-    fn kept_by(self, keeper: &Arc<Keeper>) -> Handle {
-        Handle::kept_by(self, keeper)
-    }
-}
-
-impl Answer for () {}
-impl Answer for u64 {}
-impl Answer for Stat {}
-impl Answer for Space {}
-impl Answer for Xattrs {}
-impl Answer for Vec<u8> {}
-impl Answer for Vec<DirEntry> {}
-impl Answer for (Vec<u8>, usize) {}
-
-/// Methods whose arguments are first the borrowed ones, which are copied for the worker, then the
-/// plain ones.
+/// What is at hand is answered by the caller; all else goes to a worker, with arguments of its own.
 macro_rules! hand_over {
     ($(
         fn $op:ident(&self $(, $lent:ident: &$type:ty)* $(; $($plain:ident: $copy:ty),*)?)
             -> $answer:ty;
     )*) => {
         $(fn $op(&self $(, $lent: &$type)* $($(, $plain: $copy)*)?) -> io::Result<$answer> {
-            $($lent.check(&self.keeper)?;)*
+            if let Some(answer) = at_hand!($op, self.workers.inner() $(, $lent)*) {
+                return answer;
+            }
+            let on: On<'_> = (None$(.or($lent.handle()))*, None$(.or($lent.name()))*);
             $(let $lent = $lent.to_owned();)*
-            self.call(move |inner| inner.$op($(&$lent,)* $($($plain),*)?))
+            let call = move |inner: &dyn Backing| inner.$op($(&$lent,)* $($($plain),*)?);
+            self.call(stringify!($op), on, call)
         })*
     };
 }
 
+/// The answer at hand, of the methods that have one.
+macro_rules! at_hand {
+    (open_dir, $inner:expr, $path:ident) => {
+        $inner.open_dir_at_hand($path)
+    };
+    (open_node, $inner:expr, $dir:ident, $name:ident) => {
+        $inner.open_node_at_hand($dir, $name)
+    };
+    (stat, $inner:expr, $object:ident) => {
+        $inner.stat_at_hand($object)
+    };
+    (stat_at, $inner:expr, $dir:ident, $name:ident) => {
+        $inner.stat_name_at_hand($dir, $name)
+    };
+    ($other:ident, $($rest:tt)*) => {
+        None
+    };
+}
+
 impl Backing for Guarded {
-    hand_over! {
-        fn open_file(&self, dir: &Handle, name: &EntryName; access: Access) -> Handle;
-        fn create(&self, dir: &Handle, name: &EntryName; mode: u32, by: Creds) -> Handle;
-        fn mkdir(&self, dir: &Handle, name: &EntryName; mode: u32, by: Creds) -> ();
-        fn mknod(
-            &self, dir: &Handle, name: &EntryName; kind: Kind, mode: u32, rdev: u64, by: Creds
-        ) -> ();
-        fn symlink(&self, dir: &Handle, name: &EntryName, target: &[u8]; by: Creds) -> ();
-        fn link(
-            &self, from: &Handle, from_name: &EntryName, to: &Handle, to_name: &EntryName
-        ) -> ();
-        fn rename(
-            &self, from: &Handle, from_name: &EntryName, to: &Handle, to_name: &EntryName;
-            mode: RenameMode
-        ) -> ();
-        fn unlink(&self, dir: &Handle, name: &EntryName) -> ();
-        fn rmdir(&self, dir: &Handle, name: &EntryName) -> ();
-        fn list(&self, dir: &Handle) -> Vec<DirEntry>;
-        fn stat_at(&self, dir: &Handle, name: &EntryName) -> Stat;
-        fn readlink(&self, object: &Handle) -> Vec<u8>;
-        fn chmod(&self, object: &Handle; mode: u32) -> ();
-        fn chown(&self, object: &Handle; uid: Option<u32>, gid: Option<u32>) -> ();
-        fn set_times(&self, object: &Handle; atime: SetTime, mtime: SetTime) -> ();
-        fn get_xattr(&self, object: &Handle, name: &OsStr) -> Vec<u8>;
-        fn set_xattr(&self, object: &Handle, name: &OsStr, value: &[u8]; flags: i32) -> ();
-        fn remove_xattr(&self, object: &Handle, name: &OsStr) -> ();
-        fn xattrs(&self, object: &Handle) -> Xattrs;
-        fn write_at(&self, file: &Handle, data: &[u8]; offset: u64) -> ();
-        fn truncate(&self, file: &Handle; size: u64) -> ();
-        fn fallocate(&self, file: &Handle; mode: u32, offset: u64, length: u64) -> ();
-        fn seek(&self, file: &Handle; offset: u64, to: Seek) -> u64;
-        fn clone_file(&self, from: &Handle, to: &Handle) -> ();
-        fn space(&self) -> Space;
-    }
-
-    fn open_dir(&self, path: &RelPath) -> io::Result<Handle> {
-        if let Some(answer) = self.workers.inner().open_dir_at_hand(path) {
-            return Ok(answer?.kept_by(&self.keeper));
-        }
-        let path = path.clone();
-        self.call(move |inner| inner.open_dir(&path))
-    }
-
-    fn open_node(&self, dir: &Handle, name: &EntryName) -> io::Result<Handle> {
-        dir.check(&self.keeper)?;
-        if let Some(answer) = self.workers.inner().open_node_at_hand(dir, name) {
-            return Ok(answer?.kept_by(&self.keeper));
-        }
-        let (dir, name) = (dir.clone(), name.clone());
-        self.call(move |inner| inner.open_node(&dir, &name))
-    }
-
-    fn stat(&self, object: &Handle) -> io::Result<Stat> {
-        object.check(&self.keeper)?;
-        if let Some(answer) = self.workers.inner().stat_at_hand(object) {
-            return answer;
-        }
-        let object = object.clone();
-        self.call(move |inner| inner.stat(&object))
-    }
+    methods! { hand_over }
 
     fn read_at(&self, file: &Handle, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        file.check(&self.keeper)?;
         if let Some(count) = self.workers.inner().read_at_hand(file, buffer, offset) {
             return Ok(count);
         }
+        let on = (Some(file), None);
         let (file, mut own) = (file.clone(), vec![0; buffer.len()]);
-        let (own, count) = self.call(move |inner| {
+        let (own, count) = self.call("read_at", on, move |inner| {
             let count = inner.read_at(&file, &mut own, offset)?;
             Ok((own, count))
         })?;
@@ -266,14 +272,15 @@ impl Backing for Guarded {
         to_offset: u64,
         length: u64,
     ) -> io::Result<u64> {
-        from.check(&self.keeper)?;
-        to.check(&self.keeper)?;
+        let on = (Some(to), None);
         let (from, to) = (from.clone(), to.clone());
-        self.call(move |inner| inner.copy_range(&from, from_offset, &to, to_offset, length))
+        let call =
+            move |inner: &dyn Backing| inner.copy_range(&from, from_offset, &to, to_offset, length);
+        self.call("copy_range", on, call)
     }
 
     fn sync(&self, object: &Handle, data_only: bool) -> io::Result<()> {
-        self.begin_sync(object, data_only)?.wait()
+        self.begin_sync(object, data_only).wait()
     }
 
     fn sync_all(&self) -> io::Result<()> {

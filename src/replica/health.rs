@@ -87,6 +87,8 @@ pub struct Health {
     pub read_errors: u64,
     /// Changes that failed on this replica and not on another, since the mount.
     pub write_errors: u64,
+    /// Pieces of data whose checksum was wrong on this replica, since the mount.
+    pub checksum_errors: u64,
 }
 
 /// The condition of one replica, kept up to date.
@@ -95,6 +97,7 @@ pub(super) struct Record {
     state: Mutex<State>,
     read_errors: AtomicU64,
     write_errors: AtomicU64,
+    checksum_errors: AtomicU64,
 }
 
 impl Record {
@@ -103,6 +106,7 @@ impl Record {
             state: self.state.lock().clone(),
             read_errors: self.read_errors.load(Ordering::Relaxed),
             write_errors: self.write_errors.load(Ordering::Relaxed),
+            checksum_errors: self.checksum_errors.load(Ordering::Relaxed),
         }
     }
 
@@ -111,6 +115,7 @@ impl Record {
         self.set(State::Resyncing { since: Timestamp::now() });
         self.read_errors.store(0, Ordering::Relaxed);
         self.write_errors.store(0, Ordering::Relaxed);
+        self.checksum_errors.store(0, Ordering::Relaxed);
     }
 
     pub(super) fn set(&self, state: State) {
@@ -124,6 +129,10 @@ impl Record {
 
     pub(super) fn count_write_error(&self) {
         self.write_errors.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_checksum_error(&self) {
+        self.checksum_errors.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -174,4 +183,9 @@ pub(super) fn meaning(errno: Errno) -> Meaning {
 /// The errno of an I/O error; one that the kernel did not give counts as the device's.
 pub(super) fn errno_of(error: &io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+/// Whether the process, or the system, has no file descriptor left.
+pub(super) fn is_out_of_files(error: &io::Error) -> bool {
+    matches!(errno_of(error), Errno::MFILE | Errno::NFILE)
 }

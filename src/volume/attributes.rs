@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::replica::Handles;
 use crate::replica::backing::{Access, Backing, Handle, SetTime, Stat};
 use crate::store::row_of;
-use crate::types::{ContentId, Kind, NodeId, Xattrs};
+use crate::types::{ContentId, Kind, NodeId, Timestamp, Xattrs};
 
 use super::intend::dirty;
 use super::nodes::{Node, State};
@@ -133,11 +133,14 @@ impl Volume {
         op: &'static str,
         node: &Arc<Node>,
         state: &State,
-        mut f: impl FnMut(&dyn Backing, &Handle) -> std::io::Result<T>,
-    ) -> Result<T> {
+        f: impl Fn(&dyn Backing, &Handle) -> std::io::Result<T> + Send + Sync + 'static,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+    {
         let replicas = self.replicas();
         if let Some(handles) = state.open.as_ref().and_then(|open| open.write.clone()) {
-            return Ok(replicas.apply(op, |id, b| f(b, handles.get(id)?))?.primary());
+            return Ok(replicas.change(op, move |id, b| f(b, handles.get(id)?))?.primary());
         }
         if state.orphan {
             // No replica's live tree has it any more: only the open handle counts.
@@ -147,10 +150,10 @@ impl Volume {
         }
         if node.kind == Kind::Dir {
             let dir = self.dir(node.id)?;
-            return Ok(replicas.apply(op, |id, b| f(b, dir.get(id)?))?.primary());
+            return Ok(replicas.change(op, move |id, b| f(b, dir.get(id)?))?.primary());
         }
         let (dir, name): (Arc<Handles>, _) = self.location(node, state)?;
-        let answers = replicas.apply(op, |id, b| {
+        let answers = replicas.change(op, move |id, b| {
             let object = b.open_node(dir.get(id)?, &name)?;
             f(b, &object)
         })?;
@@ -179,10 +182,11 @@ impl Volume {
             self.clear_privileges(node, &mut state, caller)?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {
-            self.on_object("chown", node, &state, |b, o| b.chown(o, changes.uid, changes.gid))?;
+            let (uid, gid) = (changes.uid, changes.gid);
+            self.on_object("chown", node, &state, move |b, o| b.chown(o, uid, gid))?;
         }
         if let Some(mode) = changes.mode {
-            self.on_object("chmod", node, &state, |b, o| b.chmod(o, mode & 0o7777))?;
+            self.on_object("chmod", node, &state, move |b, o| b.chmod(o, mode & 0o7777))?;
         }
         if changes.atime.is_some() || changes.mtime.is_some() {
             self.set_times(node, &state, changes)?;
@@ -210,18 +214,19 @@ impl Volume {
 
     /// Sets times: "now" is the primary's, and the others get the same.
     fn set_times(&self, node: &Arc<Node>, state: &State, changes: &Changes) -> Result<()> {
-        let mut atime = changes.atime.unwrap_or(SetTime::Omit);
-        let mut mtime = changes.mtime.unwrap_or(SetTime::Omit);
-        self.on_object("utimens", node, state, |b, object| {
+        let asked = (changes.atime, changes.mtime);
+        let asked = (asked.0.unwrap_or(SetTime::Omit), asked.1.unwrap_or(SetTime::Omit));
+        let present = OnceLock::<Stat>::new();
+        self.on_object("utimens", node, state, move |b, object| {
+            let fixed = |time, of: fn(&Stat) -> Timestamp| match (time, present.get()) {
+                (SetTime::Now, Some(stat)) => SetTime::To(of(stat)),
+                (time, _) => time,
+            };
+            let (atime, mtime) =
+                (fixed(asked.0, |stat| stat.atime), fixed(asked.1, |stat| stat.mtime));
             b.set_times(object, atime, mtime)?;
             if atime == SetTime::Now || mtime == SetTime::Now {
-                let stat = b.stat(object)?;
-                if atime == SetTime::Now {
-                    atime = SetTime::To(stat.atime);
-                }
-                if mtime == SetTime::Now {
-                    mtime = SetTime::To(stat.mtime);
-                }
+                let _ = present.set(b.stat(object)?);
             }
             Ok(())
         })
@@ -242,7 +247,7 @@ impl Volume {
         let mode = self.stat_locked(node, state)?.mode;
         let stripped = Privileges::stripped(mode);
         if stripped != mode {
-            self.on_object("chmod", node, state, |b, object| b.chmod(object, stripped))?;
+            self.on_object("chmod", node, state, move |b, object| b.chmod(object, stripped))?;
         }
         Ok(())
     }
@@ -354,7 +359,8 @@ impl Volume {
         let _cut = self.cut.read();
         let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
-        self.on_object("setxattr", node, &state, |b, o| b.set_xattr(o, name, value, flags))?;
+        let (key, own) = (name.to_owned(), value.to_vec());
+        self.on_object("setxattr", node, &state, move |b, o| b.set_xattr(o, &key, &own, flags))?;
         if name.as_bytes() == ACCESS_ACL {
             self.drop_foreign_setgid(node, &mut state, caller)?;
         }
@@ -378,7 +384,7 @@ impl Volume {
             return Ok(());
         }
         let mode = stat.mode & !libc::S_ISGID;
-        self.on_object("chmod", node, state, |b, object| b.chmod(object, mode))
+        self.on_object("chmod", node, state, move |b, object| b.chmod(object, mode))
     }
 
     /// Removes an extended attribute.
@@ -389,7 +395,8 @@ impl Volume {
         let _cut = self.cut.read();
         let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
-        self.on_object("removexattr", node, &state, |b, object| b.remove_xattr(object, name))?;
+        let key = name.to_owned();
+        self.on_object("removexattr", node, &state, move |b, o| b.remove_xattr(o, &key))?;
         self.record(node, &mut state, caller)
     }
 }

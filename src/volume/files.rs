@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::history::ranges::ByteRange;
 use crate::history::{self, preserved_dir, preserved_name};
 use crate::replica::backing::{Access, Backing, Handle, RenameMode, Seek, SetTime};
-use crate::replica::{Handles, PrivateDir};
+use crate::replica::{Handles, PrivateDir, SyncAll};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use super::intend::dirty;
@@ -203,8 +203,7 @@ impl Volume {
         let mut state = node.lock();
         let range = ByteRange::new(offset, data.len() as u64);
         let handles = self.before_change(node, &mut state, range)?;
-        let written =
-            self.replicas().apply("write", |id, b| b.write_at(handles.get(id)?, data, offset));
+        let written = self.replicas().write(&handles, data, offset);
         self.mark_unsealed(node, &mut state, true, caller);
         if let Err(error) = written {
             self.level(&handles, range)?;
@@ -513,10 +512,12 @@ impl Volume {
                 open => open,
             }
         };
-        if let Some(handles) = handles {
-            self.replicas().apply("fsync", |id, b| handles.sync(id, b, data_only))?;
-        }
-        self.barrier()
+        // All backings and the catalogs at the same time. If we die between, the catalog may know of
+        // bytes that are not there yet, as after any crash: the file's intent tells to look.
+        let syncing = handles.as_deref().map(|file| self.replicas().begin_sync(file, data_only));
+        let recorded = self.barrier();
+        syncing.map_or(Ok(()), SyncAll::wait)?;
+        recorded
     }
 }
 

@@ -45,14 +45,17 @@ impl Volume {
         let intent = self.intend(&[Dirty::Dir(parent)])?;
         let _entries = self.lock_dir(parent);
         let dir = self.dir(parent)?;
-        let handles = self
-            .replicas()
-            .apply("create", |id, b| b.create(dir.get(id)?, name, mode & 0o7777, caller.creds))?;
-        let handles = Handles::from(handles);
-        let (mut stat, xattrs) = self.replicas().read("stat", |id, b| {
-            let file = handles.get(id)?;
-            Ok((b.stat(file)?, b.xattrs(file)?))
+        let (own, by) = (name.clone(), caller.creds);
+        let made = self.replicas().change("create", move |id, b| {
+            let file = b.create(dir.get(id)?, &own, mode & 0o7777, by)?;
+            let looks = (b.stat(&file)?, b.xattrs(&file)?);
+            Ok((file, looks))
         })?;
+        let mut made = made.into_map();
+        let first = made.ids().find_map(|id| made[id].as_ref().map(|(_, looks)| looks.clone()));
+        let (mut stat, xattrs) = first.expect("one replica answered");
+        let opened = self.replicas().map_ids(|id| made[id].take().map(|(file, _)| file));
+        let handles = Handles::new(opened);
         let row = self.born(&intent, (parent, name), (&stat, &xattrs), Vec::new(), caller)?;
         stat.ino = row.id.0;
         let node = self.nodes.insert(row.id, Kind::File, parent, name);
@@ -247,19 +250,20 @@ impl Volume {
     fn remove_name(
         &self,
         node: &Arc<Node>,
-        dir: &Handles,
+        dir: &Arc<Handles>,
         name: &EntryName,
         content: ContentId,
     ) -> Result<()> {
         let replicas = self.replicas();
+        let (dir, name) = (dir.clone(), name.clone());
         if content == ContentId::EMPTY {
-            replicas.apply("unlink", |id, b| b.unlink(dir.get(id)?, name))?;
+            replicas.change("unlink", move |id, b| b.unlink(dir.get(id)?, &name))?;
             return Ok(());
         }
         let kept = replicas.private(preserved_dir(node.id))?;
         let kept_name = preserved_name(node.id, content);
-        replicas.apply("unlink", |id, b| {
-            b.rename(dir.get(id)?, name, kept.get(id)?, &kept_name, RenameMode::Replace)
+        replicas.change("unlink", move |id, b| {
+            b.rename(dir.get(id)?, &name, kept.get(id)?, &kept_name, RenameMode::Replace)
         })?;
         Ok(())
     }
@@ -488,7 +492,10 @@ impl Volume {
     pub fn fsync_dir(&self, node: &Arc<Node>) -> Result<()> {
         if !node.lock().orphan {
             let dir = self.dir(node.id)?;
-            self.replicas().apply("fsync", |id, b| dir.sync(id, b, false))?;
+            let syncing = self.replicas().begin_sync(&dir, false);
+            let recorded = self.barrier();
+            syncing.wait()?;
+            return recorded;
         }
         self.barrier()
     }

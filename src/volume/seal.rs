@@ -1,6 +1,6 @@
 //! Sealing: the moment at which a file's present state becomes a version.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::catalog::{Change, NodeRow};
 use crate::error::Result;
@@ -168,19 +168,20 @@ impl Volume {
 
     /// Gives an object on all replicas the primary's time of change, and returns the primary's
     /// attributes.
-    fn level_times(&self, op: &'static str, object: &Handles) -> Result<(Stat, XattrSetId)> {
-        let mut first: Option<(Stat, Xattrs)> = None;
-        self.replicas().apply(op, |id, b| {
+    fn level_times(&self, op: &'static str, object: &Arc<Handles>) -> Result<(Stat, XattrSetId)> {
+        let first = Arc::<OnceLock<(Stat, Xattrs)>>::default();
+        let (object, looks) = (object.clone(), first.clone());
+        self.replicas().change(op, move |id, b| {
             let object = object.get(id)?;
-            match &first {
+            match looks.get() {
                 None => {
-                    first = Some((b.stat(object)?, b.xattrs(object)?));
+                    let _ = looks.set((b.stat(object)?, b.xattrs(object)?));
                     Ok(())
                 }
                 Some((stat, _)) => b.set_times(object, SetTime::Omit, SetTime::To(stat.mtime)),
             }
         })?;
-        let (stat, xattrs) = first.expect("one replica answered");
+        let (stat, xattrs) = first.get().cloned().expect("one replica answered");
         Ok((stat, self.catalog().intern_xattrs(&xattrs)?))
     }
 }

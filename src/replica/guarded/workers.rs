@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 
-use crate::replica::backing::{Backing, Keeper};
+use super::checked::Checked;
+use crate::replica::backing::Backing;
 use crate::sys;
 
 /// The most threads of one replica: callers are fewer, unless calls hang.
@@ -22,8 +23,8 @@ const WORKERS_MAX: usize = 256;
 /// How long the end of all idle workers is waited for: they only have to wake up.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A call; it runs its second argument when it is done, before it tells its caller.
-type Job = Box<dyn FnOnce(&dyn Backing, &dyn Fn()) + Send>;
+/// Work; it calls its argument when it is done, before it tells whoever waits.
+type Job = Box<dyn FnOnce(&dyn Fn()) + Send>;
 
 /// The workers of one opening of a backing. They end when it is dropped.
 pub(super) struct Workers {
@@ -31,9 +32,9 @@ pub(super) struct Workers {
     alive: Arc<Alive>,
 }
 
-struct Shared {
-    inner: Box<dyn Backing>,
-    keeper: Arc<Keeper>,
+/// What the workers of a backing share with whoever hands them work.
+pub(super) struct Shared {
+    inner: Checked,
     idle: Mutex<Vec<Arc<Worker>>>,
     overdue: AtomicUsize,
     ended: AtomicBool,
@@ -74,10 +75,9 @@ enum Stage<T> {
 }
 
 impl Workers {
-    pub(super) fn new(inner: Box<dyn Backing>, keeper: Arc<Keeper>) -> Workers {
+    pub(super) fn new(inner: Checked) -> Workers {
         let shared = Shared {
             inner,
-            keeper,
             idle: Mutex::default(),
             overdue: AtomicUsize::new(0),
             ended: AtomicBool::new(false),
@@ -86,12 +86,16 @@ impl Workers {
     }
 
     /// The backing, for what is at hand.
-    pub(super) fn inner(&self) -> &dyn Backing {
-        &*self.shared.inner
+    pub(super) fn inner(&self) -> &Checked {
+        &self.shared.inner
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     pub(super) fn overdue_count(&self) -> usize {
-        self.shared.overdue.load(Ordering::Acquire)
+        self.shared.overdue_count()
     }
 
     /// Hands a call to a worker. What cannot be begun is answered at once.
@@ -104,22 +108,14 @@ impl Workers {
             pending.call.finish(Err(Errno::TIMEDOUT.into()));
             return pending;
         }
-        let (own, shared) = (pending.call.clone(), Arc::downgrade(&self.shared));
-        let job: Job = Box::new(move |inner, done| {
-            let answer = catch_unwind(AssertUnwindSafe(|| {
-                // Whose ids the thread had last must not decide whether a write clears a file's
-                // setuid bit: the volume does what the caller is due.
-                sys::regain_fsetid()?;
-                call(inner)
-            }));
-            // A panic has been logged by its hook.
-            let answer = answer.unwrap_or_else(|_| Err(Errno::IO.into()));
+        let (own, shared) = (pending.call.clone(), self.shared.clone());
+        let job: Job = Box::new(move |done| {
+            let answer = shared.run(call);
             done();
-            if !own.finish(answer)
-                && let Some(shared) = shared.upgrade()
-            {
-                shared.overdue.fetch_sub(1, Ordering::AcqRel);
+            if !own.finish(answer) {
+                shared.returned();
             }
+            shared.close_left();
         });
         if let Err(error) = self.give(job) {
             pending.call.finish(Err(error));
@@ -127,7 +123,8 @@ impl Workers {
         pending
     }
 
-    fn give(&self, job: Job) -> io::Result<()> {
+    /// Hands work to a worker.
+    pub(super) fn give(&self, job: Job) -> io::Result<()> {
         let idle = self.shared.idle.lock().pop();
         let Some(worker) = idle else { return self.start(job) };
         *worker.job.lock() = Some(job);
@@ -175,6 +172,37 @@ impl Drop for Workers {
 }
 
 impl Shared {
+    pub(super) fn overdue_count(&self) -> usize {
+        self.overdue.load(Ordering::Acquire)
+    }
+
+    /// Counts a call on which somebody has given up.
+    pub(super) fn gave_up(&self) {
+        self.overdue.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Such a call has returned.
+    pub(super) fn returned(&self) {
+        self.overdue.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Makes a call, on a worker.
+    pub(super) fn run<T>(&self, call: impl FnOnce(&dyn Backing) -> io::Result<T>) -> io::Result<T> {
+        let answer = catch_unwind(AssertUnwindSafe(|| {
+            // Whose ids the thread had last must not decide whether a write clears a file's setuid
+            // bit: the volume does what the caller is due.
+            sys::regain_fsetid()?;
+            call(&self.inner)
+        }));
+        // A panic has been logged by its hook.
+        answer.unwrap_or_else(|_| Err(Errno::IO.into()))
+    }
+
+    /// Closes what was left to be closed, on a worker.
+    pub(super) fn close_left(&self) {
+        drop(self.inner.keeper.take());
+    }
+
     /// The life of a worker.
     fn work(&self, worker: &Arc<Worker>) {
         let _ = worker.thread.set(std::thread::current());
@@ -183,8 +211,7 @@ impl Shared {
             match job {
                 Some(job) => {
                     // Idle before the caller goes on, whose next call comes at once.
-                    job(&*self.inner, &|| self.idle.lock().push(worker.clone()));
-                    drop(self.keeper.take());
+                    job(&|| self.idle.lock().push(worker.clone()));
                 }
                 None if self.ended.load(Ordering::SeqCst) => return,
                 None => std::thread::park(),
@@ -242,7 +269,7 @@ impl<T> Pending<T> {
         match std::mem::replace(&mut *self.call.stage.lock(), Stage::Left) {
             Stage::Done(answer) => answer,
             Stage::Running | Stage::Left => {
-                self.shared.overdue.fetch_add(1, Ordering::AcqRel);
+                self.shared.gave_up();
                 Err(Errno::TIMEDOUT.into())
             }
         }

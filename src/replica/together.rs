@@ -1,0 +1,82 @@
+//! What all replicas do at the same time: syncs, and writes that are worth it.
+
+use std::sync::Arc;
+
+use super::backing::Backing;
+use super::guarded::UnderWay;
+use super::verdict::{Nature, Verdict};
+use super::{Handles, Replica, ReplicaSet};
+use crate::error::Result;
+use crate::types::ReplicaId;
+
+/// From so many bytes on a write goes to all replicas at once. Below it copying costs less than
+/// waking a second thread.
+const PARALLEL_BYTES_MIN: usize = 32 << 10;
+
+/// A sync that is under way on all replicas.
+#[must_use]
+pub struct SyncAll<'a> {
+    set: &'a ReplicaSet,
+    op: &'static str,
+    begun: Vec<(ReplicaId, UnderWay)>,
+}
+
+impl SyncAll<'_> {
+    /// Waits for all, and judges.
+    pub fn wait(self) -> Result<()> {
+        let mut verdict = Verdict::new(Nature::Sync);
+        for (id, begun) in self.begun {
+            verdict.take(id, begun.wait())?;
+        }
+        self.set.judge(self.op, verdict).map(|_| ())
+    }
+}
+
+impl ReplicaSet {
+    /// Begins to make an object durable on every replica on which it is open, on all at once. One
+    /// that took its place after the object was opened is passed over: it was durable then.
+    pub fn begin_sync(&self, object: &Handles, data_only: bool) -> SyncAll<'_> {
+        let begin = |id| {
+            let handle = object.get(id).ok()?;
+            Some((id, self.get(id).backing.begin_sync(handle, data_only)))
+        };
+        SyncAll { set: self, op: "fsync", begun: self.online().filter_map(begin).collect() }
+    }
+
+    /// Makes an object durable on every replica.
+    pub fn sync(&self, object: &Handles, data_only: bool) -> Result<()> {
+        self.begin_sync(object, data_only).wait()
+    }
+
+    /// Begins to make all that was ever written durable on every replica.
+    pub fn begin_sync_all(&self) -> SyncAll<'_> {
+        let begin = |id| (id, self.get(id).backing.begin_sync_all());
+        SyncAll { set: self, op: "syncfs", begun: self.online().map(begin).collect() }
+    }
+
+    /// Writes all of `data` on every replica, on all at once where it is much. On an error an
+    /// unknown part of it may be written on each: whoever writes levels them then.
+    pub fn write(&self, file: &Arc<Handles>, data: &[u8], offset: u64) -> Result<()> {
+        let online: Vec<(ReplicaId, Arc<Replica>)> =
+            self.online().map(|id| (id, self.get(id))).collect();
+        if online.len() < 2 || data.len() < PARALLEL_BYTES_MIN {
+            let (file, data) = (file.clone(), data.to_vec());
+            let write = move |id, b: &dyn Backing| b.write_at(file.get(id)?, &data, offset);
+            return self.change("write", write).map(|_| ());
+        }
+        // One copy for all: from shared memory they could diverge, and a call that hangs keeps it.
+        let data: Arc<[u8]> = data.into();
+        let begin = |(id, replica): &(ReplicaId, Arc<Replica>)| {
+            (*id, file.get(*id).map(|file| replica.backing.begin_write(file, &data, offset)))
+        };
+        let begun: Vec<_> = online.iter().map(begin).collect();
+        // All have ended before any is judged: none may be writing when the caller levels them.
+        let ended: Vec<_> =
+            begun.into_iter().map(|(id, begun)| (id, begun.and_then(UnderWay::wait))).collect();
+        let mut verdict = Verdict::new(Nature::Change);
+        for (id, result) in ended {
+            verdict.take(id, result)?;
+        }
+        self.judge("write", verdict).map(|_| ())
+    }
+}
