@@ -22,6 +22,7 @@ mod attach;
 mod commit;
 mod diff;
 mod freed;
+mod lane;
 mod live;
 mod open;
 mod overlay;
@@ -489,6 +490,7 @@ struct Shared {
     waiting: Waiting,
     /// The replicas' databases; `None` for one that is detached or has none.
     writers: Mutex<ReplicaMap<Option<Writer>>>,
+    lanes: lane::Lanes,
     /// What is committed while a copy for a replica that joins is made. A leaf lock.
     kept: Mutex<Option<attach::Kept>>,
     readers: Readers,

@@ -24,6 +24,8 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Unsh
 
 use crate::types::Creds;
 
+pub mod device;
+
 /// What one thread is at present; the kernel's state, remembered.
 #[derive(Clone, Copy)]
 struct Identity {

@@ -111,7 +111,7 @@ impl Catalog {
         ended?;
         put_in_place(&new, to)?;
         let db = connect(to, Use::Write)?;
-        joining.writer = Some(Writer { db, full: false, in_wal: 0, dirty: true });
+        joining.writer = Some(Writer::new(db));
         joining.catch_up()?;
         Ok(joining)
     }

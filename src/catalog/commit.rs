@@ -9,7 +9,7 @@
 //! process's commits stay; if the machine dies, the database falls back to some earlier commit
 //! after the last barrier.
 //!
-//! **Failure.** A replica whose database fails is dropped and remembered. When the last one fails
+//! **Failure.** A replica whose database fails, or hangs (`lane`), is dropped and remembered. When the last one fails
 //! the queue latches: no push and no flush succeeds any more, and what is pending stays readable.
 //!
 //! Locks: `writers` is taken before `queue`; neither is held while waiting for the other.
@@ -27,6 +27,7 @@ use super::overlay::{Batch, Plan};
 use super::schema::NextIds;
 use super::{Catalog, Change, Durability, Shared};
 use crate::error::{Error, Result};
+use crate::sys::device::Device;
 use crate::types::{Generation, ReplicaId, Timestamp};
 
 /// Changes in one batch: enough to spread a transaction's cost, few enough to commit in about 50
@@ -40,9 +41,8 @@ const COMMIT_MS: u64 = 250;
 const IDLE_MS: u64 = 2_000;
 /// Changes after which a busy writer copies its WAL into the database: 10 to 30 MiB of it.
 const WAL_CHANGES_MAX: usize = 65_536;
-/// Batches below this many changes are written to one replica after another: threads would cost
-/// more.
-const PARALLEL_CHANGES_MIN: usize = 64;
+/// What is said of a database that does not answer in time.
+const HANGS: &str = "it does not answer";
 /// Times of generations are kept this exactly, in nanoseconds.
 const TICK_NANOS: i64 = 10_000_000;
 
@@ -55,6 +55,16 @@ pub(super) struct Writer {
     pub in_wal: usize,
     /// The WAL holds something.
     pub dirty: bool,
+    /// What it is on.
+    pub device: Option<Device>,
+}
+
+impl Writer {
+    /// Takes a database that was opened for writing.
+    pub fn new(db: Connection) -> Writer {
+        let device = db.path().and_then(|path| Device::of(std::fs::File::open(path).ok()?));
+        Writer { db, full: false, in_wal: 0, dirty: true, device }
+    }
 }
 
 /// What waits, and what was done. Protected by [`Shared::queue`].
@@ -270,9 +280,16 @@ impl Catalog {
         self.shared.detach(replica, None);
         // A commit that is running on it ends first; the committer then drops the connection
         // itself.
-        if let Some(mut writers) = self.shared.writers.try_lock() {
-            writers[replica] = None;
+        if let Some(mut writers) = self.shared.writers.try_lock()
+            && let Some(writer) = writers[replica].take()
+        {
+            self.shared.lanes.discard(replica, writer);
         }
+    }
+
+    /// How long a replica's database may take for a commit.
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.shared.lanes.set_timeout(timeout);
     }
 
     /// The replicas whose catalogs failed and are written no more, with the reason.
@@ -376,32 +393,49 @@ impl Shared {
 
     /// Writes a batch to all replicas; fails only if none is left.
     fn commit(&self, batch: &Arc<Batch>, durable: bool) -> Result<Committed, String> {
-        let plan = batch.plan();
         let mut writers = self.writers.lock();
-        let mut jobs = Vec::new();
+        let mut turns = Vec::new();
         for id in writers.ids() {
-            if let Some(writer) = writers[id].take()
-                && !self.is_detached(id)
-            {
-                jobs.push((id, writer));
+            let Some(mut writer) = writers[id].take() else { continue };
+            if self.is_detached(id) {
+                self.lanes.discard(id, writer);
+                continue;
             }
+            let (batch, device) = (batch.clone(), writer.device);
+            let work = move || {
+                let result = write_one(&mut writer, &batch.plan(), durable);
+                (writer, result.map_err(|error| error.to_string()))
+            };
+            turns.push((id, self.lanes.begin(id, device, work)));
         }
         let mut committed: Option<Committed> = None;
         let mut last_error = "no replica is attached".to_string();
-        for (id, writer, result) in write_all(jobs, &plan, durable) {
-            match result {
+        for (id, turn) in turns {
+            let Some((writer, result)) = self.lanes.wait(id, turn) else {
+                last_error = HANGS.into();
+                self.detach(id, Some(last_error.clone()));
+                continue;
+            };
+            let failure = match result {
                 Ok(own) if committed.as_ref().is_some_and(|first| *first != own) => {
-                    self.detach(id, Some("its hash chain differs from the others'".into()));
+                    "its hash chain differs from the others'".into()
                 }
+                // It was taken out while it wrote.
                 Ok(own) => {
                     committed = Some(own);
-                    writers[id] = Some(writer);
+                    match self.is_detached(id) {
+                        true => self.lanes.discard(id, writer),
+                        false => writers[id] = Some(writer),
+                    }
+                    continue;
                 }
                 Err(error) => {
                     last_error.clone_from(&error);
-                    self.detach(id, Some(error));
+                    error
                 }
-            }
+            };
+            self.detach(id, Some(failure));
+            self.lanes.discard(id, writer);
         }
         if let Some(committed) = &committed {
             self.keep(committed, batch);
@@ -413,48 +447,34 @@ impl Shared {
     /// failure costs the replica its place, as a failed commit does.
     pub fn checkpoint(&self, idle: bool) {
         let mut writers = self.writers.lock();
+        let mut turns = Vec::new();
         for id in writers.ids() {
-            let Some(writer) = &mut writers[id] else { continue };
-            let result = match idle {
-                true if writer.dirty => checkpoint_one(writer, "PRAGMA wal_checkpoint(TRUNCATE)"),
-                false if writer.in_wal >= WAL_CHANGES_MAX => {
-                    checkpoint_one(writer, "PRAGMA wal_checkpoint(PASSIVE)")
+            let how = match &writers[id] {
+                Some(writer) if idle && writer.dirty => "PRAGMA wal_checkpoint(TRUNCATE)",
+                Some(writer) if !idle && writer.in_wal >= WAL_CHANGES_MAX => {
+                    "PRAGMA wal_checkpoint(PASSIVE)"
                 }
-                _ => Ok(()),
+                _ => continue,
             };
-            if let Err(error) = result {
-                writers[id] = None;
-                self.detach(id, Some(error.to_string()));
+            let Some(mut writer) = writers[id].take() else { continue };
+            let device = writer.device;
+            let work = move || {
+                let result = checkpoint_one(&mut writer, how);
+                (writer, result)
+            };
+            turns.push((id, self.lanes.begin(id, device, work)));
+        }
+        for (id, turn) in turns {
+            match self.lanes.wait(id, turn) {
+                Some((writer, Ok(()))) => writers[id] = Some(writer),
+                Some((writer, Err(error))) => {
+                    self.detach(id, Some(error.to_string()));
+                    self.lanes.discard(id, writer);
+                }
+                None => self.detach(id, Some(HANGS.into())),
             }
         }
     }
-}
-
-/// Writes a batch by each writer, at once where that pays.
-fn write_all(
-    mut jobs: Vec<(ReplicaId, Writer)>,
-    plan: &Plan<'_>,
-    durable: bool,
-) -> Vec<(ReplicaId, Writer, Result<Committed, String>)> {
-    let write = |(id, mut writer): (ReplicaId, Writer)| {
-        let result = write_one(&mut writer, plan, durable).map_err(|error| error.to_string());
-        (id, writer, result)
-    };
-    if jobs.len() < 2 || !(durable || plan.batch.count >= PARALLEL_CHANGES_MIN) {
-        return jobs.into_iter().map(write).collect();
-    }
-    let others = jobs.split_off(1);
-    std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            others.into_iter().map(|job| scope.spawn(move || write(job))).collect();
-        let mut results: Vec<_> = jobs.into_iter().map(write).collect();
-        results.extend(
-            threads.into_iter().map(|thread| {
-                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            }),
-        );
-        results
-    })
 }
 
 fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::Result<Committed> {

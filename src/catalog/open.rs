@@ -13,6 +13,7 @@ use rusqlite::config::DbConfig;
 
 use super::actor::{self, Acts, Known};
 use super::commit::{Queue, TickClock, Waiting, Writer};
+use super::lane::Lanes;
 use super::reader::Readers;
 use super::schema::read_head_only;
 use super::schema::{self, HeadRow, NextIds, Use, connect, damaged, name_damage, read_head};
@@ -176,7 +177,7 @@ impl Catalog {
                     first = Some((head, file, tick));
                 }
             }
-            writers[id] = Some(Writer { db, full: false, in_wal: 0, dirty: true });
+            writers[id] = Some(Writer::new(db));
         }
         let Some((mut head, _, tick)) = first else {
             return Err(Error::NoStore("no replica has a catalog".into()));
@@ -244,10 +245,17 @@ impl Catalog {
         };
         self.shared.readers.close();
         let mut writers = self.shared.writers.lock();
+        let mut turns = Vec::new();
         for id in writers.ids() {
             let Some(writer) = writers[id].take() else { continue };
-            if let Err(error) = finish(writer.db) {
-                self.shared.detach(id, Some(error.to_string()));
+            let turn = self.shared.lanes.begin(id, writer.device, move || finish(writer.db));
+            turns.push((id, turn));
+        }
+        for (id, turn) in turns {
+            match self.shared.lanes.wait(id, turn) {
+                Some(Ok(())) => {}
+                Some(Err(error)) => self.shared.detach(id, Some(error.to_string())),
+                None => self.shared.detach(id, Some("it does not answer".into())),
             }
         }
         flushed
@@ -311,6 +319,7 @@ fn new_shared(
     Shared {
         waiting: Waiting::new(queue),
         writers: Mutex::new(writers),
+        lanes: Lanes::new(),
         kept: Mutex::new(None),
         readers: Readers::new(files),
         ids: Ids::new(head.next),

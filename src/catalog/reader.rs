@@ -112,7 +112,12 @@ impl Shared {
     /// Takes a replica out; with a reason, if it failed.
     pub fn detach(&self, replica: ReplicaId, failure: Option<String>) {
         let was_gone = self.readers.gone[replica].swap(true, Ordering::AcqRel);
-        self.readers.idle.lock().retain(|(id, _)| *id != replica);
+        let mut idle = self.readers.idle.lock();
+        let (gone, stay) = idle.drain(..).partition::<Vec<_>, _>(|(id, _)| *id == replica);
+        *idle = stay;
+        drop(idle);
+        // Closing can hang as well.
+        self.lanes.discard(replica, gone);
         if let Some(reason) = failure
             && !was_gone
         {

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use crate::sys::device::Device;
 pub use crate::types::Creds;
 use crate::types::{EntryName, Kind, RelPath, Timestamp, Xattrs};
 
@@ -150,15 +151,6 @@ pub struct DirEntry {
     pub ino: u64,
 }
 
-/// A block device, as the kernel numbers it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeviceNumber {
-    /// The driver's part.
-    pub major: u32,
-    /// The device's part.
-    pub minor: u32,
-}
-
 /// Space of the backing's filesystem (`statvfs(3)`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
@@ -287,7 +279,7 @@ pub trait Backing: Send + Sync {
     fn space(&self) -> io::Result<Space>;
 
     /// The block device below, where there is one that does nothing else.
-    fn device(&self) -> Option<DeviceNumber> {
+    fn device(&self) -> Option<Device> {
         None
     }
 

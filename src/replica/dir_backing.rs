@@ -22,10 +22,10 @@ use rustix::fs::{
 use rustix::io::{Errno, retry_on_intr};
 
 use super::backing::{
-    Access, Backing, Creds, DeviceNumber, DirEntry, Handle, RenameMode, Seek, SetTime, Space, Stat,
+    Access, Backing, Creds, DirEntry, Handle, RenameMode, Seek, SetTime, Space, Stat,
 };
 use crate::error::{IoContext, Result};
-use crate::sys;
+use crate::sys::{self, device::Device};
 use crate::types::{EntryName, Kind, RelPath, Timestamp, Xattrs};
 
 mod xattrs;
@@ -58,7 +58,7 @@ pub struct DirBacking {
     /// Whether its filesystem keeps on a device of this machine, and the inodes of open files in
     /// memory, so that it is known what does not wait for anything.
     local: bool,
-    device: Option<DeviceNumber>,
+    device: Option<Device>,
 }
 
 impl DirBacking {
@@ -68,15 +68,14 @@ impl DirBacking {
         let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
         let open = |extra| retry_on_intr(|| rustix::fs::open(path, flags | extra, Mode::empty()));
         let sync_fd = open(OFlags::RDONLY).context(action, path)?;
-        let stat = rustix::fs::fstat(&sync_fd).context(action, path)?;
         let kind = rustix::fs::fstatfs(&sync_fd).context(action, path)?.f_type;
         Ok(DirBacking {
             path: path.to_path_buf(),
             root: open(OFlags::PATH).context(action, path)?,
-            sync_fd,
             widening: Mutex::new(()),
             local: LOCAL_FILESYSTEMS.contains(&(kind as u32)),
-            device: device_of(stat.st_dev),
+            device: Device::of(&sync_fd),
+            sync_fd,
         })
     }
 
@@ -138,13 +137,6 @@ impl DirBacking {
         chmod_fd(object, stat.mode)?;
         opened
     }
-}
-
-/// The block device of a filesystem; `None` where it has none of its own (device numbers of major 0
-/// are made up).
-fn device_of(dev: u64) -> Option<DeviceNumber> {
-    let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
-    (major != 0).then_some(DeviceNumber { major, minor })
 }
 
 /// Looks an object up in the kernel's cache of names alone; `None` where that does not know, or the
@@ -564,7 +556,7 @@ impl Backing for DirBacking {
         })
     }
 
-    fn device(&self) -> Option<DeviceNumber> {
+    fn device(&self) -> Option<Device> {
         self.device
     }
 

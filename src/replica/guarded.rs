@@ -35,13 +35,13 @@ use super::backing::{
     Access, Backing, Creds, DirEntry, Handle, RenameMode, Seek, SetTime, Space, Stat,
 };
 use super::health::Fault;
+use crate::sys::device::Watch;
 use crate::types::{EntryName, Kind, RelPath, Xattrs};
 use checked::{Argument, Checked, On};
 use workers::{Pending, Workers};
 
 mod checked;
 mod failures;
-mod progress;
 mod relay;
 mod workers;
 
@@ -158,7 +158,7 @@ pub struct UnderWay {
 impl UnderWay {
     /// Waits for its end.
     pub fn wait(self) -> io::Result<()> {
-        let mut watch = progress::Watch::new(self.workers.inner());
+        let mut watch = Watch::new(self.workers.inner().device());
         let moving = || watch.has_moved();
         let answer = self.pending.wait_while(self.timeout, self.patience, moving);
         let on = (self.subject.as_ref(), None);

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use super::failures::Failures;
 use super::methods;
 use crate::replica::backing::{
-    Access, Backing, Creds, DeviceNumber, DirEntry, Handle, Keeper, RenameMode, Seek, SetTime,
+    Access, Backing, Creds, DirEntry, Handle, Keeper, RenameMode, Seek, SetTime,
     Space, Stat,
 };
 use crate::replica::handles::not_open;
+use crate::sys::device::Device;
 use crate::types::{EntryName, Kind, RelPath, Xattrs};
 
 /// One opening of a backing.
@@ -152,7 +153,7 @@ impl Backing for Checked {
         self.judged("sync_all", (None, None), self.inner.sync_all())
     }
 
-    fn device(&self) -> Option<DeviceNumber> {
+    fn device(&self) -> Option<Device> {
         self.inner.device()
     }
 

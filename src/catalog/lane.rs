@@ -1,0 +1,121 @@
+//! The threads that write the replicas' databases, one for each.
+//!
+//! A call on a dead disk can hang for ever, so whoever commits waits for so long at most. A
+//! database that hangs is left to its thread, and the replica is out; should the call return after
+//! all, the thread closes the database and ends.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use parking_lot::Mutex;
+
+use crate::sys::device::{Device, Watch};
+use crate::types::{ReplicaId, ReplicaMap};
+
+/// How long a database may take for a commit, unless told otherwise.
+pub(super) const TIMEOUT: Duration = Duration::from_secs(30);
+/// How many times that, while its device goes on working: a sync takes as long as there is data.
+const PATIENCE: u32 = 20;
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// All threads, each begun when it is first needed.
+pub(super) struct Lanes {
+    threads: ReplicaMap<Mutex<Option<Sender<Work>>>>,
+    timeout_ms: AtomicU64,
+}
+
+/// Work that is under way.
+pub(super) struct Turn<T> {
+    answer: Receiver<T>,
+    begun: Instant,
+    device: Option<Device>,
+}
+
+impl Lanes {
+    pub(super) fn new() -> Lanes {
+        Lanes {
+            threads: ReplicaMap::for_all(|_| Mutex::default()),
+            timeout_ms: AtomicU64::new(TIMEOUT.as_millis() as u64),
+        }
+    }
+
+    pub(super) fn set_timeout(&self, timeout: Duration) {
+        let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        self.timeout_ms.store(millis, Ordering::Relaxed);
+    }
+
+    /// Hands work over. `device` is the one whose progress counts.
+    pub(super) fn begin<T: Send + 'static>(
+        &self,
+        replica: ReplicaId,
+        device: Option<Device>,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Turn<T> {
+        let (tell, answer) = bounded(1);
+        let work: Work = Box::new(move || {
+            // Nobody listens any more to what came too late: it is dropped here.
+            let _ = tell.send(work());
+        });
+        let mut thread = self.threads[replica].lock();
+        if thread.is_none() {
+            let (give, works) = unbounded::<Work>();
+            let run = move || works.into_iter().for_each(|work| work());
+            // Without a thread the work is dropped, which counts as a failure.
+            let started = std::thread::Builder::new().name("rv-catalog".into()).spawn(run);
+            *thread = started.is_ok().then_some(give);
+        }
+        if let Some(give) = &*thread {
+            let _ = give.send(work);
+        }
+        Turn { answer, begun: Instant::now(), device }
+    }
+
+    /// Waits for work; `None` if it hangs or could not be done at all. Then the next work of this
+    /// replica gets a thread of its own.
+    pub(super) fn wait<T>(&self, replica: ReplicaId, turn: Turn<T>) -> Option<T> {
+        let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
+        let mut watch = Watch::new(turn.device);
+        for round in 1..=PATIENCE {
+            let answer = turn.answer.recv_deadline(turn.begun + timeout * round);
+            match answer {
+                Ok(answer) => return Some(answer),
+                Err(RecvTimeoutError::Timeout) if watch.has_moved() => {}
+                Err(_) => break,
+            }
+        }
+        *self.threads[replica].lock() = None;
+        None
+    }
+
+    /// Drops on the replica's thread what may hang while it is closed.
+    pub(super) fn discard<T: Send + 'static>(&self, replica: ReplicaId, what: T) {
+        let _ = self.begin(replica, None, move || drop(what));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_that_hangs_is_left_and_the_next_has_a_thread_of_its_own() {
+        let lanes = Lanes::new();
+        lanes.set_timeout(Duration::from_millis(200));
+        let id = ReplicaId::all().next().expect("the first");
+        let (go_on, resume) = unbounded::<()>();
+        let (ended, end) = unbounded::<()>();
+        let hung = lanes.begin(id, None, move || {
+            let _ = resume.recv();
+            ended.send(()).expect("the test listens");
+        });
+        let waits = lanes.begin(id, None, || 1);
+        assert_eq!(lanes.wait(id, hung), None);
+        assert_eq!(lanes.wait(id, waits), None, "it is behind the one that hangs");
+        let next = lanes.begin(id, None, || 2);
+        assert_eq!(lanes.wait(id, next), Some(2));
+        go_on.send(()).expect("it hangs");
+        end.recv_timeout(Duration::from_secs(20)).expect("it goes on in its thread");
+    }
+}

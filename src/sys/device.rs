@@ -1,0 +1,50 @@
+//! Block devices, and whether one goes on working: what it has completed, as the kernel counts it.
+
+use std::os::fd::AsFd;
+
+/// A block device, as the kernel numbers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Device {
+    major: u32,
+    minor: u32,
+}
+
+impl Device {
+    /// The device that an open file's filesystem is on; `None` where that has none of its own.
+    pub fn of(file: impl AsFd) -> Option<Device> {
+        let dev = rustix::fs::fstat(file).ok()?.st_dev;
+        let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
+        // Numbers of major 0 are made up.
+        (major != 0).then_some(Device { major, minor })
+    }
+
+    /// Requests for reading, writing, discarding and flushing that it has completed
+    /// (`/sys/dev/block/*/stat`).
+    fn completed(self) -> Option<u64> {
+        let path = format!("/sys/dev/block/{}:{}/stat", self.major, self.minor);
+        let text = std::fs::read_to_string(path).ok()?;
+        let fields: Vec<u64> = text.split_whitespace().filter_map(|f| f.parse().ok()).collect();
+        let counts = [0, 4, 11, 15].iter().filter_map(|&index| fields.get(index)).copied();
+        counts.reduce(u64::wrapping_add)
+    }
+}
+
+/// Looks at a device now and then.
+pub struct Watch {
+    device: Option<Device>,
+    completed: Option<u64>,
+}
+
+impl Watch {
+    /// Begins to watch.
+    pub fn new(device: Option<Device>) -> Watch {
+        Watch { device, completed: device.and_then(Device::completed) }
+    }
+
+    /// Whether it has completed anything since the last look; `false` where that cannot be known.
+    pub fn has_moved(&mut self) -> bool {
+        let before = self.completed;
+        self.completed = self.device.and_then(Device::completed);
+        self.completed.is_some() && self.completed != before
+    }
+}
