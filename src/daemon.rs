@@ -93,7 +93,7 @@ fn open_volume(
         exclude: exclude.clone(),
         resync_later: true,
     };
-    let recover = |replicas: &_, catalog: &_| History::recover(replicas, catalog);
+    let recover = |replicas: &_, catalog: &_, from| History::recover(replicas, catalog, from);
     let store = store::open(&plan.backings, &options, &recover, progress)?;
     let volume = Volume::open(store, VolumeOptions { exclude, ..VolumeOptions::default() })?;
     let (known, policy) = (volume.policy(), plan.options.policy(volume.policy()));

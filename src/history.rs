@@ -276,9 +276,10 @@ impl History {
     }
 
     /// Finds again what an unclean end left unrecorded: before-images whose rows and whole contents
-    /// whose marks were not committed yet. To be called before the live tree is compared.
-    pub fn recover(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
-        undo::recover(replicas, catalog)?;
+    /// whose marks were not committed yet. To be called before the live tree is compared. All rows
+    /// of undo segments before `undo_from` are known to be committed.
+    pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, undo_from: u64) -> Result<()> {
+        undo::recover(replicas, catalog, undo_from)?;
         remove_orphan_packs(replicas, catalog)?;
         for shard in 0..=255 {
             let dir = replicas.private(PrivateDir::Preserved(shard))?;

@@ -35,6 +35,7 @@ use lock::StoreLock;
 use marker::{CleanMark, Marker, Peer, PeerState, Phase};
 use site::Site;
 
+mod bounds;
 pub mod compare;
 pub(crate) mod copy;
 pub(crate) mod fill;
@@ -79,7 +80,8 @@ pub struct OpenOptions {
 
 /// Recovers the history files of the replica that goes on, after an unclean end and before the live
 /// tree is compared with the catalog. Given from outside, for history stands beside us, not below.
-pub type Recover<'a> = &'a dyn Fn(&ReplicaSet, &Catalog) -> Result<()>;
+/// The number is that of the first undo segment that has to be looked at.
+pub type Recover<'a> = &'a dyn Fn(&ReplicaSet, &Catalog, u64) -> Result<()>;
 
 /// A store that is open: its locks are held, and its markers say so.
 pub struct Store {
@@ -126,9 +128,10 @@ impl Member {
         self.marker.write(&self.site)
     }
 
-    /// The head of this replica's catalog; `None` if it has no whole one of its store.
-    fn head(&self) -> Option<Head> {
-        match Catalog::verify(&self.catalog_file(), self.marker.clean.is_none()) {
+    /// The head of this replica's catalog; `None` if it has no whole one of its store. After an
+    /// unclean end all of it is read, unless the mount kept an intent log.
+    fn head(&self, logged: bool) -> Option<Head> {
+        match Catalog::verify(&self.catalog_file(), self.marker.clean.is_none() && !logged) {
             Ok(head) if head.store == self.marker.store => Some(head),
             Ok(head) => {
                 log::error!(

@@ -387,10 +387,11 @@ fn records(bytes: &[u8]) -> BTreeMap<u64, (u64, UndoRow)> {
 }
 
 /// Adds the rows of records that no commit knows. A torn record is one whose overwrite never began.
-pub fn recover(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
+/// Segments before `from` have none of them.
+pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, from: u64) -> Result<()> {
     let dir = replicas.private(PrivateDir::Undo)?;
     let mut found = 0;
-    for segment in segments(replicas)? {
+    for segment in segments(replicas)?.into_iter().filter(|&segment| segment >= from) {
         let bytes = replicas.read("undo", |id, b| read_segment(b, dir.get(id)?, segment))?;
         for (offset, (_, mut row)) in records(&bytes) {
             row.at = Some(UndoPlace { file: UndoFile::Segment(segment), offset });

@@ -24,11 +24,15 @@ use crate::store::copy::{Copier, blame};
 use crate::store::import::count_words;
 use crate::store::quarantine::Quarantine;
 use crate::store::site::{Object, Site, is_other_mount, own_creds};
-use crate::types::{EntryName, Kind, RelPath, Timestamp};
+use crate::types::{EntryName, Kind, NodeId, RelPath, Timestamp};
 
+use bounded::Within;
+
+mod bounded;
 mod estimate;
 pub(crate) mod history;
 
+pub use bounded::fill_within;
 pub use estimate::quick_equal;
 
 /// What a fill did.
@@ -165,6 +169,8 @@ struct Fill<'a> {
     linked: HashMap<u64, RelPath>,
     /// Inode numbers of the target's hard-linked objects that are taken for one of the source's.
     taken: HashSet<u64>,
+    /// Where only a part may differ.
+    within: Option<Within<'a>>,
     report: FillReport,
 }
 
@@ -184,6 +190,7 @@ impl<'a> Fill<'a> {
             quarantine: Quarantine::new(target),
             linked: HashMap::new(),
             taken: HashSet::new(),
+            within: None,
             report: FillReport::default(),
         })
     }
@@ -201,6 +208,11 @@ impl<'a> Fill<'a> {
                 Step::Leave(path) => self.finish_dir(&path)?,
             }
         }
+        self.finish()
+    }
+
+    /// The history, and all of it durable.
+    fn finish(mut self) -> Result<FillReport> {
         // One that cannot be asked (it is of an older version) has forgotten nothing yet.
         let catalog = Catalog::open_read_only(&self.source.private_path(CATALOG_FILE)).ok();
         let history = history::History {
@@ -209,6 +221,7 @@ impl<'a> Fill<'a> {
             catalog: catalog.as_ref(),
             changing: false,
             packs: true,
+            bounds: self.within.as_ref().map(|within| within.bounds),
         };
         history.fill(&mut self.copier, &mut self.quarantine)?;
         self.target.backing.sync_all().context("make durable", &self.target.path)?;
@@ -226,8 +239,9 @@ impl<'a> Fill<'a> {
         Ok(self.report)
     }
 
-    /// Makes the entries of one directory equal; returns its sub-directories.
+    /// Makes the entries of one directory equal; returns the sub-directories to be gone into.
     fn fill_dir(&mut self, path: &RelPath) -> Result<Vec<EntryName>> {
+        let nodes = self.nodes_in(path)?;
         let from = self.source.dir(path)?;
         let to = self.target.dir(path)?;
         let wanted = self.source.live_entries(&from, path)?;
@@ -245,14 +259,17 @@ impl<'a> Fill<'a> {
                 other => other?,
             };
             let Some(object) = object else { continue };
+            let node = nodes.get(&entry.name).copied();
             if object.stat.kind == Kind::Dir {
                 if self.is_mount(path, &entry.name) {
                     continue;
                 }
-                self.make_dir(&to, path, &entry.name)?;
-                dirs.push(entry.name);
+                let made = self.make_dir(&to, path, &entry.name, node)?;
+                if made || self.goes_into(node) {
+                    dirs.push(entry.name);
+                }
             } else {
-                self.fill_entry(&from, &to, path, &entry.name, &object)?;
+                self.fill_entry((&from, &to), path, &entry.name, &object, node)?;
             }
             self.progress.advance(1, 0)?;
         }
@@ -264,10 +281,20 @@ impl<'a> Fill<'a> {
         opened.is_err_and(|error| is_other_mount(&error))
     }
 
-    fn make_dir(&mut self, to: &Handle, dir: &RelPath, name: &EntryName) -> Result<()> {
+    /// Makes sure that there is a directory; `true` if it had to be made.
+    fn make_dir(
+        &mut self,
+        to: &Handle,
+        dir: &RelPath,
+        name: &EntryName,
+        node: Option<NodeId>,
+    ) -> Result<bool> {
+        if self.take_from_aside(to, dir, name, node)? {
+            return Ok(false);
+        }
         let path = self.target.at(&dir.join(name));
         match self.target.backing.stat_at(to, name) {
-            Ok(stat) if stat.kind == Kind::Dir => return Ok(()),
+            Ok(stat) if stat.kind == Kind::Dir => return Ok(false),
             Ok(_) => self.quarantine.take(to, dir, name)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error).context("look at", path),
@@ -277,20 +304,24 @@ impl<'a> Fill<'a> {
         self.target
             .backing
             .mkdir(to, name, 0o700, own_creds())
-            .map_err(|error| blame(self.target, "make the directory", &dir.join(name), error))
+            .map_err(|error| blame(self.target, "make the directory", &dir.join(name), error))?;
+        Ok(true)
     }
 
     fn fill_entry(
         &mut self,
-        from: &Handle,
-        to: &Handle,
+        (from, to): (&Handle, &Handle),
         dir: &RelPath,
         name: &EntryName,
         object: &Object,
+        node: Option<NodeId>,
     ) -> Result<()> {
         let path = dir.join(name);
         let present = self.target.object(to, dir, name)?;
         let is_linked = object.stat.nlink > 1;
+        if is_linked && !self.linked.contains_key(&object.stat.ino) {
+            self.linked.extend(self.name_elsewhere(node)?.map(|path| (object.stat.ino, path)));
+        }
         if let Some(first) = self.linked.get(&object.stat.ino).filter(|_| is_linked).cloned() {
             return self.fill_link(to, dir, name, &first, present);
         }
@@ -301,7 +332,7 @@ impl<'a> Fill<'a> {
             // An object of the target stands for one object of the source only.
             let free = present.stat.nlink <= 1 || self.taken.insert(present.stat.ino);
             if free && same_content(object, present) {
-                let equal = !self.is_suspect(&object.stat, &present.stat)
+                let equal = !self.is_suspect(&object.stat, &present.stat, node)
                     || self.copier.same_bytes((from, name), (to, name), dir)?;
                 if equal {
                     return self.adjust(to, &path, name, object, present);
@@ -322,7 +353,11 @@ impl<'a> Fill<'a> {
     }
 
     /// Whether equal attributes do not prove equal bytes.
-    fn is_suspect(&self, a: &Stat, b: &Stat) -> bool {
+    fn is_suspect(&self, a: &Stat, b: &Stat, node: Option<NodeId>) -> bool {
+        if let Some(within) = &self.within {
+            let differs = node.is_none_or(|node| within.bounds.may_differ(node));
+            return a.kind == Kind::File && a.size > 0 && differs;
+        }
         a.kind == Kind::File
             && a.size > 0
             && self.changed_since.is_some_and(|since| a.ctime >= since || b.ctime >= since)

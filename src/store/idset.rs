@@ -20,6 +20,14 @@ impl IdSet {
         page[word] |= bit;
     }
 
+    /// Takes an id out.
+    pub fn remove(&mut self, id: NodeId) {
+        let (page, word, bit) = place(id);
+        if let Some(page) = self.pages.get_mut(&page) {
+            page[word] &= !bit;
+        }
+    }
+
     /// Whether the id is in the set.
     pub fn contains(&self, id: NodeId) -> bool {
         let (page, word, bit) = place(id);
@@ -42,6 +50,9 @@ mod tests {
         let ids = [1, 63, 64, 4095, 4096, (1 << 43) - 1];
         ids.iter().for_each(|&id| set.insert(NodeId(id)));
         assert!(ids.iter().all(|&id| set.contains(NodeId(id))));
+        set.remove(NodeId(64));
+        set.remove(NodeId(1 << 30));
+        assert!(!set.contains(NodeId(64)) && set.contains(NodeId(63)));
         assert!(![0, 2, 62, 65, 4094, 4097].iter().any(|&id| set.contains(NodeId(id))));
     }
 }

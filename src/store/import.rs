@@ -16,7 +16,6 @@
 //! history beside the live tree, which was recovered before.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::sync::Arc;
 
 use crate::catalog::{Catalog, Change, NodeRow};
@@ -24,13 +23,18 @@ use crate::error::{IoContext, Result};
 use crate::excludes::{META_KEY, Patterns, Scope};
 use crate::progress::Progress;
 use crate::replica::backing::{Handle, Stat};
+use crate::store::bounds::Bounds;
 use crate::store::idset::IdSet;
 use crate::store::site::{Object, Site, is_other_mount};
 use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath, Timestamp, XattrSetId};
 
+mod bounded;
 mod excluded;
 mod moves;
+mod report;
 mod rescue;
+
+pub use report::{ImportReport, count_words};
 
 /// Changes in one push: enough to make a batch worth its commit, little enough to hold.
 const PUSH_CHANGES: usize = 1000;
@@ -38,68 +42,16 @@ const PUSH_CHANGES: usize = 1000;
 /// is so for all files, and tells nothing.
 const STRANGERS_MAX: usize = 10_000;
 
-/// What an import found and recorded.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ImportReport {
-    /// Names that are new.
-    pub added: u64,
-    /// Names that are gone.
-    pub removed: u64,
-    /// Objects with a new state.
-    pub changed: u64,
-    /// Files that were recognised under another name.
-    pub moved: u64,
-    /// Files that are gone and whose last content is nowhere in history.
-    pub lost: Vec<RelPath>,
-    /// Mountpoints of other filesystems in the tree: left out.
-    pub skipped: Vec<RelPath>,
-}
-
-impl ImportReport {
-    /// Whether no object was touched.
-    pub fn is_nothing(&self) -> bool {
-        self.added + self.removed + self.changed + self.moved == 0
-    }
-}
-
-impl fmt::Display for ImportReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let counts = [
-            (self.added, "added"),
-            (self.removed, "removed"),
-            (self.changed, "changed"),
-            (self.moved, "renamed"),
-        ];
-        f.write_str(&count_words(&counts))
-    }
-}
-
-/// "12 files added, 3 changed"; "nothing to do" if all counts are zero.
-pub fn count_words(counts: &[(u64, &str)]) -> String {
-    let mut words = String::new();
-    for (count, word) in counts.iter().filter(|(count, _)| *count > 0) {
-        let noun = match (words.is_empty(), count) {
-            (true, 1) => " file",
-            (true, _) => " files",
-            (false, _) => "",
-        };
-        let lead = if words.is_empty() { "" } else { ", " };
-        words.push_str(&format!("{lead}{count}{noun} {word}"));
-    }
-    match words.is_empty() {
-        true => "nothing to do".into(),
-        false => words,
-    }
-}
-
 /// Makes the catalog's live tree equal to the one on `source`. The changes are pushed, not flushed.
 /// `peers` are other replicas of the store, which may still have what was changed on `source`;
-/// `exclude` tells, with the rules that lie in the tree, what gets no history.
+/// `exclude` tells, with the rules that lie in the tree, what gets no history. `within`: nothing
+/// else can differ; the number tells which replica it is.
 pub fn import(
     source: &Site,
     peers: &[Site],
     catalog: &Catalog,
     exclude: &Arc<Patterns>,
+    within: Option<(&Bounds, u64)>,
     progress: &Progress,
 ) -> Result<ImportReport> {
     let mut import = Import {
@@ -117,10 +69,16 @@ pub fn import(
         strangers: 0,
         pending: Vec::new(),
         fresh_catalog: false,
+        bounds: within.map(|(bounds, _)| bounds.clone()),
+        newborn: HashMap::new(),
+        read: IdSet::default(),
         report: ImportReport::default(),
     };
     progress.begin(&format!("Reading {}", source.path.display()), 0, 0);
-    let result = import.run();
+    let result = match within {
+        Some((bounds, replica)) => import.run_within(bounds, replica),
+        None => import.take_root().and_then(|()| import.take_pending()),
+    };
     // What was read is kept even when the user stops it: the next mount goes on from there.
     let pushed = import.push();
     progress.end();
@@ -215,14 +173,22 @@ struct Import<'a> {
     pending: Vec<Pending>,
     /// The catalog was empty: nothing can have been renamed.
     fresh_catalog: bool,
+    /// Nothing else can differ.
+    bounds: Option<Bounds>,
+    /// Directories that got their nodes before they were met.
+    newborn: HashMap<RelPath, NodeId>,
+    /// Directories whose entries were read.
+    read: IdSet,
     report: ImportReport,
 }
 
 impl Import<'_> {
-    fn run(&mut self) -> Result<()> {
-        self.take_root()?;
+    fn take_pending(&mut self) -> Result<()> {
         while let Some(dir) = self.pending.pop() {
-            self.take_dir(dir)?;
+            if !self.read.contains(dir.node) {
+                self.read.insert(dir.node);
+                self.take_dir(dir)?;
+            }
         }
         self.settle_deferred()?;
         for gone in std::mem::take(&mut self.missing).into_iter().rev().flatten() {
@@ -365,7 +331,7 @@ impl Import<'_> {
                 self.keep_recorded(&row, &dir.path, &name, stat.size)?;
             }
             self.refresh(&row, object)?;
-            if kind == Kind::Dir {
+            if kind == Kind::Dir && self.bounds.as_ref().is_none_or(|bounds| bounds.born(node)) {
                 let scope = dir.scope.clone();
                 self.pending.push(Pending { path, node, fresh: false, scope });
             }

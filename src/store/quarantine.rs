@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::error::{IoContext, Result};
 use crate::replica::backing::{Handle, RenameMode};
 use crate::store::site::{Site, own_creds, own_name, private};
-use crate::types::{EntryName, RelPath};
+use crate::types::{EntryName, Kind, RelPath};
 
 /// Names tried for one fill's directory; two fills within a second differ in the number.
 const DIR_TRIES: u32 = 1000;
@@ -34,8 +34,14 @@ impl<'a> Quarantine<'a> {
         self.dir.as_ref().map(|dir| self.site.at(dir))
     }
 
-    /// Moves an entry here, with all below it.
+    /// Moves an entry here, with all below it. One of several names of an object is just taken away:
+    /// the object stays, and would show a name too many.
     pub fn take(&mut self, from: &Handle, dir: &RelPath, name: &EntryName) -> Result<()> {
+        let shown = || self.site.at(&dir.join(name));
+        let stat = self.site.backing.stat_at(from, name).context("look at", shown())?;
+        if stat.kind != Kind::Dir && stat.nlink > 1 {
+            return self.site.backing.unlink(from, name).context("remove a name", shown());
+        }
         let place = self.make_place(dir)?;
         let to = self.site.dir(&place)?;
         self.site

@@ -4,9 +4,15 @@
 //! The judgement itself is pure ([`lineage`]); here it is fed and carried out. A catalog whose
 //! damage shows only on the way loses its say, and it is judged again: as long as one replica is
 //! whole, there is a winner. Killed anywhere, the next mount does the rest.
+//!
+//! After an unclean end the intent logs of the last mount tell what may differ, and only that is
+//! looked at. Where the winner has no log that can be believed, all is compared. What was dirtied
+//! stays on record in the logs until the next mount begins, so every replica can recover by itself
+//! whatever becomes of the others meanwhile.
 
 use std::sync::Arc;
 
+use super::bounds::Bounds;
 use super::lineage::{self, Standing, Verdict};
 use super::marker::{CleanMark, Marker, PeerState, Phase};
 use super::site::{self, Site};
@@ -15,6 +21,7 @@ use crate::catalog::{Catalog, Durability, Head};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
 use crate::progress::Progress;
+use crate::replica::intent::{self, Past};
 use crate::types::{ReplicaMap, Timestamp};
 
 fn judge(members: &[Member], heads: &[Option<Head>]) -> Verdict {
@@ -53,14 +60,18 @@ pub(super) fn settle(
     options: &OpenOptions,
     progress: &Progress,
 ) -> Result<(usize, Vec<bool>)> {
-    let mut heads: Vec<Option<Head>> = members.iter().map(Member::head).collect();
+    let pasts: Vec<Option<Past>> = members.iter().map(past_of).collect();
+    let judged = members.iter().zip(&pasts);
+    let mut heads: Vec<Option<Head>> =
+        judged.map(|(member, past)| member.head(past.is_some())).collect();
     loop {
         let verdict = judge(members, &heads);
         let winner = match &verdict {
             Verdict::Winner { winner, .. } => Some(*winner),
             _ => None,
         };
-        match (settle_by(members, verdict, &heads, recover, options, progress), winner) {
+        let known = Known { heads: &heads, pasts: &pasts };
+        match (settle_by(members, verdict, &known, recover, options, progress), winner) {
             // Damage that shows only now: whoever else has a whole catalog wins instead.
             (Err(error), Some(winner))
                 if is_catalog_damage(&error) && has_other_head(members, &heads, winner) =>
@@ -71,6 +82,108 @@ pub(super) fn settle(
             (result, _) => return result,
         }
     }
+}
+
+/// What is known of the members beside their markers.
+struct Known<'a> {
+    heads: &'a [Option<Head>],
+    /// What their intent logs say of the last mount.
+    pasts: &'a [Option<Past>],
+}
+
+/// What a recovery looks at, and on which replicas nothing else can differ.
+struct Bounded {
+    bounds: Bounds,
+    replicas: Vec<bool>,
+}
+
+/// What the intent log of a replica says of its last mount, if that did not end cleanly.
+fn past_of(member: &Member) -> Option<Past> {
+    let marker = &member.marker;
+    let mount = marker.opened.filter(|_| marker.phase == Phase::Ok && marker.clean.is_none())?;
+    let shown = member.site.private_path(intent::format::LOG_FILE);
+    match intent::format::read(&*member.site.backing) {
+        Ok(Some(past)) if past.mount == mount => return Some(past),
+        // As an older version leaves it, which knows of no log.
+        Ok(Some(_)) => log::warn!("{} is not of the last mount", shown.display()),
+        Ok(None) => log::warn!("{} is missing or damaged", shown.display()),
+        Err(error) => log::warn!("{}: {error}", shown.display()),
+    }
+    None
+}
+
+/// What a recovery that goes on with `winner` has to look at; `None` if that is everything.
+fn bounds_of(members: &[Member], winner: usize, known: &Known<'_>) -> Option<Bounded> {
+    let mut past = known.pasts[winner].clone()?;
+    let head = known.heads[winner].as_ref()?;
+    if head.sequence < past.base.sequence {
+        let file = members[winner].catalog_file();
+        log::error!("{}: commits that were durable are gone", file.display());
+        return None;
+    }
+    let mut replicas = Vec::new();
+    for (index, member) in members.iter().enumerate() {
+        let marker = &member.marker;
+        let own = &known.pasts[index];
+        let same_mount = own.as_ref().is_some_and(|own| own.mount == past.mount);
+        let ended = known.heads[index].as_ref() == Some(head)
+            && marker.clean.as_ref().is_some_and(|mark| mark.fits(head));
+        let stale = members.iter().any(|other| holds_stale(&other.marker, marker));
+        let whole = marker.phase == Phase::Ok && known.heads[index].is_some();
+        if let Some(own) = own.as_ref().filter(|_| same_mount && whole && !stale) {
+            past.join(own);
+        }
+        replicas.push(whole && !stale && (same_mount || ended));
+    }
+    if past.everything {
+        log::warn!("more was being changed than the intent log can hold");
+        return None;
+    }
+    let bounds = Bounds::new(past);
+    let covered = |index: usize| bounds.covers(short_id(&members[index]));
+    if !covered(winner) {
+        return None;
+    }
+    let replicas = (0..members.len()).map(|index| replicas[index] && covered(index)).collect();
+    Some(Bounded { bounds, replicas })
+}
+
+/// Recovers the winner and those replicas that took part in its last mount to the end; returns
+/// which are current then.
+fn recover_within(
+    members: &mut [Member],
+    winner: usize,
+    known: &Known<'_>,
+    bounded: &Bounded,
+    (recover, exclude): (Recover<'_>, &Arc<Patterns>),
+    progress: &Progress,
+) -> Result<Vec<bool>> {
+    let begin = std::time::Instant::now();
+    let bounds = &bounded.bounds;
+    // Equal catalogs stay equal: only one that lags is copied whole.
+    let equal = |index: usize| known.heads[index] == known.heads[winner];
+    let others = || (0..bounded.replicas.len()).filter(|&i| bounded.replicas[i] && i != winner);
+    let which: Vec<usize> = std::iter::once(winner).chain(others().filter(|&i| equal(i))).collect();
+    let peers = other_sites(members, winner);
+    take_in(members, &which, &peers, Some(recover), exclude, Some(bounds), progress)?;
+    let source = members[winner].site.clone();
+    let file = members[winner].catalog_file();
+    for index in others() {
+        let member = &members[index];
+        let catalog = Catalog::open_read_only(&file)?;
+        let sites = (&source, &member.site);
+        let report = fill::fill_within(sites, short_id(member), &catalog, bounds, progress)?;
+        catalog.close()?;
+        if !report.is_nothing() {
+            log::info!("{}: {report}", member.site.path.display());
+        }
+        if Catalog::inspect(&member.catalog_file()).ok() != Some(Catalog::inspect(&file)?) {
+            Catalog::copy(&file, &member.catalog_file())?;
+        }
+        member.site.backing.sync_all().context("make durable", &member.site.path)?;
+    }
+    log::info!("recovered in {} ms", begin.elapsed().as_millis());
+    Ok(bounded.replicas.clone())
 }
 
 fn has_other_head(members: &[Member], heads: &[Option<Head>], winner: usize) -> bool {
@@ -93,7 +206,7 @@ fn is_catalog_damage(error: &Error) -> bool {
 fn settle_by(
     members: &mut [Member],
     verdict: Verdict,
-    heads: &[Option<Head>],
+    known: &Known<'_>,
     recover: Recover<'_>,
     options: &OpenOptions,
     progress: &Progress,
@@ -103,14 +216,34 @@ fn settle_by(
     let (winner, current) = match verdict {
         Verdict::Winner { winner, current, clean: true } => (winner, current),
         Verdict::Winner { winner, current, clean: false } => {
-            log::warn!("{}: the last mount did not end cleanly; recovering", shown(winner));
-            let peers = other_sites(members, winner);
-            take_in(&members[winner], &peers, Some(recover), exclude, progress)?;
-            // Recovery went on in the winner alone.
-            (winner, (0..current.len()).map(|index| index == winner).collect())
+            let bounded = bounds_of(members, winner, known);
+            log::warn!(
+                "{}: the last mount did not end cleanly; recovering{}",
+                shown(winner),
+                if bounded.is_some() { " what it was changing" } else { " by comparing all" }
+            );
+            match bounded {
+                Some(bounded) => {
+                    let done = recover_within(
+                        members,
+                        winner,
+                        known,
+                        &bounded,
+                        (recover, exclude),
+                        progress,
+                    )?;
+                    (winner, done)
+                }
+                None => {
+                    let peers = other_sites(members, winner);
+                    take_in(members, &[winner], &peers, Some(recover), exclude, None, progress)?;
+                    // Recovery went on in the winner alone.
+                    (winner, (0..current.len()).map(|index| index == winner).collect())
+                }
+            }
         }
         Verdict::Adopting(source) => {
-            adopt(&mut members[source], exclude, progress)?;
+            adopt(members, source, exclude, progress)?;
             (source, (0..members.len()).map(|index| index == source).collect())
         }
         Verdict::Fork(a, b) => {
@@ -146,11 +279,12 @@ fn settle_by(
     let mut equal = current.clone();
     if options.resync_later {
         for index in (0..members.len()).filter(|&index| !current[index]) {
-            behind[index] = is_behind(&members[winner].marker, &members[index], &heads[index]);
+            behind[index] =
+                is_behind(&members[winner].marker, &members[index], &known.heads[index]);
             equal[index] = behind[index];
         }
     }
-    fill_others(members, winner, &equal, heads, progress)?;
+    fill_others(members, winner, &equal, known.heads, progress)?;
     Ok((winner, behind))
 }
 
@@ -166,21 +300,27 @@ fn other_sites(members: &[Member], but: usize) -> Vec<Site> {
     others.map(|index| members[index].site.clone()).collect()
 }
 
-/// Makes the catalog of a replica agree with its live tree. Durable when it returns.
+/// Makes the catalog of a replica, the first of `which`, agree with its live tree; the catalogs of
+/// the others, which are equal to it, follow. Durable when it returns.
 fn take_in(
-    member: &Member,
+    members: &[Member],
+    which: &[usize],
     peers: &[Site],
     recover: Option<Recover<'_>>,
     exclude: &Arc<Patterns>,
+    bounds: Option<&Bounds>,
     progress: &Progress,
 ) -> Result<()> {
-    let files = ReplicaMap::new(vec![Some(member.catalog_file())]);
-    let catalog = Catalog::open(files, false)?;
+    let files = which.iter().map(|&index| Some(members[index].catalog_file())).collect();
+    let member = &members[which[0]];
+    let catalog = Catalog::open(ReplicaMap::new(files), false)?;
     let result = (|| {
         if let Some(recover) = recover {
-            recover(&replica_set(std::slice::from_ref(member))?, &catalog)?;
+            let from = bounds.map_or(0, Bounds::undo_from);
+            recover(&replica_set(std::slice::from_ref(member))?, &catalog, from)?;
         }
-        let report = import::import(&member.site, peers, &catalog, exclude, progress)?;
+        let within = bounds.map(|bounds| (bounds, short_id(member)));
+        let report = import::import(&member.site, peers, &catalog, exclude, within, progress)?;
         if !report.is_nothing() {
             log::info!("{}: {report}", member.site.path.display());
         }
@@ -191,7 +331,17 @@ fn take_in(
     result.and(closed)
 }
 
-fn adopt(member: &mut Member, exclude: &Arc<Patterns>, progress: &Progress) -> Result<()> {
+fn short_id(member: &Member) -> u64 {
+    member.marker.replica.as_u64_pair().0
+}
+
+fn adopt(
+    members: &mut [Member],
+    source: usize,
+    exclude: &Arc<Patterns>,
+    progress: &Progress,
+) -> Result<()> {
+    let member = &members[source];
     let file = member.catalog_file();
     if !Catalog::inspect(&file).is_ok_and(|head| head.store == member.marker.store) {
         // An unfinished catalog has no history yet: nothing is lost with it.
@@ -201,7 +351,8 @@ fn adopt(member: &mut Member, exclude: &Arc<Patterns>, progress: &Progress) -> R
         }
         Catalog::create(&file, member.marker.store)?;
     }
-    take_in(member, &[], None, exclude, progress)?;
+    take_in(members, &[source], &[], None, exclude, None, progress)?;
+    let member = &mut members[source];
     member.site.backing.sync_all().context("make durable", &member.site.path)?;
     let head = Catalog::inspect(&file)?;
     member.marker.phase = Phase::Ok;

@@ -11,6 +11,7 @@ use crate::catalog::NodeRow;
 use crate::progress::ProgressSink;
 use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath};
 
+mod bounded;
 mod crash;
 mod refusals;
 mod space;
@@ -38,6 +39,14 @@ impl Bench {
         open_with(&self.paths(names), &OpenOptions::default(), &Progress::silent())
     }
 
+    /// Removes the intent logs: the store is as a mount of an older version left it, and all of it
+    /// is compared.
+    fn lose_logs(&self) {
+        for backing in fs::read_dir(self.dir.path()).unwrap().flatten() {
+            let _ = fs::remove_file(backing.path().join(".rearview/intent.log"));
+        }
+    }
+
     /// Opens, closes and compares all with the first.
     fn settle(&self, names: &[&str]) {
         let store = self.open(names).unwrap();
@@ -55,7 +64,7 @@ impl Bench {
 }
 
 fn open_with(paths: &[PathBuf], options: &OpenOptions, progress: &Progress) -> Result<Store> {
-    open(paths, options, &|_, _| Ok(()), progress)
+    open(paths, options, &|_, _, _| Ok(()), progress)
 }
 
 fn is_root() -> bool {
@@ -278,6 +287,7 @@ fn what_an_unclean_end_left_is_taken_in_and_mirrored() {
     let (deep, kept) = (id_of(&store.catalog, "d/e/deep"), id_of(&store.catalog, "a.txt"));
     // Dropped without closing: as if killed.
     drop(store);
+    bench.lose_logs();
     assert!(!inspect(&a).unwrap().clean);
     fs::rename(a.join("d/e/deep"), a.join("moved")).unwrap();
     fs::remove_dir_all(a.join("d/e")).unwrap();
@@ -288,7 +298,7 @@ fn what_an_unclean_end_left_is_taken_in_and_mirrored() {
     fs::set_permissions(a.join("a.txt"), fs::Permissions::from_mode(0o600)).unwrap();
     write(&bench.path("b/only-there"), b"dropped, but kept");
     let recovered = AtomicBool::new(false);
-    let recover = |set: &ReplicaSet, _: &Catalog| {
+    let recover = |set: &ReplicaSet, _: &Catalog, _| {
         assert_eq!(set.ids().count(), 1);
         recovered.store(true, Ordering::Relaxed);
         Ok(())
@@ -318,6 +328,7 @@ fn equal_times_and_sizes_do_not_hide_bytes_that_differ_after_a_crash() {
     write(&bench.path("a/f"), b"right");
     bench.settle(&["a", "b"]);
     drop(bench.open(&["a", "b"]).unwrap());
+    bench.lose_logs();
     let modified = fs::metadata(bench.path("a/f")).unwrap().modified().unwrap();
     fs::write(bench.path("b/f"), b"wrong").unwrap();
     let times = fs::FileTimes::new().set_modified(modified);
@@ -400,6 +411,7 @@ fn history_files_are_filled_too() {
     assert_eq!(fs::read(bench.path("b/.rearview/preserved/0a/00.11")).unwrap(), b"old bytes");
     write(&bench.path("b/.rearview/undo/0000000000000001.seg"), b"undo X");
     drop(bench.open(&["a", "b"]).unwrap());
+    bench.lose_logs();
     bench.settle(&["a", "b"]);
     assert_eq!(fs::read(bench.path("b/.rearview/undo/0000000000000001.seg")).unwrap(), b"undo 1");
 }
@@ -446,6 +458,7 @@ fn a_catalog_damaged_in_part_is_taken_from_another_replica() {
         bench.settle(&["a", "b"]);
         if unclean {
             drop(bench.open(&["a", "b"]).unwrap());
+            bench.lose_logs();
         }
         let catalog = bench.path("a/.rearview/catalog.db");
         let mut bytes = fs::read(&catalog).unwrap();
@@ -492,6 +505,7 @@ fn changes_of_hard_links_are_followed() {
     write(&a.join("three"), b"other");
     bench.settle(&["a"]);
     drop(bench.open(&["a"]).unwrap());
+    bench.lose_logs();
     // `two` becomes a file of its own, `three` another name of `one`.
     fs::remove_file(a.join("two")).unwrap();
     write(&a.join("two"), b"bytes of its own");

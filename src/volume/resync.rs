@@ -511,8 +511,15 @@ impl Rounds<'_> {
             crate::store::copy::Copier::new(&source, &self.target, self.progress)?.of_changing();
         let mut quarantine = crate::store::quarantine::Quarantine::new(&self.target);
         let catalog = Some(self.volume.catalog());
-        HistoryFiles { source: &source, target: &self.target, catalog, changing, packs: true }
-            .fill(&mut copier, &mut quarantine)?;
+        HistoryFiles {
+            source: &source,
+            target: &self.target,
+            catalog,
+            changing,
+            packs: true,
+            bounds: None,
+        }
+        .fill(&mut copier, &mut quarantine)?;
         self.gauge.copied.fetch_add(copier.bytes_written(), Ordering::Relaxed);
         Ok(())
     }

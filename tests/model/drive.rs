@@ -59,7 +59,7 @@ pub(super) fn fail<T>(what: &str) -> impl FnOnce(Error) -> Outcome<T> + '_ {
 }
 
 fn open(paths: &[PathBuf]) -> Arc<Filesystem> {
-    let recover = |replicas: &_, catalog: &_| History::recover(replicas, catalog);
+    let recover = |replicas: &_, catalog: &_, from| History::recover(replicas, catalog, from);
     let store = store::open(paths, &OpenOptions::default(), &recover, &Progress::silent())
         .expect("the store opens");
     let volume = Volume::open(store, VolumeOptions::default()).expect("the volume opens");

@@ -28,8 +28,9 @@ use crate::types::{NodeId, ReplicaId};
 
 /// From so many records on a checkpoint is wanted.
 const WANTED_AT: u32 = HALF_RECORDS / 4 * 3;
-/// A new log is zeroed in pieces of this size.
-const ZERO_BYTES: usize = 1 << 20;
+/// So much of each half of a new log is written with zeros, for records of an ordinary interval:
+/// making one durable there allocates nothing. What is behind it is allocated when it is needed.
+const ZERO_BYTES: usize = 64 << 10;
 
 /// A batch of records by its number: the order in which they become durable.
 type Batch = u64;
@@ -314,8 +315,7 @@ fn write(b: &dyn Backing, file: &Handle, records: &[(u64, [u8; RECORD_BYTES])]) 
     b.sync(file, true)
 }
 
-/// Opens the log of a backing, made and zeroed where it is missing or not whole, so that writing a
-/// record allocates nothing. Returns the number of its newest header, too.
+/// Opens the log of a backing, made where it is missing or not whole. Returns the number of its newest header, too.
 fn open(b: &dyn Backing) -> io::Result<(Handle, u64)> {
     let dir = open_private(b, PrivateDir::Root)?;
     match b.open_file(&dir, &log_name(), Access::ReadWrite) {
@@ -328,13 +328,10 @@ fn open(b: &dyn Backing) -> io::Result<(Handle, u64)> {
         Err(error) => return Err(error),
     }
     let file = b.create(&dir, &log_name(), 0o600, Creds::DAEMON)?;
-    let zeros = vec![0; ZERO_BYTES];
-    let mut at = 0;
-    while at < LOG_BYTES {
-        let step = (LOG_BYTES - at).min(ZERO_BYTES as u64);
-        b.write_at(&file, &zeros[..step as usize], at)?;
-        at += step;
-    }
+    b.truncate(&file, LOG_BYTES)?;
+    let first = record_at(0, 0);
+    b.write_at(&file, &vec![0; first as usize + ZERO_BYTES], 0)?;
+    b.write_at(&file, &[0; ZERO_BYTES], record_at(1, 0))?;
     b.sync(&file, false)?;
     b.sync(&dir, false)?;
     Ok((file, 0))

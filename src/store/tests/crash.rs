@@ -35,6 +35,7 @@ fn a_resync_can_be_stopped_anywhere_and_the_copy_is_not_used_alone() {
         write(&bench.path("a/g"), b"two");
         bench.settle(&["a", "b"]);
         drop(bench.open(&["a"]).unwrap());
+        bench.lose_logs();
         write(&bench.path("a/f"), b"changed");
         fs::remove_file(bench.path("a/g")).unwrap();
         let paths = bench.paths(&["a", "b"]);

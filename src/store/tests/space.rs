@@ -67,6 +67,7 @@ fn a_replica_that_is_too_small_to_be_brought_up_stays_what_it_was() {
     write(&bench.path("a/f"), b"x");
     bench.settle(&["a", "small"]);
     drop(bench.open(&["a"]).unwrap());
+    bench.lose_logs();
     write(&bench.path("a/big"), &vec![1; 40 << 20]);
     let error = bench.open(&["a", "small"]).err().unwrap().to_string();
     assert!(error.contains("not enough space"), "{error}");

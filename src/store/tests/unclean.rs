@@ -42,7 +42,7 @@ fn row_at(catalog: &Catalog, name: &str) -> NodeRow {
 
 /// Opens with the given contents found in `preserved/`, as history recovery would.
 fn open_with_preserved(bench: &Bench, names: &[&str], found: &[ContentId]) -> Store {
-    let recover = |_: &ReplicaSet, catalog: &Catalog| {
+    let recover = |_: &ReplicaSet, catalog: &Catalog, _| {
         for &id in found {
             catalog.push(vec![Change::ContentPreserved { id, cloned: false }])?;
         }
@@ -61,6 +61,7 @@ fn a_rename_over_a_file_of_equal_size_and_time_is_seen_as_such() {
     let store = bench.open(&["a"]).unwrap();
     let (f3, f4) = (row_at(&store.catalog, "f3"), row_at(&store.catalog, "f4"));
     drop(store);
+    bench.lose_logs();
     preserve(&a, "f4", (f4.id, f4.content), false);
     fs::rename(a.join("f3"), a.join("f4")).unwrap();
     let store = open_with_preserved(&bench, &["a"], &[f4.content]);
@@ -78,6 +79,7 @@ fn a_file_renamed_to_a_freed_name_of_equal_size_and_time_is_seen_as_such() {
     let store = bench.open(&["a"]).unwrap();
     let (f1, f2) = (row_at(&store.catalog, "f1"), row_at(&store.catalog, "f2"));
     drop(store);
+    bench.lose_logs();
     preserve(&a, "f1", (f1.id, f1.content), true);
     fs::rename(a.join("f2"), a.join("f1")).unwrap();
     let store = open_with_preserved(&bench, &["a"], &[f1.content]);
@@ -96,6 +98,7 @@ fn chains_and_rings_of_renames_among_files_that_look_alike_are_followed_by_their
     let ids = [id("f1"), id("f2"), id("f3"), id("f4")];
     let f5 = row_at(&store.catalog, "f5");
     drop(store);
+    bench.lose_logs();
     fs::rename(a.join("f1"), a.join("x")).unwrap();
     fs::rename(a.join("f2"), a.join("f1")).unwrap();
     fs::rename(a.join("x"), a.join("f2")).unwrap();
@@ -118,6 +121,7 @@ fn a_hard_linked_file_renamed_over_another_keeps_its_node() {
     let store = bench.open(&["a"]).unwrap();
     let (f1, f2) = (row_at(&store.catalog, "f1"), row_at(&store.catalog, "f2"));
     drop(store);
+    bench.lose_logs();
     preserve(&a, "f1", (f1.id, f1.content), false);
     fs::rename(a.join("f2"), a.join("f1")).unwrap();
     let store = open_with_preserved(&bench, &["a"], &[f1.content]);
@@ -135,6 +139,7 @@ fn a_file_cloned_before_it_was_overwritten_is_a_later_content() {
     let store = bench.open(&["a"]).unwrap();
     let f1 = row_at(&store.catalog, "f1");
     drop(store);
+    bench.lose_logs();
     let store = open_with_preserved(&bench, &["a"], &[f1.content]);
     let now = row_at(&store.catalog, "f1");
     assert_eq!(now.id, f1.id);
@@ -151,6 +156,7 @@ fn what_was_changed_behind_our_back_is_kept_from_another_replica() {
     let store = bench.open(&["a", "b"]).unwrap();
     let (edited, gone) = (row_at(&store.catalog, "d/edited"), row_at(&store.catalog, "gone"));
     drop(store);
+    bench.lose_logs();
     write(&a.join("d/edited"), b"edited");
     fs::remove_file(a.join("gone")).unwrap();
     let store = bench.open(&["a", "b"]).unwrap();

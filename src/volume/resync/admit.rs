@@ -92,6 +92,7 @@ impl Rounds<'_> {
             catalog,
             changing: false,
             packs: false,
+            bounds: None,
         };
         files.fill(&mut copier, &mut quarantine)?;
         copied += copier.bytes_written();

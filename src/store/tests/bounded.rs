@@ -1,0 +1,267 @@
+//! After an unclean end only what the intent log names is looked at, and all of that is.
+
+use super::*;
+use crate::replica::intent::{Dirty, MovedDir};
+use crate::store::marker::PeerState;
+
+/// Tells the log of an open store that a directory with this path may move.
+fn intend_move(store: &Store, node: NodeId, path: &str) {
+    let path = RelPath::parse(path).unwrap();
+    let (above, name) = path.split_last().unwrap();
+    let known: Vec<MovedDir> = store
+        .replicas
+        .ids()
+        .map(|id| {
+            let replica = store.replicas.get(id);
+            let dir = replica.backing().open_dir(&above).unwrap();
+            let stat = replica.backing().stat_at(&dir, name).unwrap();
+            let birth = stat.btime.as_nanos();
+            MovedDir { node, replica: replica.short_id(), ino: stat.ino, birth }
+        })
+        .collect();
+    store.intents.begin(&store.replicas, &[]).unwrap().moves(node, &known).unwrap();
+}
+
+fn intend(store: &Store, what: &[Dirty]) {
+    drop(store.intents.begin(&store.replicas, what).unwrap());
+}
+
+/// What is in none of the directories that the tests dirty: changed on one side only, it shows that
+/// nobody looked at it.
+fn leave_marks(bench: &Bench) {
+    write(&bench.path("a/far/away/mark"), b"changed behind our back");
+    write(&bench.path("b/far/away/extra"), b"made behind our back");
+}
+
+fn assert_marks_untouched(bench: &Bench) {
+    assert_eq!(fs::read(bench.path("b/far/away/mark")).unwrap(), b"mark");
+    assert!(bench.path("b/far/away/extra").exists());
+    fs::write(bench.path("a/far/away/mark"), b"mark").unwrap();
+    fs::remove_file(bench.path("b/far/away/extra")).unwrap();
+    set_times(&bench.path("a/far/away"));
+    set_times(&bench.path("b/far/away"));
+}
+
+/// Gives the mark and its directory the times that they have in the catalog.
+fn set_times(dir: &Path) {
+    let times = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
+    for path in [&dir.join("mark"), dir] {
+        fs::File::open(path).unwrap().set_times(times).unwrap();
+    }
+}
+
+/// A store of two replicas with some directories; opened.
+fn opened(bench: &Bench) -> Store {
+    let a = bench.path("a");
+    for (path, bytes) in [
+        ("one/f", &b"f"[..]),
+        ("one/g", b"g"),
+        ("one/sub/deep/x", b"x"),
+        ("two/h", b"h"),
+        ("two/sub/y", b"y"),
+        ("far/away/mark", b"mark"),
+    ] {
+        write(&a.join(path), bytes);
+    }
+    fs::hard_link(a.join("one/g"), a.join("far/g")).unwrap();
+    set_times(&a.join("far/away"));
+    bench.settle(&["a", "b"]);
+    bench.open(&["a", "b"]).unwrap()
+}
+
+/// Recovers; the replicas are equal, the catalog has what is there.
+fn recover(bench: &Bench) -> Store {
+    leave_marks(bench);
+    let store = bench.open(&["a", "b"]).unwrap();
+    assert_marks_untouched(bench);
+    bench.assert_equal(&["a", "b"]);
+    for path in ["a", "b"] {
+        let peers = inspect(&bench.path(path)).unwrap().marker.peers;
+        assert!(peers.iter().all(|peer| peer.state == PeerState::Ok));
+    }
+    store
+}
+
+fn nodes(store: &Store, paths: &[&str]) -> Vec<NodeId> {
+    paths.iter().map(|path| id_of(&store.catalog, path)).collect()
+}
+
+#[test]
+fn entries_and_attributes_of_a_dirty_directory_are_recovered() {
+    let bench = Bench::new();
+    let store = opened(&bench);
+    let one = id_of(&store.catalog, "one");
+    let before = nodes(&store, &["one/f", "one/g", "one/sub/deep/x"]);
+    intend(&store, &[Dirty::Dir(one)]);
+    drop(store);
+    // Born in it, with all below, on one replica or both; renamed; removed; of another mode.
+    write(&bench.path("a/one/new/below/n"), b"n");
+    write(&bench.path("b/one/other"), b"only there");
+    fs::rename(bench.path("a/one/f"), bench.path("a/one/renamed")).unwrap();
+    fs::remove_file(bench.path("a/one/g")).unwrap();
+    fs::set_permissions(bench.path("a/one"), fs::Permissions::from_mode(0o700)).unwrap();
+    let store = recover(&bench);
+    assert_eq!(nodes(&store, &["one/renamed", "far/g", "one/sub/deep/x"]), before);
+    assert_eq!(fs::read(bench.path("b/one/new/below/n")).unwrap(), b"n");
+    assert!(!bench.path("b/one/other").exists());
+    store.close().unwrap();
+    drop(store);
+    let store = bench.open(&["a", "b"]).unwrap();
+    assert_recorded(&store.catalog, &bench.path("b"));
+}
+
+#[test]
+fn dirty_files_are_compared_byte_by_byte_under_all_their_names() {
+    let bench = Bench::new();
+    let store = opened(&bench);
+    let before = nodes(&store, &["one/g", "two/h"]);
+    intend(&store, &[Dirty::File(before[0]), Dirty::File(before[1])]);
+    drop(store);
+    // As a power cut leaves it: equal size and time, other bytes.
+    let keep = |path: &Path, bytes: &[u8]| {
+        let times =
+            fs::FileTimes::new().set_modified(fs::metadata(path).unwrap().modified().unwrap());
+        fs::write(path, bytes).unwrap();
+        fs::File::open(path).unwrap().set_times(times).unwrap();
+    };
+    keep(&bench.path("b/one/g"), b"?");
+    write(&bench.path("a/two/h"), b"longer");
+    let store = recover(&bench);
+    assert_eq!(nodes(&store, &["one/g", "two/h"]), before);
+    assert_eq!(fs::read(bench.path("b/far/g")).unwrap(), b"g");
+    assert_eq!(fs::read(bench.path("b/two/h")).unwrap(), b"longer");
+    assert_recorded(&store.catalog, &bench.path("b"));
+}
+
+#[test]
+fn a_hard_link_made_or_renamed_is_the_file_that_it_names() {
+    let bench = Bench::new();
+    let store = opened(&bench);
+    let before = nodes(&store, &["one/g", "two/h"]);
+    let dirs = nodes(&store, &["one", "two"]);
+    intend(&store, &[Dirty::Dir(dirs[0]), Dirty::Dir(dirs[1]), Dirty::File(before[1])]);
+    drop(store);
+    fs::rename(bench.path("a/one/g"), bench.path("a/two/moved")).unwrap();
+    fs::hard_link(bench.path("a/two/h"), bench.path("a/one/linked")).unwrap();
+    let store = recover(&bench);
+    assert_eq!(nodes(&store, &["two/moved", "far/g"]), [before[0]; 2]);
+    assert_eq!(nodes(&store, &["two/h", "one/linked"]), [before[1]; 2]);
+    assert_recorded(&store.catalog, &bench.path("b"));
+}
+
+/// Every way in which a move of a directory can have come through: on no replica, on one, on both.
+#[test]
+fn a_moved_directory_keeps_its_nodes_and_nothing_below_it_is_looked_at() {
+    for (on_a, on_b) in [(false, false), (true, false), (false, true), (true, true)] {
+        let bench = Bench::new();
+        let store = opened(&bench);
+        let before = nodes(&store, &["one/sub", "one/sub/deep", "one/sub/deep/x", "far"]);
+        let dirs = nodes(&store, &["one", "two"]);
+        intend(&store, &[Dirty::Dir(dirs[0]), Dirty::Dir(dirs[1]), Dirty::Dir(NodeId::ROOT)]);
+        intend_move(&store, before[0], "one/sub");
+        intend_move(&store, before[3], "far");
+        drop(store);
+        for (name, moves) in [("a", on_a), ("b", on_b)] {
+            if moves {
+                let root = bench.path(name);
+                fs::create_dir(root.join("two/new")).unwrap();
+                fs::rename(root.join("one/sub"), root.join("two/new/sub")).unwrap();
+                fs::rename(root.join("far"), root.join("two/new/far")).unwrap();
+            }
+        }
+        // Found below a moved directory: nobody has looked.
+        let place = |moved: bool, name: &str| match moved {
+            true => bench.path(name).join("two/new"),
+            false => bench.path(name),
+        };
+        write(&place(on_a, "a").join("far/away/mark"), b"changed behind our back");
+        let store = bench.open(&["a", "b"]).unwrap();
+        let mark = |name: &str| place(on_a, name).join("far/away/mark");
+        assert_eq!(fs::read(mark("b")).unwrap(), b"mark", "{on_a} {on_b}");
+        for name in ["a", "b"] {
+            fs::write(mark(name), b"mark").unwrap();
+            set_times(mark(name).parent().unwrap());
+        }
+        bench.assert_equal(&["a", "b"]);
+        let after = match on_a {
+            true => ["two/new/sub", "two/new/sub/deep", "two/new/sub/deep/x", "two/new/far"],
+            false => ["one/sub", "one/sub/deep", "one/sub/deep/x", "far"],
+        };
+        assert_eq!(nodes(&store, &after), before, "{on_a} {on_b}");
+        assert_eq!(fs::read_dir(bench.path("b/.rearview/tmp")).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn directories_that_changed_places_are_followed() {
+    let bench = Bench::new();
+    let store = opened(&bench);
+    let paths = ["one/sub", "two/sub", "one/sub/deep/x", "two/sub/y"];
+    let before = nodes(&store, &paths);
+    let dirs = nodes(&store, &["one", "two"]);
+    intend(&store, &[Dirty::Dir(dirs[0]), Dirty::Dir(dirs[1])]);
+    intend_move(&store, before[0], "one/sub");
+    intend_move(&store, before[1], "two/sub");
+    drop(store);
+    let a = bench.path("a");
+    fs::rename(a.join("one/sub"), a.join("spare")).unwrap();
+    fs::rename(a.join("two/sub"), a.join("one/sub")).unwrap();
+    fs::rename(a.join("spare"), a.join("two/sub")).unwrap();
+    let times = fs::metadata(bench.path("b")).unwrap().modified().unwrap();
+    fs::File::open(&a).unwrap().set_times(fs::FileTimes::new().set_modified(times)).unwrap();
+    let store = recover(&bench);
+    let after = ["two/sub", "one/sub", "two/sub/deep/x", "one/sub/y"];
+    assert_eq!(nodes(&store, &after), before);
+    assert_recorded(&store.catalog, &a);
+}
+
+#[test]
+fn a_lost_or_foreign_log_means_that_all_is_compared() {
+    for lose in [true, false] {
+        let bench = Bench::new();
+        drop(opened(&bench));
+        let log = bench.path("a/.rearview/intent.log");
+        match lose {
+            true => fs::remove_file(&log).unwrap(),
+            false => fs::write(&log, vec![1; 100_000]).unwrap(),
+        }
+        write(&bench.path("a/far/away/mark"), b"changed behind our back");
+        let store = bench.open(&["a", "b"]).unwrap();
+        bench.assert_equal(&["a", "b"]);
+        assert_recorded(&store.catalog, &bench.path("b"));
+    }
+}
+
+/// Each replica can recover alone, whatever step a recovery of both was stopped at.
+#[test]
+fn a_recovery_that_is_stopped_anywhere_goes_on_on_both_or_on_each() {
+    for alone in [None, Some("a"), Some("b")] {
+        for number in 1.. {
+            let bench = Bench::new();
+            let store = opened(&bench);
+            let dirs = nodes(&store, &["one", "two", "one/sub"]);
+            intend(&store, &[Dirty::Dir(dirs[0]), Dirty::Dir(dirs[1])]);
+            intend_move(&store, dirs[2], "one/sub");
+            drop(store);
+            let a = bench.path("a");
+            fs::rename(a.join("one/sub"), a.join("two/other")).unwrap();
+            write(&a.join("two/new/n"), b"n");
+            fs::remove_file(a.join("one/f")).unwrap();
+            let paths = bench.paths(&["a", "b"]);
+            match open_with(&paths, &OpenOptions::default(), &stopping_at(number)) {
+                Err(Error::Interrupted) => {}
+                Err(error) => panic!("stopped at {number}: {error}"),
+                Ok(_) => {
+                    assert!(number > 3);
+                    break;
+                }
+            }
+            if let Some(alone) = alone {
+                let store = bench.open(&[alone]).unwrap();
+                assert_recorded(&store.catalog, &bench.path(alone));
+                store.close().unwrap();
+            }
+            bench.settle(&["a", "b"]);
+        }
+    }
+}
