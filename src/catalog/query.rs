@@ -207,6 +207,11 @@ impl Catalog {
         Ok(found.map(|at| at.min(newest)).filter(|at| *at > Generation(0)))
     }
 
+    /// Whether a generation can still be looked at: retention may have taken it out meanwhile.
+    pub fn is_visible(&self, at: Generation) -> Result<bool> {
+        self.shared.read_at_once(|db| Ok(visible(db, at)? == at))
+    }
+
     /// When a generation began, to about 10 ms.
     pub fn time_of(&self, generation: Generation) -> Result<Timestamp> {
         let generation = self.settled(generation)?;
