@@ -192,7 +192,8 @@ impl Volume {
             catalog.thin(thinning.horizon, &thinning.keep.into_iter().collect())?;
         }
         let forget = tiers.deleted.even_before(now);
-        if let Some(since) = catalog.generation_at(forget)? {
+        // Not what is visible of that time: that may be a much later generation.
+        if let Some(since) = catalog.recorded_before(forget)? {
             self.forget_deletions(since)?;
         }
         Ok(())
