@@ -9,8 +9,8 @@ mod barrier;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -96,6 +96,9 @@ enum Opened {
     Past,
 }
 
+/// Makes the kernel forget a name in a directory, and all that it knows below it.
+pub type KernelForget = Box<dyn Fn(u64, &OsStr) + Send + Sync>;
+
 /// The filesystem of one mount.
 pub struct Filesystem {
     volume: Arc<Volume>,
@@ -103,6 +106,7 @@ pub struct Filesystem {
     options: FsOptions,
     opened: Mutex<HashMap<u64, Arc<Opened>>>,
     next_handle: AtomicU64,
+    kernel_forget: OnceLock<KernelForget>,
 }
 
 fn read_only<T>() -> Result<T> {
@@ -124,7 +128,23 @@ impl Filesystem {
             options,
             opened: Mutex::default(),
             next_handle: AtomicU64::new(1),
+            kernel_forget: OnceLock::new(),
         }
+    }
+
+    /// Says how the kernel is made to forget; once, when it begins to ask.
+    pub fn on_forget(&self, forget: KernelForget) {
+        let _ = self.kernel_forget.set(forget);
+    }
+
+    /// A part of the past was removed: neither we nor the kernel show any of it from memory. Who
+    /// has a file of it open can read on what the kernel holds of that. Not to be called by a
+    /// thread that answers the kernel's requests.
+    pub fn forget_past(&self) {
+        let entered = self.past.forget();
+        let Some(forget) = self.kernel_forget.get() else { return };
+        let name = self.past.snapdir_name().as_os_str();
+        entered.into_iter().for_each(|dir| forget(dir.0, name));
     }
 
     /// The volume.

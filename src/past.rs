@@ -55,6 +55,8 @@ const KNOWN_MAX: usize = 4_096;
 const DIRS_MAX: usize = 4_096;
 /// Relative instants (`.at/10m`) that can be in use at once.
 const INSTANTS_MAX: usize = 1_024;
+/// Live directories of which it is known that their past was entered.
+const ENTERED_MAX: usize = 16_384;
 /// Snapshots whose names are kept at hand.
 const SNAPSHOT_NAMES_MAX: usize = 4_096;
 /// What a directory's size is said to be: the past has no blocks of its own.
@@ -163,6 +165,8 @@ struct Tables {
     version_dirs: Table<VersionDir>,
     known: LruCache<u64, Known>,
     snapshot_names: LruCache<SnapshotId, String>,
+    /// Live directories whose past was entered: what the kernel knows of it lies below.
+    entered: LruCache<NodeId, ()>,
     /// What relative instants in use mean.
     instants: LruCache<(NodeId, EntryName), instant::InUse>,
     /// First generations of directories.
@@ -205,6 +209,7 @@ impl Past {
             version_dirs: Table::new(VERSION_DIRS_MAX, 1 << 58),
             known: LruCache::new(capacity(KNOWN_MAX)),
             snapshot_names: LruCache::new(capacity(SNAPSHOT_NAMES_MAX)),
+            entered: LruCache::new(capacity(ENTERED_MAX)),
             instants: LruCache::new(capacity(INSTANTS_MAX)),
             births: LruCache::new(capacity(DIRS_MAX)),
             swept: LruCache::new(capacity(DIRS_MAX)),
@@ -225,9 +230,24 @@ impl Past {
     /// The `.snapshots` of a live directory. `ENOENT` if there is no such directory.
     pub fn enter(&self, dir: NodeId) -> Result<Entry> {
         match self.catalog().node(dir)? {
-            Some(row) if row.kind == Kind::Dir => self.virtual_entry(Target::Snapshots(dir), &row),
+            Some(row) if row.kind == Kind::Dir => {
+                self.tables.lock().entered.put(dir, ());
+                self.virtual_entry(Target::Snapshots(dir), &row)
+            }
             _ => Err(Errno::NOENT.into()),
         }
+    }
+
+    /// Forgets what is kept at hand of the past, for a part of it was removed, and gives the live
+    /// directories below which the kernel may have kept some of it.
+    pub fn forget(&self) -> Vec<NodeId> {
+        let mut tables = self.tables.lock();
+        tables.known.clear();
+        tables.births.clear();
+        tables.swept.clear();
+        let entered = tables.entered.iter().map(|(dir, ())| *dir).collect();
+        tables.entered.clear();
+        entered
     }
 
     /// What `name` in the directory `parent` is.

@@ -319,7 +319,7 @@ impl Volume {
             totals: self.catalog().totals()?,
             generation: self.catalog().generation(),
             oldest: self.catalog().time_of(self.catalog().oldest()?)?,
-            warning: self.space.lock().warning.clone(),
+            warning: self.space_warning(),
         })
     }
 

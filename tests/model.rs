@@ -7,6 +7,7 @@
 mod model {
     pub mod compare;
     pub mod drive;
+    pub mod exclude;
     pub mod names;
     pub mod ops;
     pub mod reference;
@@ -22,7 +23,7 @@ fn cases() -> u32 {
 
 /// Runs one sequence; `Err` tells what differed.
 fn run(sequence: &[Op]) -> Result<(), String> {
-    let mut driver = Driver::new();
+    let mut driver = Driver::new(sequence.iter().any(Op::wants_excludes));
     for (index, op) in sequence.iter().enumerate() {
         driver.step(op).map_err(|error| format!("op {index} {op:?}: {error}"))?;
     }

@@ -191,11 +191,7 @@ impl Catalog {
         }
         let newest = self.generation();
         let found = self.shared.read_at_once(|db| {
-            let tick: Option<Generation> = db
-                .prepare_cached("SELECT g FROM tick WHERE t <= ?1 ORDER BY t DESC LIMIT 1")?
-                .query_row(params![time.as_nanos()], |row| row.get(0))
-                .optional()?;
-            let Some(tick) = tick else { return Ok(None) };
+            let Some(tick) = tick_at(db, time)? else { return Ok(None) };
             let after: Option<Generation> = db
                 .prepare_cached("SELECT g FROM tick WHERE g > ?1 ORDER BY g LIMIT 1")?
                 .query_row(params![tick], |row| row.get(0))
@@ -205,6 +201,18 @@ impl Catalog {
         })?;
         // Generation 0 is the store before its root directory.
         Ok(found.map(|at| at.min(newest)).filter(|at| *at > Generation(0)))
+    }
+
+    /// A generation that was not later than `time`, and of those that are on record with their times
+    /// the last, visible or not; `None` before the store's first.
+    pub fn recorded_before(&self, time: Timestamp) -> Result<Option<Generation>> {
+        self.settle_pending()?;
+        self.shared.read(|db| tick_at(db, time))
+    }
+
+    /// Whether a generation can still be looked at: retention may have taken it out meanwhile.
+    pub fn is_visible(&self, at: Generation) -> Result<bool> {
+        self.shared.read_at_once(|db| Ok(visible(db, at)? == at))
     }
 
     /// When a generation began, to about 10 ms.
@@ -218,6 +226,13 @@ impl Catalog {
         let oldest = self.shared.read_at_once(|db| visible_from(db, Generation(1)))?;
         Ok(oldest.min(self.generation()))
     }
+}
+
+/// The first generation of the last time on record that is not later than `time`.
+fn tick_at(db: &Connection, time: Timestamp) -> rusqlite::Result<Option<Generation>> {
+    db.prepare_cached("SELECT g FROM tick WHERE t <= ?1 ORDER BY t DESC LIMIT 1")?
+        .query_row(params![time.as_nanos()], |row| row.get(0))
+        .optional()
 }
 
 /// A content that has another's bytes leads to no third one: see [`super::PackChange`].

@@ -105,7 +105,10 @@ impl Service {
                 names.join(", ")
             )));
         }
-        volume.purge(&plan.nodes, plan.rows)?;
+        let purged = volume.purge(&plan.nodes, plan.rows);
+        // Even if only a part is gone.
+        self.fs.forget_past();
+        purged?;
         plan.report.done = true;
         Ok(plan.report)
     }

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use fuser::{Config, SessionACL};
+use fuser::{Config, INodeNo, SessionACL};
 
 use super::Fuse;
 use crate::error::{Error, Result};
@@ -29,9 +29,15 @@ pub fn serve(fs: Arc<Filesystem>, device: OwnedFd, options: &ServeOptions) -> Re
     // The kernel itself keeps other users out unless the mount allows them. The library's own check
     // would refuse requests that the kernel makes on its own behalf.
     config.acl = SessionACL::All;
-    let session = fuser::Session::from_fd(Fuse { fs }, device, SessionACL::All, config)
+    let session = fuser::Session::from_fd(Fuse { fs: fs.clone() }, device, SessionACL::All, config)
         .and_then(fuser::Session::spawn)
         .map_err(|error| Error::Refused(format!("the kernel's FUSE handshake failed: {error}")))?;
+    let notifier = session.notifier();
+    fs.on_forget(Box::new(move |dir, name| {
+        if let Err(error) = notifier.inval_entry(INodeNo(dir), name) {
+            log::warn!("the kernel may still show what it has cached: {error}");
+        }
+    }));
     Ok(Session { background: session })
 }
 

@@ -15,7 +15,8 @@ use super::chunker::{Chunker, cut_fixed};
 use super::pack::PackBuilder;
 use super::{Extents, History, Place, preserved_dir, preserved_name, run_at};
 use crate::catalog::{
-    Base, Catalog, Change, ChunkRow, Durability, ForgetChange, PackChange, UndoRow, WaitingContent,
+    Base, Catalog, Change, ChunkRow, Durability, ForgetChange, PackChange, PackRow, UndoRow,
+    WaitingContent,
 };
 use crate::error::{Error, Result};
 use crate::replica::ReplicaSet;
@@ -33,6 +34,8 @@ const HOLE_BYTES_MAX: u64 = 1 << 30;
 /// consists of its headers.
 const REPACK_PERCENT: u64 = 40;
 const REPACK_BYTES_MIN: u64 = 64 << 10;
+/// Where space is short, a pack is copied for less, in percent, before history yields.
+const SQUEEZE_PERCENT: u64 = 10;
 /// Packs smaller than this are joined when there are [`JOIN_COUNT`] of them.
 const JOIN_BYTES: u64 = 1 << 20;
 const JOIN_COUNT: usize = 16;
@@ -359,18 +362,32 @@ impl<'a> Packer<'a> {
     pub fn repack(&mut self, bytes_max: u64) -> Result<u64> {
         let packs = self.catalog.packs()?;
         let small = packs.iter().filter(|pack| pack.bytes < JOIN_BYTES).count() >= JOIN_COUNT;
+        let is_due = |pack: &PackRow| {
+            let dead = pack.bytes.saturating_sub(pack.live);
+            let unused = dead >= REPACK_BYTES_MIN && dead * 100 >= pack.bytes * REPACK_PERCENT;
+            pack.live == 0 || unused || (small && pack.bytes < JOIN_BYTES)
+        };
+        self.copy_out(packs.into_iter().filter(is_due).collect(), bytes_max)
+    }
+
+    /// Where space is short: copies what is used out of the pack with the most that is not, if that
+    /// is worth it. Returns how many packs went. `ENOSPC` if there is no room for the copy.
+    pub fn squeeze(&mut self) -> Result<u64> {
+        let dead = |pack: &PackRow| pack.bytes.saturating_sub(pack.live);
+        let worth = |pack: &PackRow| {
+            dead(pack) >= REPACK_BYTES_MIN && dead(pack) * 100 >= pack.bytes * SQUEEZE_PERCENT
+        };
+        let packs = self.catalog.packs()?.into_iter();
+        let loosest = packs.filter(worth).max_by_key(dead);
+        self.copy_out(loosest.into_iter().collect(), u64::MAX)
+    }
+
+    /// Copies what is used out of these packs, at most `bytes_max` bytes of it, and removes them.
+    fn copy_out(&mut self, packs: Vec<PackRow>, bytes_max: u64) -> Result<u64> {
         let mut removed = Vec::new();
         let mut changes = Vec::new();
         let mut copied = 0;
-        let mut moved = Vec::new();
         for pack in packs {
-            let dead = pack.bytes.saturating_sub(pack.live);
-            let unused = pack.live == 0
-                || dead >= REPACK_BYTES_MIN && dead * 100 >= pack.bytes * REPACK_PERCENT;
-            let join = small && pack.bytes < JOIN_BYTES;
-            if !unused && !join {
-                continue;
-            }
             if pack.live > 0 {
                 if copied >= bytes_max {
                     continue;
@@ -378,7 +395,6 @@ impl<'a> Packer<'a> {
                 copied += pack.live;
                 for row in self.catalog.pack_chunks(pack.id)? {
                     let bytes = self.history.packs.read_chunk(self.replicas, &row)?;
-                    moved.push((row.id, row.hash));
                     self.copy(&row, &bytes, &mut changes)?;
                 }
             }

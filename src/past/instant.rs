@@ -80,11 +80,16 @@ impl Past {
     ) -> Result<Generation> {
         let key = (dir, name.clone());
         let now = Instant::now();
-        if let Some(in_use) = self.tables.lock().instants.get_mut(&key)
-            && in_use.lasts(now)
+        let known = self.tables.lock().instants.get_mut(&key).and_then(|in_use| {
+            in_use.lasts(now).then(|| {
+                in_use.last = now;
+                in_use.generation
+            })
+        });
+        if let Some(generation) = known
+            && self.catalog().is_visible(generation)?
         {
-            in_use.last = now;
-            return Ok(in_use.generation);
+            return Ok(generation);
         }
         let generation = self.generation_at(time)?;
         let in_use = InUse { generation, distance, first: now, last: now };

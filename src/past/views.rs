@@ -39,7 +39,8 @@ pub enum Way {
 }
 
 impl Past {
-    /// The view in `slot`. `ESTALE` if it is forgotten or its snapshot is deleted.
+    /// The view in `slot`. `ESTALE` if it is forgotten, its snapshot is deleted, or its instant was
+    /// thinned out: what is left of that is no whole tree.
     pub(super) fn view(&self, slot: u64) -> Result<View> {
         if slot < STABLE_SLOTS {
             let id = SnapshotId(slot);
@@ -54,6 +55,11 @@ impl Past {
         let view = self.tables.lock().views.get(slot - STABLE_SLOTS).ok_or(Errno::STALE)?;
         if let Way::Snapshot(id) | Way::Gmt(id) = view.way
             && self.snapshot_by_id(id)?.is_none()
+        {
+            return Err(Errno::STALE.into());
+        }
+        if let Way::At(_) = view.way
+            && !self.catalog().is_visible(view.generation)?
         {
             return Err(Errno::STALE.into());
         }

@@ -12,6 +12,8 @@
 
 mod order;
 mod slots;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+
 use crate::catalog::{Durability, WaitingContent};
 use crate::error::{Error, Result};
 use crate::history::packer::{Claim, Packed, Packer, Step};
@@ -105,6 +107,15 @@ impl Volume {
         self.sweep(None, &|| Ok(()))?;
         self.packer(&|_| Ok(())).repack(0)?;
         Ok(())
+    }
+
+    /// Makes a pack smaller that has parts which nobody uses; `false` if there is none, or no room
+    /// for its copy.
+    pub(super) fn squeeze(&self) -> Result<bool> {
+        match self.packer(&|_| Ok(())).squeeze() {
+            Err(error) if error.is(Errno::NOSPC) => Ok(false),
+            squeezed => Ok(squeezed? > 0),
+        }
     }
 
     /// Packs everything that waits, with a call of `step` after each step of it.

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use crate::catalog::{Change, Snapshot};
 use crate::error::{Error, Result};
 use crate::retention::{self, Asked, Item, StorePolicy, moments, seen};
-use crate::types::{Generation, SnapshotId, Timestamp};
+use crate::types::{Generation, ReplicaId, SnapshotId, Timestamp};
 
 use super::Volume;
 
@@ -32,6 +32,8 @@ const YIELD_PART: i64 = 4;
 pub(super) struct SpaceBook {
     /// What a person should know; nothing where space is no matter.
     pub warning: Option<String>,
+    /// A write of so many bytes was refused, and there was no room for it since.
+    refused: Option<u64>,
     /// What deleting snapshots would free, as of this epoch of the catalog.
     freed: HashMap<SnapshotId, u64>,
     epoch: u64,
@@ -190,7 +192,8 @@ impl Volume {
             catalog.thin(thinning.horizon, &thinning.keep.into_iter().collect())?;
         }
         let forget = tiers.deleted.even_before(now);
-        if let Some(since) = catalog.generation_at(forget)? {
+        // Not what is visible of that time: that may be a much later generation.
+        if let Some(since) = catalog.recorded_before(forget)? {
             self.forget_deletions(since)?;
         }
         Ok(())
@@ -213,9 +216,16 @@ impl Volume {
         let mut dropped = false;
         loop {
             let Some(short) = self.shortage(policy)? else {
-                self.space.lock().warning = None;
+                let mut book = self.space.lock();
+                if book.refused.is_none() {
+                    book.warning = None;
+                }
                 return Ok(());
             };
+            // What nobody uses goes first.
+            if self.squeeze()? {
+                continue;
+            }
             if !dropped {
                 log::warn!("{short}: the oldest history that is not held yields");
             }
@@ -276,7 +286,10 @@ impl Volume {
         let protected = policy.protect.even_before(now);
         let snapshots = catalog.snapshots()?;
         let moments = catalog.moments()?;
-        let oldest = snapshots.iter().find(|snapshot| !snapshot.held && snapshot.time < protected);
+        // Without a snapshot that lies in what is continuous not a byte would be free.
+        let oldest = snapshots.iter().find(|snapshot| {
+            !snapshot.held && snapshot.time < protected && snapshot.generation < horizon
+        });
         let moment = moments.first().copied();
         match (oldest, moment) {
             (Some(snapshot), moment) if moment.is_none_or(|g| snapshot.generation <= g) => {
@@ -337,14 +350,51 @@ impl Volume {
                 Err(error) if error.is(Errno::NOSPC) => {}
                 answer => return answer,
             }
+            if self.squeeze()? {
+                continue;
+            }
             if !told {
                 log::warn!("a backing is full: the oldest history that is not held yields");
                 told = true;
             }
             if !self.yield_oldest(&policy, Timestamp::now())? {
+                self.note_refusal(bytes, &policy);
                 return Err(Errno::NOSPC.into());
             }
             self.free_unused()?;
         }
+    }
+
+    /// A write is refused for want of room: status is to say why.
+    fn note_refusal(&self, bytes: u64, policy: &StorePolicy) {
+        let free = |id: &ReplicaId| {
+            let space = self.replicas().get(*id).backing().space();
+            space.map_or(u64::MAX, |space| space.available.saturating_mul(space.block_bytes))
+        };
+        let fullest = self.replicas().online().min_by_key(free);
+        let path = fullest.map(|id| self.replicas().get(id).path.display().to_string());
+        let text = format!(
+            "{}: full; writes are refused, because what is left of history is held or younger \
+             than {}: free space, or release snapshots that are held",
+            crate::types::escape(path.unwrap_or_default().as_bytes()),
+            policy.protect
+        );
+        let mut book = self.space.lock();
+        if book.refused.is_none() {
+            log::warn!("{text}");
+        }
+        book.refused = Some(bytes);
+        book.warning = Some(text);
+    }
+
+    /// What is to be known of space. That a write was refused is over once there is room for it.
+    pub(super) fn space_warning(&self) -> Option<String> {
+        let refused = self.space.lock().refused;
+        if refused.is_some_and(|bytes| self.replicas().ensure_room(bytes).is_ok()) {
+            let mut book = self.space.lock();
+            book.refused = None;
+            book.warning = None;
+        }
+        self.space.lock().warning.clone()
     }
 }

@@ -148,6 +148,25 @@ impl Mounted {
         daemon_of(&self.mnt).expect("a daemon serves the mount")
     }
 
+    /// Gives the store a policy, in the form of `[policy]` in `store.toml`; mounts anew.
+    #[track_caller]
+    pub fn set_policy(&mut self, text: &str) {
+        use rearviewfs::{history::History, progress::Progress, store, volume};
+        self.unmount();
+        let recover = |replicas: &_, catalog: &_| History::recover(replicas, catalog);
+        let options = store::OpenOptions::default();
+        let opened = store::open(&self.backings, &options, &recover, &Progress::silent())
+            .expect("the store opens");
+        let volume = volume::Volume::open(opened, volume::VolumeOptions::default())
+            .expect("the volume opens");
+        let policy = toml::from_str(text).expect("a policy");
+        volume.set_policy(&policy).expect("the policy is accepted");
+        volume.close().expect("the volume closes");
+        drop(volume);
+        self.set_options(&["-o", "allow_other,dev,suid"]);
+        self.mount().ok();
+    }
+
     /// Takes a snapshot by the command.
     #[track_caller]
     pub fn snapshot(&self, name: &str) {

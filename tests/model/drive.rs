@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use rearviewfs::catalog::{Catalog, Durability};
 use rearviewfs::error::Error;
+use rearviewfs::excludes::Patterns;
 use rearviewfs::fs::{Fh, Filesystem, FsOptions, SnapDir, Wish};
 use rearviewfs::history::History;
 use rearviewfs::progress::Progress;
@@ -20,7 +21,9 @@ use super::reference::{Body, Dump, Reference};
 
 pub type Outcome<T = ()> = Result<T, String>;
 
-const READ_WRITE: Wish = Wish { readable: true, writable: true, truncate: false };
+/// What has no history, where anything is excluded.
+const EXCLUDED: &str = "*.tmp";
+pub(super) const READ_WRITE: Wish = Wish { readable: true, writable: true, truncate: false };
 
 /// A remembered moment with what it must show for ever.
 pub struct Moment {
@@ -31,6 +34,7 @@ pub struct Moment {
 /// The filesystem under test beside its reference.
 pub struct Driver {
     dir: tempfile::TempDir,
+    excludes: bool,
     fs: Option<Arc<Filesystem>>,
     pub(super) reference: Reference,
     handles: Vec<(Fh, usize)>,
@@ -58,11 +62,15 @@ pub(super) fn fail<T>(what: &str) -> impl FnOnce(Error) -> Outcome<T> + '_ {
     move |error| Err(format!("{what}: {error}"))
 }
 
-fn open(paths: &[PathBuf]) -> Arc<Filesystem> {
+fn open(paths: &[PathBuf], excludes: bool) -> Arc<Filesystem> {
     let recover = |replicas: &_, catalog: &_, from| History::recover(replicas, catalog, from);
-    let store = store::open(paths, &OpenOptions::default(), &recover, &Progress::silent())
-        .expect("the store opens");
-    let volume = Volume::open(store, VolumeOptions::default()).expect("the volume opens");
+    let globs: &[String] = if excludes { &[EXCLUDED.into()] } else { &[] };
+    let exclude = Arc::new(Patterns::of_globs(globs).expect("a pattern"));
+    let options = OpenOptions { exclude: exclude.clone(), ..OpenOptions::default() };
+    let store =
+        store::open(paths, &options, &recover, &Progress::silent()).expect("the store opens");
+    let options = VolumeOptions { exclude, ..VolumeOptions::default() };
+    let volume = Volume::open(store, options).expect("the volume opens");
     let options = FsOptions {
         snapdir: SnapDir::Hidden,
         snapdir_name: entry(".snapshots"),
@@ -84,7 +92,8 @@ fn pattern(fill: u8, length: usize) -> Vec<u8> {
 }
 
 impl Driver {
-    pub fn new() -> Driver {
+    /// On a new store, which excludes something or nothing.
+    pub fn new(excludes: bool) -> Driver {
         let shm = std::path::Path::new("/dev/shm");
         let base = match std::env::var_os("MODEL_DIR") {
             Some(base) => PathBuf::from(base),
@@ -94,6 +103,7 @@ impl Driver {
         let dir = tempfile::Builder::new().prefix("rv-model").tempdir_in(base).expect("a folder");
         let mut driver = Driver {
             dir,
+            excludes,
             fs: None,
             reference: Reference::new(),
             handles: Vec::new(),
@@ -101,7 +111,7 @@ impl Driver {
             moments: Vec::new(),
             names: 0,
         };
-        driver.fs = Some(open(&driver.paths()));
+        driver.fs = Some(open(&driver.paths(), excludes));
         driver
     }
 
@@ -139,7 +149,7 @@ impl Driver {
     }
 
     /// Opens, does `f`, closes: the file is sealed after.
-    fn with_open<T>(
+    pub(super) fn with_open<T>(
         &mut self,
         node: usize,
         wish: Wish,
@@ -181,6 +191,11 @@ impl Driver {
             | Op::SetXattr { .. }
             | Op::RemoveXattr { .. }
             | Op::SetTimes { .. } => self.attribute(op),
+            Op::Scratch { dir, name, fill, length } => {
+                self.scratch(dir, name, &pattern(fill, length as usize))
+            }
+            Op::Save { dir, name, to } => self.save(dir, name, &text(to)),
+            Op::Hide { dir, name, to } => self.hide(dir, &text(name), to),
             Op::Snapshot => self.snapshot(),
             Op::Tidy => self.fs().volume().tidy_history().map(|_| ()).or_else(fail("tidy")),
             Op::Thin { every } => self.thin(every),
@@ -199,7 +214,7 @@ impl Driver {
         }
     }
 
-    fn create(&mut self, dir: usize, name: &str, keep_open: bool) -> Outcome {
+    pub(super) fn create(&mut self, dir: usize, name: &str, keep_open: bool) -> Outcome {
         let dir = self.dir(dir);
         if self.child(dir, name).is_some() {
             return Ok(());
@@ -522,7 +537,7 @@ impl Driver {
         }
         // Dropped, not closed: the next mount recovers.
         self.fs = None;
-        self.fs = Some(open(&self.paths()));
+        self.fs = Some(open(&self.paths(), self.excludes));
         self.fs().volume().tidy_history().or_else(fail("tidy"))?;
         self.nothing_unpacked()
     }
@@ -551,7 +566,7 @@ impl Driver {
             self.close(fh, node)?;
         }
         self.unmount()?;
-        self.fs = Some(open(&self.paths()));
+        self.fs = Some(open(&self.paths(), self.excludes));
         Ok(())
     }
 
@@ -575,7 +590,7 @@ impl Driver {
         self.compare()?;
         self.unmount()?;
         let paths = self.paths();
-        self.fs = Some(open(&paths[1..]));
+        self.fs = Some(open(&paths[1..], self.excludes));
         self.compare().map_err(|error| format!("with the second replica alone: {error}"))?;
         self.fs.take().expect("mounted").volume().close().or_else(fail("close"))
     }

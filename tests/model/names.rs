@@ -97,7 +97,7 @@ impl Driver {
         }
     }
 
-    fn renamed(
+    pub(super) fn renamed(
         &mut self,
         (dir, name, source): (usize, &str, usize),
         (to_dir, to_name, target): (usize, &str, Option<usize>),

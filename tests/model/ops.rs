@@ -104,6 +104,25 @@ pub enum Op {
         node: usize,
         secs: i32,
     },
+    /// Makes or overwrites a file that has no history.
+    Scratch {
+        dir: usize,
+        name: u8,
+        fill: u8,
+        length: u32,
+    },
+    /// Renames such a file to a plain name, as editors save: it has history from then on.
+    Save {
+        dir: usize,
+        name: u8,
+        to: u8,
+    },
+    /// Renames a plain file so that it has no history from then on.
+    Hide {
+        dir: usize,
+        name: u8,
+        to: u8,
+    },
     Snapshot,
     RenameSnapshot {
         snapshot: usize,
@@ -137,6 +156,18 @@ fn offset() -> impl Strategy<Value = u32> {
 
 fn length() -> impl Strategy<Value = u32> {
     prop_oneof![1..64u32, 4090..4100u32, 1..20_000u32]
+}
+
+/// What is done with files that have no history.
+fn excluded() -> impl Strategy<Value = Op> {
+    let (at, name, to) = (0..64usize, 0..6u8, 0..3u8);
+    prop_oneof![
+        3 => (at.clone(), to.clone(), any::<u8>(), length())
+            .prop_map(|(dir, name, fill, length)| Op::Scratch { dir, name, fill, length }),
+        3 => (at.clone(), to.clone(), name.clone())
+            .prop_map(|(dir, name, to)| Op::Save { dir, name, to }),
+        1 => (at, name, to).prop_map(|(dir, name, to)| Op::Hide { dir, name, to }),
+    ]
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -193,7 +224,17 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// A sequence of operations.
+/// A sequence of operations, every second one on a store with excluded files.
 pub fn ops() -> impl Strategy<Value = Vec<Op>> {
-    proptest::collection::vec(op(), 1..80)
+    prop_oneof![
+        proptest::collection::vec(op(), 1..80),
+        proptest::collection::vec(prop_oneof![5 => op(), 1 => excluded()], 1..80),
+    ]
+}
+
+impl Op {
+    /// Whether it needs a store that excludes something.
+    pub fn wants_excludes(&self) -> bool {
+        matches!(self, Op::Scratch { .. } | Op::Save { .. } | Op::Hide { .. })
+    }
 }

@@ -33,6 +33,8 @@ pub struct Node {
     pub links: u32,
     pub ino: u64,
     pub opens: u32,
+    /// It is live and has no history.
+    pub excluded: bool,
 }
 
 /// The whole reference.
@@ -75,6 +77,7 @@ impl Reference {
                 links: 1,
                 ino: 1,
                 opens: 0,
+                excluded: false,
             }],
         }
     }
@@ -90,6 +93,7 @@ impl Reference {
             links: 1,
             ino,
             opens: 0,
+            excluded: false,
         });
         self.enter(dir, name, index);
         index
@@ -182,10 +186,11 @@ impl Reference {
         found
     }
 
-    /// All objects that can be reached, each once.
+    /// All objects that can be reached and have history, each once.
     pub fn reachable(&self) -> Vec<usize> {
         let mut found: Vec<usize> =
             self.dirs().iter().flat_map(|&dir| self.entries(dir).values().copied()).collect();
+        found.retain(|&node| !self.nodes[node].excluded);
         found.sort_unstable();
         found.dedup();
         found
@@ -224,6 +229,9 @@ impl Reference {
         for (name, &index) in self.entries(dir) {
             let path = format!("{path}/{name}");
             let node = &self.nodes[index];
+            if sealed && node.excluded {
+                continue;
+            }
             let object = if sealed { &node.sealed } else { &node.now };
             let (kind, content) = match &object.body {
                 Body::File(content) => ('f', content.clone()),

@@ -27,6 +27,8 @@ struct Tree<'l, 'c> {
     /// Where directories are now, where steps changed it.
     places: HashMap<NodeId, Slot>,
     gone: HashSet<NodeId>,
+    /// How many were put aside.
+    asides: usize,
     steps: Vec<Draft>,
     blocked: Vec<UndoConflict>,
 }
@@ -133,6 +135,9 @@ impl Tree<'_, '_> {
             }
             Move::Rename { node, from, .. } => {
                 let Some(old) = self.slot_path(from)? else { return Ok(false) };
+                if path.names().starts_with(old.names()) {
+                    return Ok(false);
+                }
                 let (action, to_path) = (UndoAction::Rename, Some(path));
                 self.steps.push(Draft { action, path: old, to: to_path, source: None });
                 self.set(from, None);
@@ -183,7 +188,10 @@ impl Tree<'_, '_> {
             if waiting.len() < before {
                 continue;
             }
-            if !self.exchange(&mut waiting)? && !self.put_aside(&waiting, doomed)? {
+            let is_freed = self.exchange(&mut waiting)?
+                || self.put_doomed_aside(&waiting, doomed)?
+                || self.put_waiting_aside(&mut waiting)?;
+            if !is_freed {
                 break;
             }
         }
@@ -196,7 +204,11 @@ impl Tree<'_, '_> {
 
     /// A directory that is to be removed, but for what a move takes out of it, is in the way of
     /// such a move: it gets another name until it is empty.
-    fn put_aside(&mut self, waiting: &[Move], doomed: &mut [(Slot, Tenant)]) -> Result<bool> {
+    fn put_doomed_aside(
+        &mut self,
+        waiting: &[Move],
+        doomed: &mut [(Slot, Tenant)],
+    ) -> Result<bool> {
         for index in 0..doomed.len() {
             let (slot, tenant) = doomed[index].clone();
             let is_in_way = waiting.iter().any(|one| *one.to() == slot);
@@ -211,20 +223,52 @@ impl Tree<'_, '_> {
                     .any(|one| matches!(one, Move::Rename { node, .. } if Some(*node) == inner));
                 all_leave &= leaves || doomed.iter().any(|(_, one)| Some(one.node) == inner);
             }
-            let aside = [RESTORING_PREFIX, index.to_string().as_bytes()].concat();
-            let (Ok(aside), true) = (EntryName::new(&aside), all_leave) else { continue };
-            let aside = (slot.0, aside);
-            let (Some(path), to) = (self.slot_path(&slot)?, self.slot_path(&aside)?) else {
+            if !all_leave {
                 continue;
-            };
-            self.steps.push(Draft { action: UndoAction::Rename, path, to, source: None });
-            self.set(&slot, None);
-            self.set(&aside, Some(tenant.node));
-            self.places.insert(tenant.node, aside.clone());
-            doomed[index].0 = aside;
-            return Ok(true);
+            }
+            if let Some(aside) = self.put_aside(&slot, tenant.node)? {
+                doomed[index].0 = aside;
+                return Ok(true);
+            }
         }
         Ok(false)
+    }
+
+    /// What is to be moved itself is in the way of another move, and cannot change places with it
+    /// because the one lies in the other: it gets another name until its own way is free. So no
+    /// move waits for ever: of all that wait, the one whose place is the least deep goes into a
+    /// directory that is where it belongs already.
+    fn put_waiting_aside(&mut self, waiting: &mut [Move]) -> Result<bool> {
+        for index in 0..waiting.len() {
+            let Move::Rename { node, from, .. } = waiting[index].clone() else { continue };
+            let is_in_way = waiting.iter().any(|one| *one.to() == from);
+            if !is_in_way || self.tenant(&from)? != Some(node) {
+                continue;
+            }
+            if let Some(aside) = self.put_aside(&from, node)? {
+                if let Move::Rename { from, .. } = &mut waiting[index] {
+                    *from = aside;
+                }
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Gives a node another name in its directory, which nothing wants; `None` if it has no path.
+    fn put_aside(&mut self, slot: &Slot, node: NodeId) -> Result<Option<Slot>> {
+        let aside = [RESTORING_PREFIX, self.asides.to_string().as_bytes()].concat();
+        let Ok(aside) = EntryName::new(&aside) else { return Ok(None) };
+        let aside = (slot.0, aside);
+        let (Some(path), to) = (self.slot_path(slot)?, self.slot_path(&aside)?) else {
+            return Ok(None);
+        };
+        self.asides += 1;
+        self.steps.push(Draft { action: UndoAction::Rename, path, to, source: None });
+        self.set(slot, None);
+        self.set(&aside, Some(node));
+        self.places.insert(node, aside.clone());
+        Ok(Some(aside))
     }
 
     /// Breaks a circle of renames: one of them changes places with what is in its way.
@@ -242,6 +286,9 @@ impl Tree<'_, '_> {
             else {
                 continue;
             };
+            if old.names().starts_with(new.names()) || new.names().starts_with(old.names()) {
+                continue;
+            }
             self.steps.push(Draft {
                 action: UndoAction::Exchange,
                 path: old,
@@ -301,7 +348,7 @@ pub fn order(look: &mut Look<'_>, works: Vec<Work>) -> Result<(Vec<Draft>, Vec<U
                 made.push((depth, Move::Make { node, to: slot }));
                 attributes.push((node, source));
             }
-            Work::Restore { slot, is_there, source } => restores.push((slot, is_there, source)),
+            Work::Restore { slot, there, source } => restores.push((slot, there, source)),
             Work::Link { slot, node, source } => links.push((slot, node, source)),
             Work::Attributes { node, source } => attributes.push((node, source)),
             Work::Touched { node, source } => touched.push((node, source)),
@@ -313,6 +360,7 @@ pub fn order(look: &mut Look<'_>, works: Vec<Work>) -> Result<(Vec<Draft>, Vec<U
         names: HashMap::new(),
         places: HashMap::new(),
         gone: HashSet::new(),
+        asides: 0,
         steps: Vec::new(),
         blocked: Vec::new(),
     };
@@ -326,21 +374,22 @@ pub fn order(look: &mut Look<'_>, works: Vec<Work>) -> Result<(Vec<Draft>, Vec<U
         // If none of its names is left after all, it comes back as what was deleted.
         match tree.name_of(node)? {
             Some(name) => tree.link(&slot, &name)?,
-            None => restores.push((slot, false, source)),
+            None => restores.push((slot, None, source)),
         }
     }
     let mut files = Vec::new();
-    for (slot, is_there, source) in restores {
+    for (slot, there, source) in restores {
         let Some(path) = tree.slot_path(&slot)? else {
             tree.block(&slot, NO_DIR)?;
             continue;
         };
-        if !is_there && tree.tenant(&slot)?.is_some() {
+        // A step that was blocked may have left something there that is not to go.
+        if tree.tenant(&slot)? != there {
             tree.block(&slot, IN_THE_WAY)?;
             continue;
         }
         tree.set(&slot, Some(NodeId(0)));
-        let action = if is_there { UndoAction::Restore } else { UndoAction::Recreate };
+        let action = if there.is_some() { UndoAction::Restore } else { UndoAction::Recreate };
         files.push(Draft { action, path, to: None, source: Some(source) });
     }
     files.sort_by(|a, b| a.path.cmp(&b.path));

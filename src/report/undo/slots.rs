@@ -23,6 +23,12 @@ struct Life {
     names: Vec<NameInterval>,
 }
 
+impl Life {
+    fn is_live(&self) -> bool {
+        self.names.iter().any(|name| name.died.is_none())
+    }
+}
+
 /// A node in a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tenant {
@@ -40,8 +46,8 @@ pub enum Work {
     Rename { tenant: Tenant, from: Slot, to: Slot },
     /// A directory that is gone comes back.
     MakeDir { slot: Slot, node: NodeId, source: Source },
-    /// What is no directory is to be as it was.
-    Restore { slot: Slot, is_there: bool, source: Source },
+    /// What is no directory is to be as it was: in the place of `there`, if there is one.
+    Restore { slot: Slot, there: Option<NodeId>, source: Source },
     /// A file that has lost this one of its names gets it back.
     Link { slot: Slot, node: NodeId, source: Source },
     /// A directory's attributes are to be as they were.
@@ -162,7 +168,7 @@ impl<'c> Look<'c> {
                 Some(_) => {}
             }
         }
-        let mut works = self.pair(found, &inside)?;
+        let mut works = self.pair(found, &inside, force, &mut conflicts)?;
         for (node, first) in dirs {
             let source = self.dir_source(node, first)?;
             works.extend(source.map(|source| Work::Touched { node, source }));
@@ -237,7 +243,7 @@ impl<'c> Look<'c> {
     fn heir(&mut self, dir: NodeId, depth: usize) -> Result<Option<NodeId>> {
         let life = self.life(dir)?;
         let Some(last) = life.names.iter().max_by_key(|name| name.died) else { return Ok(None) };
-        if depth > DEPTH_MAX || life.names.iter().any(|name| name.died.is_none()) {
+        if depth > DEPTH_MAX || life.is_live() {
             return Ok(None);
         }
         let parent = match self.catalog.node(last.parent)? {
@@ -302,6 +308,8 @@ impl<'c> Look<'c> {
         &mut self,
         mut found: BTreeMap<Slot, Found>,
         inside: &BTreeSet<Slot>,
+        force: bool,
+        conflicts: &mut Vec<UndoConflict>,
     ) -> Result<Vec<Work>> {
         for one in found.values_mut() {
             if let Some((_, _, source)) = &mut one.before
@@ -310,68 +318,110 @@ impl<'c> Look<'c> {
                 source.until = until;
             }
         }
-        let mut lost: BTreeMap<NodeId, Vec<Slot>> = BTreeMap::new();
-        for (slot, one) in &found {
-            if let Some((tenant, ..)) = &one.before
-                && one.now.is_none_or(|now| now.node != tenant.node)
-            {
-                lost.entry(tenant.node).or_default().push(slot.clone());
+        let (mut renames, removed) = loop {
+            let (renames, mut removed) = pairs(&found);
+            removed.retain(|slot| inside.contains(slot));
+            let foreign = match force {
+                true => Vec::new(),
+                false => self.foreign(&found, &removed)?,
+            };
+            if foreign.is_empty() {
+                break (renames, removed);
             }
-        }
-        let (mut works, mut renames, mut back) = (Vec::new(), Vec::new(), BTreeSet::new());
-        let mut removed = BTreeSet::new();
-        for (slot, one) in &found {
-            let Some(now) = one.now else { continue };
-            if one.before.as_ref().is_some_and(|(tenant, ..)| tenant.node == now.node) {
-                continue;
+            // Without these slots others pair otherwise.
+            for (slot, node) in foreign {
+                found.remove(&slot);
+                conflicts.push(self.not_its_own(&slot, node)?);
             }
-            match lost.get_mut(&now.node).and_then(Vec::pop) {
-                Some(to) => {
-                    if inside.contains(slot) || inside.contains(&to) {
-                        renames.push((Reverse(one.since), now, slot.clone(), to.clone()));
-                    }
-                    back.insert(to);
-                }
-                None if inside.contains(slot) => {
-                    removed.insert(slot.clone());
-                }
-                None => {}
-            }
-        }
-        renames.sort_by(|a, b| (a.0, &a.2).cmp(&(b.0, &b.2)));
+        };
+        let back: BTreeSet<Slot> = renames.iter().map(|one| one.to.clone()).collect();
+        renames.retain(|one| inside.contains(&one.from) || inside.contains(&one.to));
+        renames.sort_by(|a, b| (a.since, &a.from).cmp(&(b.since, &b.from)));
         let renamed = renames.into_iter();
-        works.extend(renamed.map(|(_, tenant, from, to)| Work::Rename { tenant, from, to }));
+        let mut works: Vec<Work> = renamed
+            .map(|Pair { tenant, from, to, .. }| Work::Rename { tenant, from, to })
+            .collect();
         for (slot, one) in &found {
             if !inside.contains(slot) {
                 continue;
             }
-            self.work(slot, one, (&back, &removed), &mut works)?;
+            if !self.work(slot, one, (&back, &removed), &mut works)? {
+                let path = self.shown_path(slot)?;
+                let why = "others moved it since".into();
+                conflicts.push(UndoConflict { path, why, by: None, time: None });
+            }
         }
         Ok(works)
     }
 
-    /// What is to be done with one slot, beside renames.
+    /// The slots that are to mean nothing again, though what they mean would be lost by that and is
+    /// not the program's own: it only moved it there.
+    fn foreign(
+        &mut self,
+        found: &BTreeMap<Slot, Found>,
+        removed: &BTreeSet<Slot>,
+    ) -> Result<Vec<(Slot, NodeId)>> {
+        let mut foreign = Vec::new();
+        for slot in removed {
+            let Some(now) = found.get(slot).and_then(|one| one.now) else { continue };
+            let life = self.life(now.node)?;
+            // A directory's later states are its entries' matter.
+            let states = if now.is_dir { 1 } else { life.versions.len() };
+            let its_own =
+                life.versions.iter().take(states).all(|version| self.is_meant(version.born));
+            let stays = self.names(now.node)?.iter().any(|name| !removed.contains(name));
+            if !its_own && !stays {
+                foreign.push((slot.clone(), now.node));
+            }
+        }
+        Ok(foreign)
+    }
+
+    fn shown_path(&self, (dir, name): &Slot) -> Result<PathText> {
+        let dir = self.catalog.path_at(self.catalog.generation(), *dir)?.unwrap_or_default();
+        Ok(PathText::from(&dir.join(name)))
+    }
+
+    /// Why something is left where the program put it.
+    fn not_its_own(&mut self, slot: &Slot, node: NodeId) -> Result<UndoConflict> {
+        let path = self.shown_path(slot)?;
+        let life = self.life(node)?;
+        let others = life.versions.iter().map(|version| version.born);
+        let at = others.filter(|born| !self.is_meant(*born)).max();
+        Ok(UndoConflict {
+            path,
+            why: "others made it, and where it was is taken".into(),
+            by: at.map(|at| who::by(self.catalog, at)).transpose()?.flatten(),
+            time: None,
+        })
+    }
+
+    /// What is to be done with one slot, beside renames; `false` if that cannot be: the directory
+    /// that it meant is elsewhere, where others put it.
     fn work(
         &mut self,
         slot: &Slot,
         one: &Found,
         (back, removed): (&BTreeSet<Slot>, &BTreeSet<Slot>),
         works: &mut Vec<Work>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let slot = slot.clone();
         let is_removed = removed.contains(&slot);
         let Some((tenant, row, source)) = &one.before else {
             if let (Some(tenant), true) = (one.now, is_removed) {
                 works.push(Work::Remove { slot, tenant });
             }
-            return Ok(());
+            return Ok(true);
         };
         let source = source.clone();
         let same = one.now.filter(|now| now.node == tenant.node);
         let comes_back = back.contains(&slot);
         let life = self.life(tenant.node)?;
         let other = life.versions.last().is_some_and(|version| is_other(row, &version.row));
-        let lives_on = !other && life.names.iter().any(|name| name.died.is_none());
+        let lives_on = !other && life.is_live();
+        if tenant.is_dir && same.is_none() && !comes_back && life.is_live() {
+            return Ok(false);
+        }
         let links = same.is_none() && !comes_back && !tenant.is_dir && lives_on;
         if let (Some(now), true) = (one.now, is_removed) {
             // What is no directory is replaced in one step by what is none either.
@@ -383,17 +433,19 @@ impl<'c> Look<'c> {
             match (other, tenant.is_dir) {
                 (false, _) => {}
                 (true, true) => works.push(Work::Attributes { node: tenant.node, source }),
-                (true, false) => works.push(Work::Restore { slot, is_there: true, source }),
+                (true, false) => {
+                    works.push(Work::Restore { slot, there: Some(tenant.node), source })
+                }
             }
         } else if links {
             works.push(Work::Link { slot, node: tenant.node, source });
         } else if tenant.is_dir {
             works.push(Work::MakeDir { slot, node: tenant.node, source });
         } else {
-            let is_there = is_removed && one.now.is_some_and(|now| !now.is_dir);
-            works.push(Work::Restore { slot, is_there, source });
+            let there = one.now.filter(|now| is_removed && !now.is_dir).map(|now| now.node);
+            works.push(Work::Restore { slot, there, source });
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Where the state is that a directory had before one of its slots was touched at `first`.
@@ -418,6 +470,44 @@ impl<'c> Look<'c> {
         let seen = self.seen_until(&source)?;
         Ok(seen.map(|until| Source { until, ..source }))
     }
+}
+
+/// A node that goes back from one slot to another.
+struct Pair {
+    /// The newest goes back first.
+    since: Reverse<Generation>,
+    tenant: Tenant,
+    from: Slot,
+    to: Slot,
+}
+
+/// The nodes that go back, and the slots that mean what has nowhere to go.
+fn pairs(found: &BTreeMap<Slot, Found>) -> (Vec<Pair>, BTreeSet<Slot>) {
+    let mut lost: BTreeMap<NodeId, Vec<Slot>> = BTreeMap::new();
+    for (slot, one) in found {
+        if let Some((tenant, ..)) = &one.before
+            && one.now.is_none_or(|now| now.node != tenant.node)
+        {
+            lost.entry(tenant.node).or_default().push(slot.clone());
+        }
+    }
+    let (mut renames, mut removed) = (Vec::new(), BTreeSet::new());
+    for (slot, one) in found {
+        let Some(tenant) = one.now else { continue };
+        if one.before.as_ref().is_some_and(|(before, ..)| before.node == tenant.node) {
+            continue;
+        }
+        match lost.get_mut(&tenant.node).and_then(Vec::pop) {
+            Some(to) => {
+                let (since, from) = (Reverse(one.since), slot.clone());
+                renames.push(Pair { since, tenant, from, to });
+            }
+            None => {
+                removed.insert(slot.clone());
+            }
+        }
+    }
+    (renames, removed)
 }
 
 fn tenant(node: NodeId, row: &NodeRow) -> Tenant {
