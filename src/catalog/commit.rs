@@ -53,6 +53,8 @@ pub(super) struct Writer {
     pub full: bool,
     /// Changes since the WAL was last copied into the database.
     pub in_wal: usize,
+    /// Changes since it was opened.
+    pub written: usize,
     /// The WAL holds something.
     pub dirty: bool,
 }
@@ -457,6 +459,7 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
     }
     writer.dirty = true;
     writer.in_wal += plan.batch.count + 1;
+    writer.written += plan.batch.count;
     apply(&mut writer.db, plan)
 }
 

@@ -28,6 +28,10 @@ use crate::types::{
 const SKIPPED_IDS: u64 = 1 << 20;
 /// Pages copied per step of a backup: 4 MiB.
 const BACKUP_PAGES: i32 = 1024;
+/// The largest catalog that is written anew when it is closed: it takes about half a second.
+const TIGHTENED_BYTES: u64 = 64 << 20;
+/// What one change takes in a catalog, about.
+const CHANGE_BYTES: u64 = 64;
 /// Catalogs below this size are checked at every mount: it takes well under a second.
 const CHECKED_BYTES: u64 = 64 << 20;
 
@@ -193,7 +197,7 @@ impl Catalog {
                     first = Some((head, file, tick));
                 }
             }
-            writers[id] = Some(Writer { db, full: false, in_wal: 0, dirty: true });
+            writers[id] = Some(Writer { db, full: false, in_wal: 0, written: 0, dirty: true });
         }
         let Some((mut head, _, tick)) = first else {
             return Err(Error::NoStore("no replica has a catalog".into()));
@@ -262,6 +266,10 @@ impl Catalog {
         let mut writers = self.shared.writers.lock();
         for id in writers.ids() {
             let Some(writer) = writers[id].take() else { continue };
+            if let Err(error) = tighten(&writer.db, writer.written) {
+                // It is as it was: the room is what is missing, most likely.
+                log::info!("the catalog of replica {} is not tightened: {error}", id.index());
+            }
             if let Err(error) = finish(writer.db) {
                 self.shared.detach(id, Some(error.to_string()));
             }
@@ -359,6 +367,21 @@ fn check_head(file: &Path, head: &HeadRow) -> Result<()> {
         return Err(damaged(file, "a counter in its head row is beyond all bounds".into()));
     }
     Ok(())
+}
+
+/// Writes the database anew, without the room that rows left when they grew or went, if this mount
+/// wrote so much that there is some: a tenth of the rows that it may hold. One that would take long
+/// stays as it is.
+fn tighten(db: &Connection, written: usize) -> rusqlite::Result<()> {
+    let pragma = |name: &str| -> rusqlite::Result<u64> {
+        let value: i64 = db.query_row(&format!("PRAGMA {name}"), [], |row| row.get(0))?;
+        Ok(value.max(0) as u64)
+    };
+    let bytes = pragma("page_count")? * pragma("page_size")?;
+    if bytes > TIGHTENED_BYTES || (written as u64) < bytes / CHANGE_BYTES / 10 {
+        return Ok(());
+    }
+    db.execute_batch("VACUUM")
 }
 
 /// Moves the WAL into the database and closes it, so that the one file is all there is.
