@@ -24,6 +24,7 @@ pub mod nodes;
 mod purge;
 mod retain;
 mod same;
+mod scratch;
 mod seal;
 
 use std::collections::{HashMap, HashSet};
