@@ -8,6 +8,7 @@ use super::*;
 use crate::error::Error;
 
 mod actors;
+mod cost;
 mod history;
 mod lifecycle;
 mod model;
