@@ -106,9 +106,15 @@ impl Object {
 /// Makes a store in `backings`, empty directories; returns for each snapshot, by its number, a file
 /// in it.
 pub fn make(backings: &[PathBuf], size: Size) -> Vec<(usize, PathBuf)> {
+    // A catalog of this size is written a hundred times over until it is whole: in memory, and
+    // moved to the backings when it is. A store is known by what it is, not by where.
+    let memory = crate::common::scratch();
+    let places: Vec<PathBuf> =
+        (0..backings.len()).map(|index| memory.path().join(format!("{index}"))).collect();
+    places.iter().for_each(|place| fs::create_dir(place).expect("a folder can be made"));
     let recover = |replicas: &_, catalog: &_| History::recover(replicas, catalog);
     let options = OpenOptions { init: true, ..OpenOptions::default() };
-    let store = store::open(backings, &options, &recover, &Progress::silent())
+    let store = store::open(&places, &options, &recover, &Progress::silent())
         .expect("a store can be made in empty folders");
     let mut maker = Maker::new(&store.catalog, size);
     maker.live_tree();
@@ -118,6 +124,9 @@ pub fn make(backings: &[PathBuf], size: Size) -> Vec<(usize, PathBuf)> {
     }
     let samples = std::mem::take(&mut maker.samples);
     end(store);
+    for (place, backing) in places.iter().zip(backings) {
+        crate::common::shell(place, &format!("cp -a .rearview '{}'", backing.display()));
+    }
     samples
 }
 
@@ -433,7 +442,6 @@ impl<'a> Maker<'a> {
             tags: Vec::new(),
         };
         self.push(vec![Change::SnapshotPut(snapshot)]);
-        self.catalog.flush(Durability::Written).expect("the catalog can be written");
         let index = self.dice.below(self.files.len());
         self.samples.push((number, self.path(index)));
         self.interval += 1;
