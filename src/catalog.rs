@@ -32,6 +32,7 @@ mod reader;
 mod report;
 mod retain;
 mod schema;
+mod scratch;
 mod snapshot;
 mod sweep;
 #[cfg(test)]

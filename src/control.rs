@@ -18,9 +18,7 @@ use crate::report::prune::PruneReport;
 use crate::report::purge::PurgeReport;
 use crate::report::undo::UndoPlan;
 use crate::report::who::Who;
-use crate::report::{
-    DiffReport, MomentText, PathText, SnapshotReport, SnapshotsReport, StatusReport,
-};
+use crate::report::{DiffReport, MomentText, PathText, SnapshotList, SnapshotReport, StatusReport};
 use crate::retention::Policy;
 
 pub mod client;
@@ -32,7 +30,7 @@ pub mod service;
 /// The socket's name in `.rearview`.
 pub const SOCKET_NAME: &str = "control.sock";
 /// The protocol's version; both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 /// The longest request: a path and a few names.
 pub const REQUEST_BYTES_MAX: u32 = 64 * 1024;
 /// The longest response: a diff of some million paths.
@@ -205,9 +203,10 @@ impl Request {
     }
 }
 
-/// What the daemon answers.
+/// What the daemon answers. The tag stands beside the content, not in it: what is long is read as
+/// it comes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "response", rename_all = "snake_case")]
+#[serde(tag = "response", content = "content", rename_all = "snake_case")]
 pub enum Response {
     /// To [`Request::Ping`].
     Pong(DaemonInfo),
@@ -216,7 +215,7 @@ pub enum Response {
     /// To the requests that make or change one snapshot.
     Snapshot(SnapshotReport),
     /// To [`Request::SnapshotList`].
-    Snapshots(SnapshotsReport),
+    Snapshots(SnapshotList),
     /// To [`Request::Prune`].
     Pruned(PruneReport),
     /// To [`Request::Log`].
@@ -311,6 +310,12 @@ struct Envelope<T> {
     body: T,
 }
 
+/// An envelope whose body is not looked at.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
 /// Writes one frame.
 pub fn write_frame<T: Serialize>(to: &mut impl Write, body: &T, bytes_max: u32) -> Result<()> {
     let json = serde_json::to_vec(&Envelope { version: PROTOCOL_VERSION, body })
@@ -342,17 +347,19 @@ pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read, bytes_max: u32) -> 
     if json.len() < length as usize {
         return Err(Error::Refused("the message ends early".into()));
     }
-    // The version is looked at first: what another version's body means is not for us to say.
-    let envelope: Envelope<serde_json::Value> = serde_json::from_slice(&json)
-        .map_err(|error| Error::Refused(format!("the message is not understood: {error}")))?;
-    if envelope.version != PROTOCOL_VERSION {
+    // What another version's body means is not for us to say, whether or not it looks like ours.
+    let read = serde_json::from_slice::<Envelope<T>>(&json);
+    let version = match &read {
+        Ok(envelope) => envelope.version,
+        Err(_) => serde_json::from_slice::<Version>(&json).map_or(PROTOCOL_VERSION, |v| v.version),
+    };
+    if version != PROTOCOL_VERSION {
         return Err(Error::Refused(format!(
-            "the daemon and this command are of different releases (protocol {} and {}): unmount \
-             and mount anew",
-            envelope.version, PROTOCOL_VERSION
+            "the daemon and this command are of different releases (protocol {version} and \
+             {PROTOCOL_VERSION}): unmount and mount anew"
         )));
     }
-    serde_json::from_value(envelope.body)
+    read.map(|envelope| envelope.body)
         .map_err(|error| Error::Refused(format!("the message is not understood: {error}")))
 }
 

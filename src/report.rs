@@ -445,7 +445,7 @@ pub fn diff(catalog: &Catalog, a: &Moment, b: &Moment, under: &RelPath) -> Resul
 
 /// All snapshots and the totals, for an unmounted store: what deleting them would free is counted
 /// within `time`.
-pub fn snapshots(catalog: &Catalog, time: Duration) -> Result<SnapshotsReport> {
+pub fn snapshots(catalog: &Catalog, time: Duration) -> Result<SnapshotList> {
     let begin = Instant::now();
     let stored = catalog.meta("deleted_since")?;
     let since = stored.and_then(|text| text.parse().ok()).map_or(Generation(0), Generation);
@@ -457,27 +457,61 @@ pub fn snapshots(catalog: &Catalog, time: Duration) -> Result<SnapshotsReport> {
             false => Ok(None),
         })
         .collect::<Result<Vec<_>>>()?;
-    Ok(SnapshotsReport::new(&snapshots, &freed, catalog.totals()?))
+    Ok(SnapshotList::new(snapshots, freed, catalog.totals()?))
 }
 
-/// Snapshots with the totals of the store.
+/// Snapshots with the totals of the store. There may be a hundred thousand: this is how the control
+/// socket carries them, with neither names of fields nor times as text.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotList {
+    /// Oldest first.
+    pub lines: Vec<SnapshotLine>,
+    /// Sums over the catalog.
+    pub totals: Totals,
+}
+
+/// One of many snapshots: its name, its moment as time and generation, whether it is automatic and
+/// held, what deleting it alone would free, its tags.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotLine(
+    pub String,
+    pub Timestamp,
+    pub Generation,
+    pub bool,
+    pub bool,
+    pub Option<u64>,
+    pub Vec<String>,
+);
+
+impl SnapshotList {
+    /// Snapshots with what deleting each would free.
+    pub fn new(snapshots: Vec<Snapshot>, freed: Vec<Option<u64>>, totals: Totals) -> SnapshotList {
+        let line = |(snapshot, freed): (Snapshot, Option<u64>)| {
+            let Snapshot { name, time, generation, automatic, held, tags, .. } = snapshot;
+            SnapshotLine(name, time, generation, automatic, held, freed, tags)
+        };
+        SnapshotList { lines: snapshots.into_iter().zip(freed).map(line).collect(), totals }
+    }
+}
+
+/// [`SnapshotList`] for scripts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct SnapshotsReport {
     /// Oldest first.
     pub snapshots: Vec<SnapshotReport>,
     /// Sums over the catalog.
-    #[serde(default)]
     pub totals: Totals,
 }
 
-impl SnapshotsReport {
-    /// Snapshots with what deleting each would free.
-    pub fn new(snapshots: &[Snapshot], freed: &[Option<u64>], totals: Totals) -> SnapshotsReport {
-        let report = |(snapshot, freed): (&Snapshot, &Option<u64>)| SnapshotReport {
-            freed_bytes: *freed,
-            ..SnapshotReport::from(snapshot)
+impl From<SnapshotList> for SnapshotsReport {
+    fn from(list: SnapshotList) -> SnapshotsReport {
+        let report = |line| {
+            let SnapshotLine(name, time, generation, automatic, held, freed_bytes, tags) = line;
+            let (time, generation) = (time_text(time), generation.0);
+            SnapshotReport { name, time, generation, automatic, held, freed_bytes, tags }
         };
-        SnapshotsReport { snapshots: snapshots.iter().zip(freed).map(report).collect(), totals }
+        let snapshots = list.lines.into_iter().map(report).collect();
+        SnapshotsReport { snapshots, totals: list.totals }
     }
 }
 

@@ -28,6 +28,7 @@ mod purge;
 mod resync;
 mod retain;
 mod same;
+mod scratch;
 mod seal;
 
 use std::collections::{HashMap, HashSet};

@@ -219,3 +219,47 @@ fn an_undo_keeps_to_its_path_and_needs_the_mount() {
     store.mount().ok();
     store.finish();
 }
+
+#[test]
+fn what_one_program_made_and_deleted_again_is_not_packed() {
+    need(&["python3"]);
+    let store = Mounted::new();
+    let noise = "open('journal', 'wb').write(os.urandom(300000)); os.remove('journal')";
+    python(&store.mnt, &format!("import os\n{noise}"));
+    shell(&store.mnt, "head -c 1000 /dev/urandom > by-hand; rm by-hand");
+    assert!(store.path(".snapshots/.deleted/journal").exists(), "until it would be packed");
+    store.rearview(&["prune"]).ok();
+    let status = parsed(store.rearview(&["status", "--json"]));
+    assert_eq!(all(&status, "preserved_bytes")[0], 0, "{status}");
+    let packed = all(&status, "packed_bytes")[0].as_u64().unwrap();
+    assert!((1000..20_000).contains(&packed), "{status}");
+    assert!(!store.path(".snapshots/.deleted/journal").exists());
+    let kept = fs::read(store.path(".snapshots/.deleted/by-hand")).unwrap();
+    assert_eq!(kept.len(), 1000);
+    store.rearview(&["log", "journal"]).fails(1, &["never was"]);
+    store.finish();
+}
+
+#[test]
+fn what_is_renamed_and_saved_again_unchanged_costs_no_bytes() {
+    need(&["python3"]);
+    let store = Mounted::new();
+    fs::write(store.path("1.jpg"), vec![7; 100_000]).unwrap();
+    store.snapshot("s1");
+    for step in 1..4 {
+        let (old, new) = (format!("{step}.jpg"), format!("{}.jpg", step + 1));
+        let save = format!("cp {new} saved~; sync; mv saved~ {new}");
+        shell(&store.mnt, &format!("mv {old} {new}; {save}"));
+        store.snapshot(&format!("s{}", step + 1));
+    }
+    store.rearview(&["prune"]).ok();
+    let status = parsed(store.rearview(&["status", "--json"]));
+    for places in ["packed_bytes", "preserved_bytes", "undo_bytes"] {
+        assert_eq!(all(&status, places)[0], 0, "{status}");
+    }
+    for step in 1..4 {
+        let past = fs::read(store.past(&format!("s{step}")).join(format!("{step}.jpg"))).unwrap();
+        assert_eq!(past, vec![7; 100_000]);
+    }
+    store.finish();
+}

@@ -25,7 +25,7 @@ use crate::types::{Generation, NodeId};
 /// Actors whose ids are kept in memory. One that comes back after so many others gets a new id.
 const KNOWN_MAX: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 /// The actor of what no process asked for. It has no row in `actor`.
-const OURSELVES: u64 = 0;
+pub(super) const OURSELVES: u64 = 0;
 
 /// A process that changed something.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

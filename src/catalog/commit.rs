@@ -53,6 +53,8 @@ pub(super) struct Writer {
     pub full: bool,
     /// Changes since the WAL was last copied into the database.
     pub in_wal: usize,
+    /// Changes since it was opened.
+    pub written: usize,
     /// The WAL holds something.
     pub dirty: bool,
     /// What it is on.
@@ -63,7 +65,7 @@ impl Writer {
     /// Takes a database that was opened for writing.
     pub fn new(db: Connection) -> Writer {
         let device = db.path().and_then(|path| Device::of(std::fs::File::open(path).ok()?));
-        Writer { db, full: false, in_wal: 0, dirty: true, device }
+        Writer { db, full: false, in_wal: 0, written: 0, dirty: true, device }
     }
 }
 
@@ -486,6 +488,7 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
     }
     writer.dirty = true;
     writer.in_wal += plan.batch.count + 1;
+    writer.written += plan.batch.count;
     apply(&mut writer.db, plan)
 }
 

@@ -29,6 +29,10 @@ use crate::types::{
 const SKIPPED_IDS: u64 = 1 << 20;
 /// Pages copied per step of a backup: 4 MiB.
 pub(super) const BACKUP_PAGES: i32 = 1024;
+/// The largest catalog that is written anew when it is closed: it takes about half a second.
+const TIGHTENED_BYTES: u64 = 64 << 20;
+/// What one change takes in a catalog, about.
+const CHANGE_BYTES: u64 = 64;
 /// Catalogs below this size are checked at every mount: it takes well under a second.
 const CHECKED_BYTES: u64 = 64 << 20;
 
@@ -248,7 +252,13 @@ impl Catalog {
         let mut turns = Vec::new();
         for id in writers.ids() {
             let Some(writer) = writers[id].take() else { continue };
-            let turn = self.shared.lanes.begin(id, writer.device, move || finish(writer.db));
+            let turn = self.shared.lanes.begin(id, writer.device, move || {
+                if let Err(error) = tighten(&writer.db, writer.written) {
+                    // It is as it was: the room is what is missing, most likely.
+                    log::info!("the catalog of replica {} is not tightened: {error}", id.index());
+                }
+                finish(writer.db)
+            });
             turns.push((id, turn));
         }
         for (id, turn) in turns {
@@ -380,6 +390,21 @@ pub(super) fn put_in_place(new: &Path, to: &Path) -> Result<()> {
     fs::rename(new, to).context("rename", new)?;
     remove_if_there(&beside(new, "-shm"))?;
     sync_parent(to)
+}
+
+/// Writes the database anew, without the room that rows left when they grew or went, if this mount
+/// wrote so much that there is some: a tenth of the rows that it may hold. One that would take long
+/// stays as it is.
+fn tighten(db: &Connection, written: usize) -> rusqlite::Result<()> {
+    let pragma = |name: &str| -> rusqlite::Result<u64> {
+        let value: i64 = db.query_row(&format!("PRAGMA {name}"), [], |row| row.get(0))?;
+        Ok(value.max(0) as u64)
+    };
+    let bytes = pragma("page_count")? * pragma("page_size")?;
+    if bytes > TIGHTENED_BYTES || (written as u64) < bytes / CHANGE_BYTES / 10 {
+        return Ok(());
+    }
+    db.execute_batch("VACUUM")
 }
 
 /// Moves the WAL into the database and closes it, so that the one file is all there is.

@@ -119,6 +119,7 @@ impl Batch {
             Change::NodeUnversioned(row) => self.put_node(row, NEVER, at, frozen),
             Change::NodeGone(id) => self.end_node(id, at),
             Change::EntryAdd { parent, name, node } => {
+                self.fold_first_name(node, at, frozen);
                 self.named.entry(node).or_default().push((parent, name.clone()));
                 self.set_entry(parent, name, Some((node, at)), at);
             }
@@ -220,6 +221,22 @@ impl Batch {
             delta.past.push((old, born, at));
         }
         delta.current = to;
+    }
+
+    /// A file that gets another name in the burst in which it came into being, as editors and
+    /// `rsync` save, never had the first one: nobody saw it.
+    fn fold_first_name(&mut self, node: NodeId, at: Generation, frozen: Generation) {
+        let newborn = self.nodes.get(&node).is_some_and(|delta| delta.newborn);
+        let Some([(parent, name)]) = self.named.get(&node).map(Vec::as_slice) else { return };
+        let entry = self.entries.get_mut(parent).and_then(|names| names.get_mut(name));
+        let Some(delta) = entry.filter(|_| newborn) else { return };
+        if let Some(&(last, born, died)) = delta.past.last()
+            && (last, died) == (node, at)
+            && born > frozen
+            && self.acts.may_fold(born)
+        {
+            delta.past.pop();
+        }
     }
 
     /// What this batch says of a name: `None` nothing, `Some(None)` that it is free.

@@ -10,7 +10,7 @@ use super::overlay::Bytes;
 use super::schema::{ContentState, HeadRow, read_head, undo_row, unsigned};
 use super::{Catalog, ChunkPlace, ChunkRow, PackChange, Recipe, UndoRow};
 use crate::error::Result;
-use crate::types::{ChunkId, ContentId, Kind, NodeId, PackId};
+use crate::types::{ChunkId, ContentId, EntryName, Generation, Kind, NodeId, PackId};
 
 /// A pack as the catalog knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +51,8 @@ pub struct WaitingContent {
     pub size: u64,
 }
 
+/// A file that was saved more often than this since a content was its own is not looked for.
+const HEIRS_MAX: usize = 64;
 const CHUNK_COLUMNS: &str = "id, hash, pack, frame, at, length, stored";
 
 impl Catalog {
@@ -71,9 +73,11 @@ impl Catalog {
     /// The stored chunk with these bytes' hash.
     pub fn chunk(&self, hash: &[u8; 32]) -> Result<Option<ChunkRow>> {
         self.shared.read(|db| {
-            let sql =
-                format!("SELECT {CHUNK_COLUMNS} FROM chunk WHERE key = ?1 AND hash = ?2 LIMIT 1");
-            db.prepare_cached(&sql)?.query_row(params![key(hash), hash], chunk_row).optional()
+            let sql = format!(
+                "SELECT {CHUNK_COLUMNS} FROM chunk WHERE substr(hash, 1, 5) = substr(?1, 1, 5) \
+                 AND hash = ?1 LIMIT 1"
+            );
+            db.prepare_cached(&sql)?.query_row(params![hash], chunk_row).optional()
         })
     }
 
@@ -97,32 +101,22 @@ impl Catalog {
     }
 
     /// The live file that took a preserved content's place and has its size: the node's own, or
-    /// that under the node's last name; with its content.
+    /// that which came to the node's last name after it, wherever it is called now; with its
+    /// content.
     pub fn successor(&self, of: &WaitingContent) -> Result<Option<(NodeId, ContentId)>> {
         self.settle_pending()?;
         self.shared.read_at_once(|db| {
-            let live = "SELECT id, content FROM node WHERE id = ?1 AND size = ?2 AND kind = ?3 \
-                        AND content > 0 AND content <> ?4";
-            let file_of = |node: NodeId| {
-                let values = params![node, of.size as i64, Kind::File, of.id];
-                db.prepare_cached(live)?
-                    .query_row(values, |row| Ok((row.get(0)?, row.get(1)?)))
-                    .optional()
-            };
-            let alive =
-                db.prepare_cached("SELECT 1 FROM node WHERE id = ?1")?.exists(params![of.node])?;
-            if alive {
-                return file_of(of.node);
+            let mut node = of.node;
+            for _ in 0..HEIRS_MAX {
+                if db.prepare_cached("SELECT 1 FROM node WHERE id = ?1")?.exists(params![node])? {
+                    return live_file(db, node, of);
+                }
+                match heir(db, node)? {
+                    Some(next) => node = next,
+                    None => return Ok(None),
+                }
             }
-            let heir: Option<NodeId> = db
-                .prepare_cached(
-                    "SELECT e.node FROM entry_h h JOIN entry e \
-                     ON e.parent = h.parent AND e.name = h.name \
-                     WHERE h.node = ?1 ORDER BY h.died DESC LIMIT 1",
-                )?
-                .query_row(params![of.node], |row| row.get(0))
-                .optional()?;
-            heir.map_or(Ok(None), file_of)
+            Ok(None)
         })
     }
 
@@ -207,6 +201,46 @@ impl Catalog {
     }
 }
 
+/// The content of a live file that has the size of a preserved one.
+fn live_file(
+    db: &Connection,
+    node: NodeId,
+    of: &WaitingContent,
+) -> rusqlite::Result<Option<(NodeId, ContentId)>> {
+    db.prepare_cached(
+        "SELECT id, content FROM node WHERE id = ?1 AND size = ?2 AND kind = ?3 \
+         AND content > 0 AND content <> ?4",
+    )?
+    .query_row(params![node, of.size as i64, Kind::File, of.id], |row| {
+        Ok((row.get(0)?, row.get(1)?))
+    })
+    .optional()
+}
+
+/// The node that was the next to have the last name of one that is gone.
+fn heir(db: &Connection, node: NodeId) -> rusqlite::Result<Option<NodeId>> {
+    let last: Option<(NodeId, EntryName, Generation)> = db
+        .prepare_cached(
+            "SELECT parent, name, died FROM entry_h WHERE node = ?1 ORDER BY died DESC LIMIT 1",
+        )?
+        .query_row(params![node], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+        .optional()?;
+    let Some((parent, name, died)) = last else { return Ok(None) };
+    let past = db
+        .prepare_cached(
+            "SELECT node FROM entry_h WHERE parent = ?1 AND name = ?2 AND died > ?3 \
+             ORDER BY died LIMIT 1",
+        )?
+        .query_row(params![parent, name, died], |row| row.get(0))
+        .optional()?;
+    if past.is_some() {
+        return Ok(past);
+    }
+    db.prepare_cached("SELECT node FROM entry WHERE parent = ?1 AND name = ?2")?
+        .query_row(params![parent, name], |row| row.get(0))
+        .optional()
+}
+
 /// Writes one change.
 pub(super) fn apply(
     db: &Connection,
@@ -222,12 +256,11 @@ pub(super) fn apply(
         PackChange::PackRemove(id) => remove_pack(db, *id, head)?,
         PackChange::ChunkAdd(row) => {
             db.prepare_cached(
-                "INSERT INTO chunk(id, key, hash, pack, frame, at, length, stored, refs) \
-                 VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 0)",
+                "INSERT INTO chunk(id, hash, pack, frame, at, length, stored, refs) \
+                 VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, 0)",
             )?
             .execute(params![
                 row.id,
-                key(&row.hash),
                 row.hash,
                 row.place.pack,
                 row.place.frame as i64,
@@ -429,12 +462,6 @@ fn decode(body: &[u8]) -> Option<Vec<(ChunkId, u32)>> {
 fn hole(length: u32) -> ChunkRow {
     let place = ChunkPlace { pack: PackId(0), frame: 0, at: 0 };
     ChunkRow { id: ChunkId::HOLE, hash: [0; 32], place, length, stored: 0 }
-}
-
-fn key(hash: &[u8; 32]) -> i64 {
-    let mut first = [0; 8];
-    first.copy_from_slice(&hash[..8]);
-    i64::from_be_bytes(first)
 }
 
 fn chunk_row(row: &Row<'_>) -> rusqlite::Result<ChunkRow> {

@@ -1,4 +1,4 @@
-//! The catalog's tables: the on-disk format, version 2.
+//! The catalog's tables: the on-disk format, version 3.
 //!
 //! One SQLite database in WAL mode, `application_id` "RVFS", `user_version` = [`FORMAT`], pages of
 //! 4096 bytes. History is the axis `g` (generation); an interval `[born, died)` is half-open. What
@@ -18,7 +18,7 @@
 //! | `content` | sealed contents; `state` see [`ContentState`]; `same`: has that one's bytes |
 //! | `undo` | before-images; `segment` NULL: a hole, negative: in the stream of that recipe |
 //! | `recipe` | what is packed: chunk ids and lengths, both as LEB128, one after another |
-//! | `chunk` | stored chunks; `key`: the hash's first 8 bytes; `refs`: uses in recipes |
+//! | `chunk` | stored chunks, found by the hash's first 5 bytes; `refs`: uses in recipes |
 //! | `pack` | pack files; `live`: bytes of chunks that are in use |
 //! | `tally` | one row: next ids, bytes and horizon of what version 2 added |
 //! | `moment` | generations below the horizon that stay visible beside the snapshots |
@@ -31,7 +31,9 @@
 //! What history does not show is in `node` and `entry` with a `born` of 2^62 and never comes into
 //! their siblings.
 //!
-//! Version 1 had none of the tables from `recipe` on; opening it for writing adds them.
+//! Version 1 had none of the tables from `recipe` on. In version 2 `entry_h` was clustered by
+//! directory, with each name three times, and `chunk` had the first 8 bytes of the hash as `key`.
+//! Opening either for writing makes it one of version 3.
 //!
 //! Times are nanoseconds since 1970 as an integer where that is exact, else 12 bytes: seconds (BE
 //! i64), nanoseconds (BE u32). `ctime` and `btime` are NULL where they equal `mtime`.
@@ -49,7 +51,7 @@ use crate::types::{ContentId, Generation, NodeId, Timestamp, escape};
 /// `application_id`: "RVFS".
 const APPLICATION_ID: i32 = 0x5256_4653;
 /// `user_version`: the version of the tables.
-pub(super) const FORMAT: i32 = 2;
+pub(super) const FORMAT: i32 = 3;
 /// The oldest version that is taken over.
 const FORMAT_MIN: i32 = 1;
 /// Prepared statements kept per connection: all that the catalog has.
@@ -129,8 +131,26 @@ CREATE TABLE act(g INTEGER PRIMARY KEY, actor INTEGER NOT NULL);
 CREATE TABLE purged(id INTEGER PRIMARY KEY, time NOT NULL, path BLOB NOT NULL,
     versions INTEGER NOT NULL, bytes INTEGER NOT NULL);
 ";
+/// What version 3 stores in less room. Names of the past lie in the order in which they ended, once
+/// in the table and once in an index.
+const TABLES_3: &str = "
+DROP INDEX entry_h_name;
+DROP INDEX entry_h_node;
+ALTER TABLE entry_h RENAME TO entry_h_2;
+CREATE TABLE entry_h(parent INTEGER NOT NULL, name BLOB NOT NULL, node INTEGER NOT NULL,
+    born INTEGER NOT NULL, died INTEGER NOT NULL);
+INSERT INTO entry_h(parent, name, node, born, died)
+    SELECT parent, name, node, born, died FROM entry_h_2 ORDER BY died, parent, name;
+DROP TABLE entry_h_2;
+CREATE INDEX entry_h_parent ON entry_h(parent, died);
+CREATE INDEX entry_h_name ON entry_h(parent, name, died);
+CREATE INDEX entry_h_node ON entry_h(node, died);
+DROP INDEX chunk_key;
+ALTER TABLE chunk DROP COLUMN key;
+CREATE INDEX chunk_hash ON chunk(substr(hash, 1, 5));
+";
 /// How many tables each version has: fewer in a file means that it is not whole.
-const TABLE_COUNTS: [i64; 2] = [13, 22];
+const TABLE_COUNTS: [i64; 3] = [13, 22, 22];
 
 /// The columns of a node's state in `node` and `node_h`, as [`node_row`] takes them; `born` is the
 /// next.
@@ -235,15 +255,18 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
         return Err(damaged(file, format!("it has {tables} of {expected} tables")));
     }
     if format < FORMAT && for_use == Use::Write {
-        upgrade(&mut db)?;
+        upgrade(&mut db, format)?;
     }
     Ok(db)
 }
 
-/// Makes a catalog of version 1 one of version 2, in one transaction.
-fn upgrade(db: &mut Connection) -> rusqlite::Result<()> {
+/// Makes a catalog of an older version one of this version, in one transaction.
+fn upgrade(db: &mut Connection, format: i32) -> rusqlite::Result<()> {
     let transaction = db.transaction()?;
-    transaction.execute_batch(TABLES_2)?;
+    if format < 2 {
+        transaction.execute_batch(TABLES_2)?;
+    }
+    transaction.execute_batch(TABLES_3)?;
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.commit()
 }
@@ -297,6 +320,7 @@ pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<(
     let transaction = db.transaction()?;
     transaction.execute_batch(TABLES)?;
     transaction.execute_batch(TABLES_2)?;
+    transaction.execute_batch(TABLES_3)?;
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.execute(
         "INSERT INTO head VALUES(1, ?1, 0, ?2, 0, 2, 1, 1, 1, 0, 0, 0, 0, 0)",
@@ -525,5 +549,29 @@ mod tests {
             let back: Time = db.query_row("SELECT ?1", params![time], |row| row.get(0)).unwrap();
             assert_eq!(back, time);
         }
+    }
+
+    #[test]
+    fn a_catalog_of_version_2_keeps_its_names_and_chunks() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("catalog.db");
+        let db = Connection::open(&file).unwrap();
+        db.execute_batch(&format!(
+            "PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 2; {TABLES} {TABLES_2}
+             INSERT INTO entry_h(parent, died, name, born, node) VALUES(1, 9, x'62', 3, 5);
+             INSERT INTO entry_h(parent, died, name, born, node) VALUES(1, 4, x'63', 2, 6);
+             INSERT INTO chunk VALUES(7, 42, x'0102030405060708', 1, 2, 3, 4, 5, 6);"
+        ))
+        .unwrap();
+        drop(db);
+        let db = connect(&file, Use::Write).unwrap();
+        let names = "SELECT group_concat(hex(name) || node || ' ' || born || ' ' || died) \
+                     FROM entry_h ORDER BY rowid";
+        let names: String = db.query_row(names, [], |row| row.get(0)).unwrap();
+        assert_eq!(names, "636 2 4,625 3 9");
+        let chunk = "SELECT refs FROM chunk WHERE substr(hash, 1, 5) = x'0102030405'";
+        assert_eq!(db.query_row(chunk, [], |row| row.get::<_, i64>(0)).unwrap(), 6);
+        drop(db);
+        connect(&file, Use::Read).unwrap();
     }
 }

@@ -19,8 +19,14 @@ impl Catalog {
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
         self.settle_snapshots()?;
         self.shared.read(|db| {
-            let sql = format!("SELECT {COLUMNS} FROM snapshot ORDER BY g, id");
-            db.prepare_cached(&sql)?.query_map([], snapshot_row)?.collect()
+            // In the order of the table, which is nearly theirs: by an index each would be looked
+            // for.
+            let sql = format!("SELECT {COLUMNS} FROM snapshot ORDER BY id");
+            let mut statement = db.prepare_cached(&sql)?;
+            let rows = statement.query_map([], snapshot_row)?;
+            let mut list = rows.collect::<rusqlite::Result<Vec<Snapshot>>>()?;
+            list.sort_by_key(|snapshot| (snapshot.generation, snapshot.id));
+            Ok(list)
         })
     }
 

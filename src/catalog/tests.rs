@@ -9,6 +9,7 @@ use crate::error::Error;
 
 mod actors;
 mod attach;
+mod cost;
 mod history;
 mod lifecycle;
 mod model;

@@ -9,7 +9,7 @@ use super::locate::{Located, is_store_path, locate, unexpected};
 use super::{Exit, SnapshotCommand, text};
 use crate::control::{Request, Response};
 use crate::error::{Error, Result};
-use crate::report::{self, MomentText, SnapshotReport};
+use crate::report::{self, MomentText, SnapshotLine, SnapshotReport, SnapshotsReport};
 use crate::types::escape;
 
 /// Does one of the commands on snapshots.
@@ -178,14 +178,15 @@ fn list(path: &Path, json: bool) -> Result<Exit> {
     let response = located.ask_or_look(&Request::SnapshotList, |catalog| {
         Ok(Response::Snapshots(report::snapshots(catalog, LOOK_TIME)?))
     })?;
-    let Response::Snapshots(report) = response else { return Err(unexpected()) };
+    let Response::Snapshots(list) = response else { return Err(unexpected()) };
     if json {
-        text::print_json(&report)?;
+        text::print_json(&SnapshotsReport::from(list))?;
         return Ok(Exit::Done);
     }
-    let rows: Vec<Vec<String>> = report.snapshots.iter().map(row).collect();
+    let local = text::LocalTimes::new();
+    let rows: Vec<Vec<String>> = list.lines.iter().map(|line| row(line, &local)).collect();
     text::print(&text::table(&rows))?;
-    let totals = &report.totals;
+    let totals = &list.totals;
     let (live, history) = (text::size(totals.live_bytes), text::size(totals.history_bytes()));
     text::print_line(&format!("live {live}, history {history}"))?;
     Ok(Exit::Done)
@@ -194,21 +195,21 @@ fn list(path: &Path, json: bool) -> Result<Exit> {
 /// What deleting a snapshot would free, is counted so long for an unmounted store.
 const LOOK_TIME: Duration = Duration::from_secs(10);
 
-fn row(snapshot: &SnapshotReport) -> Vec<String> {
-    let mut marks = Vec::new();
-    if snapshot.held {
-        marks.push("held");
-    }
-    if snapshot.automatic {
-        marks.push("automatic");
-    }
+fn row(line: &SnapshotLine, local: &text::LocalTimes) -> Vec<String> {
+    let SnapshotLine(name, time, _, automatic, held, freed_bytes, tags) = line;
+    let marks = match (held, automatic) {
+        (true, true) => "held, automatic",
+        (true, false) => "held",
+        (false, true) => "automatic",
+        (false, false) => "",
+    };
     vec![
-        text::local_time(&snapshot.time),
-        escape(snapshot.name.as_bytes()),
-        marks.join(", "),
-        text::tags(&snapshot.tags),
+        local.show(*time),
+        escape(name.as_bytes()),
+        marks.into(),
+        text::tags(tags),
         // What it alone holds; dots where that is not counted yet.
-        snapshot.freed_bytes.map_or_else(|| "...".into(), text::size),
+        freed_bytes.map_or_else(|| "...".into(), text::size),
     ]
 }
 

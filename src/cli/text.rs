@@ -1,11 +1,13 @@
 //! How results are written: tables, sizes, local times, JSON.
 
+use std::fmt::Write as _;
 use std::io::Write;
 
 use serde::Serialize;
 
 use crate::error::{Error, IoContext, Result};
-use crate::report::OUTPUT_VERSION;
+use crate::report::{OUTPUT_VERSION, time_text};
+use crate::types::Timestamp;
 
 /// Writes to standard output.
 pub fn print(text: &str) -> Result<()> {
@@ -69,6 +71,30 @@ pub fn local_time(time: &str) -> String {
     }
 }
 
+/// Times for people, for many of them: the time zone is looked up once.
+pub struct LocalTimes(jiff::tz::TimeZone);
+
+impl LocalTimes {
+    /// Times of this computer's zone.
+    pub fn new() -> LocalTimes {
+        LocalTimes(jiff::tz::TimeZone::system())
+    }
+
+    /// As [`local_time`].
+    pub fn show(&self, time: Timestamp) -> String {
+        let Ok(instant) = jiff::Timestamp::new(time.secs, time.nanos as i32) else {
+            return time_text(time);
+        };
+        let civil = self.0.to_datetime(instant);
+        let (date, clock) = (civil.date(), civil.time());
+        let mut text = String::with_capacity(19);
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{:04}-{:02}-{:02} ", date.year(), date.month(), date.day());
+        let _ = write!(text, "{:02}:{:02}:{:02}", clock.hour(), clock.minute(), clock.second());
+        text
+    }
+}
+
 /// Tags for people: `[a, b]`, or nothing.
 pub fn tags(tags: &[String]) -> String {
     match tags.is_empty() {
@@ -82,19 +108,25 @@ pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        cells.map(|cell| columns_of(cell)).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut text = String::new();
     for row in rows {
-        let mut line = String::new();
+        let begin = text.len();
         for (cell, width) in row.iter().zip(&widths) {
-            line.push_str(&format!("{cell:width$}  "));
+            text.push_str(cell);
+            text.extend(std::iter::repeat_n(' ', width + 2 - columns_of(cell)));
         }
-        text.push_str(line.trim_end());
+        text.truncate(begin + text[begin..].trim_end().len());
         text.push('\n');
     }
     text
+}
+
+/// How many columns of a terminal a text takes.
+fn columns_of(text: &str) -> usize {
+    if text.is_ascii() { text.len() } else { text.chars().count() }
 }
 
 /// Permission bits with the kind as `ls -l` writes them.

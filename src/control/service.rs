@@ -11,7 +11,7 @@ use crate::fs::Filesystem;
 use crate::replica::health::State;
 use crate::report::purge::PurgeReport;
 use crate::report::{
-    self, Moment, MomentText, PathText, ReplicaReport, SnapshotsReport, StatusReport,
+    self, Moment, MomentText, PathText, ReplicaReport, SnapshotList, StatusReport,
 };
 use crate::retention::policy::check_tags;
 use crate::types::{Generation, RelPath, Timestamp};
@@ -19,7 +19,7 @@ use crate::volume::{ReplicaStatus, VolumeStatus};
 
 /// How long a list of snapshots counts what deleting them would free; the rest is counted in the
 /// background.
-const LIST_TIME: Duration = Duration::from_millis(50);
+const LIST_TIME: Duration = Duration::from_millis(10);
 /// How many snapshots without a name one second may have.
 const SAME_SECOND_MAX: u32 = 1000;
 
@@ -150,7 +150,7 @@ impl Handler for Service {
                 let snapshots = catalog.snapshots()?;
                 let freed = self.fs.volume().freed_by(&snapshots, LIST_TIME)?;
                 let totals = catalog.totals()?;
-                Response::Snapshots(SnapshotsReport::new(&snapshots, &freed, totals))
+                Response::Snapshots(SnapshotList::new(snapshots, freed, totals))
             }
             Request::SnapshotDelete { name } => {
                 Response::Snapshot((&catalog.delete_snapshot(&name)?).into())

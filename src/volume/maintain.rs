@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use crate::catalog::{Durability, WaitingContent};
 use crate::error::{Error, Result};
 use crate::history::packer::{Claim, Packed, Packer, Step};
-use crate::types::{ContentId, Generation};
+use crate::types::{ContentId, Generation, NodeId};
 
 use super::Volume;
 
@@ -132,6 +132,7 @@ impl Volume {
     }
 
     fn pack(&self, step: Step<'_>) -> Result<Packed> {
+        self.forget_scratch(step)?;
         let mut packer = self.packer(step);
         let mut all = Packed::default();
         let mut after = ContentId::EMPTY;
@@ -157,15 +158,19 @@ impl Volume {
     /// What is to be done with a preserved content.
     fn claim(&self, content: &WaitingContent) -> Result<Claim> {
         // The preserved file of an orphan that somebody can still reach is the orphan.
-        if let Some(node) = self.nodes.get(content.node) {
-            let orphan = node.try_lock().is_none_or(|state| state.orphan);
-            drop(node);
-            self.nodes.drop_unused(content.node);
-            if orphan {
-                return Ok(Claim::Wait);
-            }
+        if self.is_open_orphan(content.node) {
+            return Ok(Claim::Wait);
         }
         Ok(if self.same_as_live(content)? { Claim::Same } else { Claim::Pack })
+    }
+
+    /// Whether a node is nameless and still in use.
+    pub(super) fn is_open_orphan(&self, id: NodeId) -> bool {
+        let Some(node) = self.nodes.get(id) else { return false };
+        let orphan = node.try_lock().is_none_or(|state| state.orphan);
+        drop(node);
+        self.nodes.drop_unused(id);
+        orphan
     }
 
     /// Sweeps the gaps that retention left, for about as long as `time` allows. What is removed on

@@ -5,7 +5,7 @@
 
 use crate::catalog::{Change, Durability, ForgetChange, PurgeRow};
 use crate::error::Result;
-use crate::types::NodeId;
+use crate::types::{ContentId, NodeId};
 
 use super::Volume;
 
@@ -25,6 +25,27 @@ impl Volume {
             self.begin_anew(nodes)?;
         }
         let mut useless = Vec::new();
+        self.forget_nodes(nodes, &mut useless)?;
+        let told: Vec<String> = rows
+            .iter()
+            .map(|row| format!("{} ({} versions, {} bytes)", row.path, row.versions, row.bytes))
+            .collect();
+        let rows = rows.into_iter().map(|row| Change::Forget(ForgetChange::Purged(row)));
+        self.catalog().push(rows.collect())?;
+        self.remove_useless(&mut useless)?;
+        self.catalog().flush(Durability::Durable)?;
+        self.history.forget_maps();
+        log::warn!("purged from all history: {}", told.join(", "));
+        Ok(())
+    }
+
+    /// Takes all past states and names of these nodes out of history. `useless` gets the contents
+    /// whose files are to be removed; those of many nodes are removed on the way.
+    pub(super) fn forget_nodes(
+        &self,
+        nodes: &[NodeId],
+        useless: &mut Vec<(NodeId, ContentId)>,
+    ) -> Result<()> {
         for (index, &node) in nodes.iter().enumerate() {
             loop {
                 let step = self.catalog().plan_purge(node)?;
@@ -37,19 +58,9 @@ impl Volume {
                 }
             }
             if index % STEPS_MAX == STEPS_MAX - 1 {
-                self.remove_useless(&mut useless)?;
+                self.remove_useless(useless)?;
             }
         }
-        let told: Vec<String> = rows
-            .iter()
-            .map(|row| format!("{} ({} versions, {} bytes)", row.path, row.versions, row.bytes))
-            .collect();
-        let rows = rows.into_iter().map(|row| Change::Forget(ForgetChange::Purged(row)));
-        self.catalog().push(rows.collect())?;
-        self.remove_useless(&mut useless)?;
-        self.catalog().flush(Durability::Durable)?;
-        self.history.forget_maps();
-        log::warn!("purged from all history: {}", told.join(", "));
         Ok(())
     }
 

@@ -153,7 +153,7 @@ impl Mounted {
     pub fn set_policy(&mut self, text: &str) {
         use rearviewfs::{history::History, progress::Progress, store, volume};
         self.unmount();
-        let recover = |replicas: &_, catalog: &_| History::recover(replicas, catalog);
+        let recover = |replicas: &_, catalog: &_, from| History::recover(replicas, catalog, from);
         let options = store::OpenOptions::default();
         let opened = store::open(&self.backings, &options, &recover, &Progress::silent())
             .expect("the store opens");
