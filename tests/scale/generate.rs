@@ -132,7 +132,7 @@ pub fn make(backings: &[PathBuf], size: Size) -> Vec<(usize, PathBuf)> {
 
 /// Adds snapshots of the newest tree to a store until it has `count`.
 pub fn add_snapshots(backings: &[PathBuf], count: usize) {
-    let recover = |_: &_, _: &_| panic!("the store was closed cleanly");
+    let recover = |_: &_, _: &_, _| panic!("the store was closed cleanly");
     let store = store::open(backings, &OpenOptions::default(), &recover, &Progress::silent())
         .expect("the store opens");
     let catalog = &store.catalog;
