@@ -64,7 +64,10 @@ pub(super) struct Writer {
 impl Writer {
     /// Takes a database that was opened for writing.
     pub fn new(db: Connection) -> Writer {
-        let device = db.path().and_then(|path| Device::of(std::fs::File::open(path).ok()?));
+        // Not by opening the file itself: closing it again would take SQLite's locks on it away
+        // (fcntl(2): they go with the first descriptor that the process closes).
+        let dir = db.path().and_then(|path| std::path::Path::new(path).parent());
+        let device = dir.and_then(|dir| Device::of(std::fs::File::open(dir).ok()?));
         Writer { db, full: false, in_wal: 0, written: 0, dirty: true, device }
     }
 }
