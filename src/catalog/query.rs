@@ -205,8 +205,8 @@ impl Catalog {
         Ok(found.map(|at| at.min(newest)).filter(|at| *at > Generation(0)))
     }
 
-    /// A generation that was not later than `time`, and of those that are on record with their times
-    /// the last, visible or not; `None` before the store's first.
+    /// A generation that was not later than `time`: of those whose times are on record the last,
+    /// visible or not. `None` before the store's first.
     pub fn recorded_before(&self, time: Timestamp) -> Result<Option<Generation>> {
         self.settle_pending()?;
         self.shared.read(|db| tick_at(db, time))
