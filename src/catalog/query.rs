@@ -181,7 +181,7 @@ impl Catalog {
         })
     }
 
-    /// The newest generation at `time`; `None` before the store's first.
+    /// The newest generation at `time` that is still visible; `None` before the first of them.
     pub fn generation_at(&self, time: Timestamp) -> Result<Option<Generation>> {
         if !self.shared.read_only {
             // What comes after this answer must not belong to a moment that it has spoken for.
@@ -197,14 +197,16 @@ impl Catalog {
                 .query_row(params![tick], |row| row.get(0))
                 .optional()?;
             let last = after.map_or(newest, |after| Generation(after.0.saturating_sub(1)));
-            visible(db, last.min(newest)).map(Some)
+            let at = last.min(newest);
+            // Where nothing so old is kept, the oldest that is would be no answer.
+            Ok(Some(visible(db, at)?).filter(|visible| *visible <= at))
         })?;
         // Generation 0 is the store before its root directory.
         Ok(found.map(|at| at.min(newest)).filter(|at| *at > Generation(0)))
     }
 
-    /// A generation that was not later than `time`, and of those that are on record with their times
-    /// the last, visible or not; `None` before the store's first.
+    /// A generation that was not later than `time`: of those whose times are on record the last,
+    /// visible or not. `None` before the store's first.
     pub fn recorded_before(&self, time: Timestamp) -> Result<Option<Generation>> {
         self.settle_pending()?;
         self.shared.read(|db| tick_at(db, time))

@@ -118,10 +118,12 @@ impl Volume {
         }
     }
 
-    /// Packs everything that waits, with a call of `step` after each step of it.
+    /// Sweeps, packs everything that waits and copies packs, with a call of `step` after each step
+    /// of the latter two.
     #[doc(hidden)]
     pub fn pack_in_steps(&self, step: Step<'_>) -> Result<Packed> {
         let _alone = self.maintenance.lock();
+        self.sweep(None, &|| Ok(()))?;
         let packed = self.pack(step)?;
         self.packer(step).repack(REPACK_BYTES)?;
         Ok(packed)

@@ -30,6 +30,25 @@ impl Driver {
         Ok(())
     }
 
+    /// Whether all that was preserved is in packs, and nothing is left beside them.
+    pub(super) fn nothing_unpacked(&self) -> Outcome {
+        for backing in self.paths() {
+            let private = backing.join(".rearview");
+            let mut waiting = vec![private.join("preserved"), private.join("undo")];
+            waiting.push(private.join("tmp"));
+            while let Some(dir) = waiting.pop() {
+                for entry in std::fs::read_dir(&dir).map_err(|error| error.to_string())? {
+                    let path = entry.map_err(|error| error.to_string())?.path();
+                    match path.is_dir() {
+                        true => waiting.push(path),
+                        false => return Err(format!("{} was left", path.display())),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The tree below an inode, as the filesystem shows it.
     fn dump(&self, root: u64) -> Outcome<Dump> {
         let mut dump = Dump::new();

@@ -41,6 +41,8 @@ pub struct Driver {
     pub(super) snapshots: BTreeMap<String, Dump>,
     pub(super) moments: Vec<Moment>,
     names: usize,
+    /// The steps of packing at which it died.
+    pub deaths: Vec<String>,
 }
 
 pub(super) fn caller() -> Caller {
@@ -110,12 +112,13 @@ impl Driver {
             snapshots: BTreeMap::new(),
             moments: Vec::new(),
             names: 0,
+            deaths: Vec::new(),
         };
         driver.fs = Some(open(&driver.paths(), excludes));
         driver
     }
 
-    fn paths(&self) -> Vec<PathBuf> {
+    pub(super) fn paths(&self) -> Vec<PathBuf> {
         vec![self.dir.path().join("a"), self.dir.path().join("b")]
     }
 
@@ -527,38 +530,24 @@ impl Driver {
         self.fs().volume().settle().or_else(fail("settle"))?;
         self.reference.seal_all();
         let left = std::sync::atomic::AtomicUsize::new(steps);
-        let step = |_: &str| match left.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) {
-            0 => Err(Error::Interrupted),
+        let died_at = parking_lot::Mutex::new(None);
+        let step = |name: &str| match left.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) {
+            0 => {
+                *died_at.lock() = Some(name.to_string());
+                Err(Error::Interrupted)
+            }
             _ => Ok(()),
         };
         match self.fs().volume().pack_in_steps(&step) {
             Ok(_) | Err(Error::Interrupted) => {}
             Err(error) => return Err(format!("packing: {error}")),
         }
+        self.deaths.extend(died_at.into_inner());
         // Dropped, not closed: the next mount recovers.
         self.fs = None;
         self.fs = Some(open(&self.paths(), self.excludes));
         self.fs().volume().tidy_history().or_else(fail("tidy"))?;
         self.nothing_unpacked()
-    }
-
-    /// Whether all that was preserved is in packs, and nothing is left beside them.
-    fn nothing_unpacked(&self) -> Outcome {
-        for backing in self.paths() {
-            let private = backing.join(".rearview");
-            let mut waiting = vec![private.join("preserved"), private.join("undo")];
-            waiting.push(private.join("tmp"));
-            while let Some(dir) = waiting.pop() {
-                for entry in std::fs::read_dir(&dir).map_err(|error| error.to_string())? {
-                    let path = entry.map_err(|error| error.to_string())?.path();
-                    match path.is_dir() {
-                        true => waiting.push(path),
-                        false => return Err(format!("{} was left", path.display())),
-                    }
-                }
-            }
-        }
-        Ok(())
     }
 
     fn remount(&mut self) -> Outcome {
