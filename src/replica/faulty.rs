@@ -129,6 +129,10 @@ impl Backing for Faulty {
         fn space(&self) -> Space;
     }
 
+    fn is_gone(&self) -> bool {
+        self.inner.is_gone()
+    }
+
     fn path_of(&self, object: &Handle) -> Option<RelPath> {
         self.inner.path_of(object)
     }
