@@ -232,6 +232,9 @@ pub struct MountArgs {
     /// [default at first: 1h]
     #[arg(long, value_name = "DURATION")]
     pub snapshot_every: Option<String>,
+    /// Answer writes with an error while fewer replicas than this are in use [default: 1]
+    #[arg(long, value_name = "NUMBER")]
+    pub min_replicas: Option<String>,
     /// The backing directories (also as one argument a:b:c; '\:' is a colon) and the mountpoint
     #[arg(required = true, num_args = 2.., value_names = ["BACKING", "MOUNTPOINT"])]
     pub paths: Vec<PathBuf>,

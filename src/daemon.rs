@@ -95,7 +95,15 @@ fn open_volume(
     };
     let recover = |replicas: &_, catalog: &_, from| History::recover(replicas, catalog, from);
     let store = store::open(&plan.backings, &options, &recover, progress)?;
-    let volume = Volume::open(store, VolumeOptions { exclude, ..VolumeOptions::default() })?;
+    let volume = Volume::open(
+        store,
+        VolumeOptions {
+            exclude,
+            replicas_min: plan.options.replicas_min,
+            call_timeout: plan.options.timeout,
+            ..VolumeOptions::default()
+        },
+    )?;
     let (known, policy) = (volume.policy(), plan.options.policy(volume.policy()));
     if policy != known
         && let Err(error) = volume.set_policy(&policy)

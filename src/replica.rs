@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use parking_lot::{ReentrantMutex, RwLock};
+use parking_lot::{Mutex, ReentrantMutex, RwLock};
 use rustix::io::Errno;
 
 use crate::error::Result;
@@ -152,6 +152,8 @@ pub struct ReplicaSet {
     doubtful: AtomicBool,
     /// The fewest replicas in use with which anything is changed.
     required: AtomicUsize,
+    /// How long calls may take, once that was said.
+    timeout: Mutex<Option<Duration>>,
     dirs: Arc<DirCache>,
     room: Room,
 }
@@ -178,6 +180,7 @@ impl ReplicaSet {
             hooks: RwLock::default(),
             doubtful: AtomicBool::new(false),
             required: AtomicUsize::new(1),
+            timeout: Mutex::default(),
             dirs: Arc::new(DirCache::new(count)),
             room: Room::new(),
         }
@@ -214,7 +217,7 @@ impl ReplicaSet {
         let members = self.members.load(Ordering::Acquire);
         let id = ReplicaId::all().find(|&id| members & bit(id) == 0)?;
         self.records[id].renew();
-        self.slots.write()[id] = Some(Arc::new(replica));
+        self.slots.write()[id] = Some(self.timed(replica));
         self.members.fetch_or(bit(id), Ordering::SeqCst);
         Some(id)
     }
@@ -228,7 +231,8 @@ impl ReplicaSet {
         if self.is_online(id) {
             return false;
         }
-        let before = self.slots.write()[id].replace(Arc::new(replica));
+        let replica = self.timed(replica);
+        let before = self.slots.write()[id].replace(replica);
         drop(before);
         true
     }
@@ -356,6 +360,19 @@ impl ReplicaSet {
     /// only a comparison can tell whether they are equal: the store must not be called clean.
     pub fn is_doubtful(&self) -> bool {
         self.doubtful.load(Ordering::Relaxed)
+    }
+
+    /// Gives every call on a backing so long, also of those that join later.
+    pub fn set_timeout(&self, timeout: Duration) {
+        *self.timeout.lock() = Some(timeout);
+        self.slots.read().iter().for_each(|(_, replica)| {
+            replica.iter().for_each(|replica| replica.backing.set_timeout(timeout));
+        });
+    }
+
+    fn timed(&self, replica: Replica) -> Arc<Replica> {
+        self.timeout.lock().iter().for_each(|&timeout| replica.backing.set_timeout(timeout));
+        Arc::new(replica)
     }
 
     /// Asks for so many replicas in use, below which nothing is changed any more.

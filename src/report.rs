@@ -15,7 +15,9 @@ use crate::store::marker::{Marker, Peer, PeerState};
 use crate::time::{Zone, local, parse_instant};
 use crate::types::{Generation, Kind, RelPath, Timestamp, escape};
 use crate::volume::{Extent, Progressing};
+use condition::{AffectedReport, LagReport};
 
+pub mod condition;
 pub mod log;
 pub mod lost;
 pub mod prune;
@@ -25,7 +27,7 @@ pub mod who;
 
 /// The version of all `--json` forms. The first number grows when a field changes its meaning or
 /// goes away, the second when one is added.
-pub const OUTPUT_VERSION: (u32, u32) = (1, 1);
+pub const OUTPUT_VERSION: (u32, u32) = (1, 2);
 
 /// How many names an error offers when the asked one is not there.
 const NEAREST_MAX: usize = 3;
@@ -193,6 +195,15 @@ pub struct ReplicaReport {
     pub read_errors: u64,
     /// Writes that failed since the mount.
     pub write_errors: u64,
+    /// Pieces of data whose checksum was wrong on it since the mount.
+    #[serde(default)]
+    pub checksum_errors: u64,
+    /// How far it is behind, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag: Option<LagReport>,
+    /// What failed by its fault, the newest last; no more than some 64.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub affected: Vec<AffectedReport>,
     /// How its resync stands, if it is to have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resync: Option<ResyncReport>,
@@ -273,6 +284,9 @@ pub fn absent_replicas(marker: &Marker, present: &[ReplicaReport]) -> Vec<Replic
         error: (!peer.reason.is_empty()).then(|| peer.reason.clone()),
         read_errors: 0,
         write_errors: 0,
+        checksum_errors: 0,
+        lag: None,
+        affected: Vec::new(),
         resync: None,
         space_bytes: 0,
         available_bytes: 0,
@@ -290,6 +304,9 @@ pub struct StatusReport {
     pub mountpoint: Option<PathText>,
     /// Whether a replica is missing or not current.
     pub degraded: bool,
+    /// Fewer replicas are in use than the mount asks for: nothing can be changed.
+    #[serde(default)]
+    pub read_only: bool,
     /// The replicas; for an unmounted store the one that was looked at.
     pub replicas: Vec<ReplicaReport>,
     /// Sums over the catalog.

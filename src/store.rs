@@ -504,6 +504,12 @@ impl Store {
         Ok(())
     }
 
+    /// The record of a replica in use.
+    pub fn current_marker(&self) -> Option<Marker> {
+        let members = self.members.lock();
+        members.iter().find(|member| !member.stale).map(|member| member.marker.clone())
+    }
+
     /// What the store keeps.
     pub fn policy(&self) -> StorePolicy {
         let members = self.members.lock();

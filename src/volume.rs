@@ -34,7 +34,7 @@ mod seal;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use rustix::io::Errno;
@@ -44,10 +44,12 @@ use crate::error::{Error, Result};
 use crate::excludes::{META_KEY, Patterns};
 use crate::history::History;
 use crate::replica::backing::{Creds, Space};
+use crate::replica::guarded::CALL_TIMEOUT;
 use crate::replica::{Fault, Handles, Health, ReplicaSet};
 use crate::retention::StorePolicy;
 use crate::store::Store;
-use crate::types::{EntryName, Generation, NodeId, PRIVATE_DIR, RelPath, Timestamp};
+use crate::store::marker::Marker;
+use crate::types::{EntryName, Generation, NodeId, PRIVATE_DIR, RelPath, ReplicaId, Timestamp};
 
 use actors::Actors;
 pub use attributes::{Changes, Privileges};
@@ -63,6 +65,12 @@ pub use resync::{Extent, Progressing};
 const DIR_STRIPES: usize = 64;
 /// Room that an operation which makes a name asks for: a directory block and our records of it.
 const ROOM_FOR_A_NAME: u64 = 64 << 10;
+
+/// How many times as long as a call may take the end of a housekeeper is waited for: it may be in
+/// the midst of several.
+const END_PATIENCE: u32 = 4;
+/// How often that is looked for.
+const END_POLL: Duration = Duration::from_millis(2);
 
 /// How a volume behaves.
 #[derive(Clone, Debug)]
@@ -81,6 +89,10 @@ pub struct VolumeOptions {
     pub checkpoint_idle: Duration,
     /// Patterns of what is to have no history, counted from the root.
     pub exclude: Arc<Patterns>,
+    /// The fewest replicas in use with which anything is changed.
+    pub replicas_min: usize,
+    /// How long a call on a backing may take.
+    pub call_timeout: Duration,
 }
 
 impl Default for VolumeOptions {
@@ -93,6 +105,8 @@ impl Default for VolumeOptions {
             checkpoint_every: Duration::from_secs(30),
             checkpoint_idle: Duration::from_secs(5),
             exclude: Arc::default(),
+            replicas_min: 1,
+            call_timeout: CALL_TIMEOUT,
         }
     }
 }
@@ -148,6 +162,10 @@ pub struct ReplicaStatus {
     pub uuid: uuid::Uuid,
     /// How it is.
     pub health: Health,
+    /// Generations that it lacks, and since when; `None` where that is not known.
+    pub lag: Option<(u64, Duration)>,
+    /// The calls that failed by its fault.
+    pub failures: Vec<Fault>,
     /// How its resync stands, if it is to have one.
     pub resync: Option<Progressing>,
     /// Space of its filesystem; `None` where that cannot be told.
@@ -169,6 +187,10 @@ pub struct VolumeStatus {
     pub oldest: Timestamp,
     /// What is to be known of space.
     pub warning: Option<String>,
+    /// The record of a replica in use: it knows those that are not here.
+    pub marker: Option<Marker>,
+    /// Whether as many replicas are in use as are asked for.
+    pub writable: bool,
 }
 
 impl Volume {
@@ -207,7 +229,11 @@ impl Volume {
                 log::error!("cannot record that a replica is stale: {error}");
             }
         }));
+        volume.replicas().set_timeout(volume.options.call_timeout);
+        volume.catalog().set_timeout(volume.options.call_timeout);
         volume.ensure_root()?;
+        // What opening itself records is no change of a program's.
+        volume.replicas().require(volume.options.replicas_min);
         if !volume.options.exclude.is_empty() {
             volume.note_rules()?;
         }
@@ -230,8 +256,7 @@ impl Volume {
         self.stopping.store(true, Ordering::Relaxed);
         self.resyncs.stop();
         for housekeeper in std::mem::take(&mut *self.housekeepers.lock()) {
-            drop(housekeeper.stop);
-            let _ = housekeeper.thread.join();
+            housekeeper.end(self.options.call_timeout * END_PATIENCE);
         }
         self.settle()?;
         self.checkpoint()?;
@@ -311,6 +336,8 @@ impl Volume {
                         label: replica.label.clone(),
                         path: replica.path.clone(),
                         uuid: replica.uuid,
+                        lag: self.lag(id),
+                        failures: replicas.failures(id),
                         health: replicas.health(id),
                         resync: self.resync_of(id),
                         space: replica.backing().space().ok(),
@@ -321,7 +348,23 @@ impl Volume {
             generation: self.catalog().generation(),
             oldest: self.catalog().time_of(self.catalog().oldest()?)?,
             warning: self.space_warning(),
+            marker: self.store.current_marker(),
+            writable: replicas.check_writable().is_ok(),
         })
+    }
+
+    /// How many generations a replica lacks, and the time since.
+    fn lag(&self, id: ReplicaId) -> Option<(u64, Duration)> {
+        let health = self.replicas().health(id);
+        if health.state == crate::replica::State::Online {
+            return Some((0, Duration::ZERO));
+        }
+        let since = health.behind_since?;
+        let had = self.catalog().generation_at(since).ok().flatten()?;
+        let lacks = self.catalog().generation().0.saturating_sub(had.0);
+        let nanos = Timestamp::now().as_nanos().saturating_sub(since.as_nanos());
+        let time = Duration::from_nanos(u64::try_from(nanos).unwrap_or(0));
+        Some((lacks, if lacks == 0 { Duration::ZERO } else { time }))
     }
 
     /// Space: the tightest replica's.
@@ -457,13 +500,29 @@ impl Volume {
         self.path_of(node.id).map_or_else(|_| format!("node {}", node.id), |path| path.to_string())
     }
 
-    /// Commits durably what was pushed.
+    /// Commits durably what was pushed. A replica whose catalog could not follow is out before
+    /// anybody is told.
     fn barrier(&self) -> Result<()> {
-        self.catalog().flush(Durability::Durable)
+        self.catalog().flush(Durability::Durable)?;
+        self.eject_failed_catalogs();
+        Ok(())
     }
 }
 
 impl Housekeeper {
+    /// Ends the thread. One that hangs on a disk, looking whether it is well again, is left alone.
+    fn end(self, patience: Duration) {
+        drop(self.stop);
+        let deadline = Instant::now() + patience;
+        while !self.thread.is_finished() && Instant::now() < deadline {
+            std::thread::park_timeout(END_POLL);
+        }
+        match self.thread.is_finished() {
+            true => drop(self.thread.join()),
+            false => log::error!("a thread hangs and is left alone"),
+        }
+    }
+
     /// Starts a thread that works until its channel is disconnected.
     fn start(
         volume: &Arc<Volume>,

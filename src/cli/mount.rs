@@ -12,7 +12,7 @@ use super::{Exit, MountArgs, UmountArgs, progress, replica};
 use crate::daemon::{self, MountPlan};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
-use crate::mountpoint::options::MountOptions;
+use crate::mountpoint::options::{MountOptions, parse_replicas_min};
 use crate::mountpoint::{self, device, show, table};
 use crate::types::{PRIVATE_DIR, REPLICAS_MAX};
 
@@ -72,6 +72,7 @@ fn parse_helper(arguments: &[OsString]) -> Result<MountArgs> {
         free_limit: None,
         history_limit: None,
         snapshot_every: None,
+        min_replicas: None,
         paths,
         serve_in_background: false,
     })
@@ -112,6 +113,9 @@ fn plan(args: MountArgs) -> Result<MountPlan> {
     }
     if let Some(every) = args.snapshot_every {
         options.snapshot_every = Some(every.parse()?);
+    }
+    if let Some(count) = args.min_replicas {
+        options.replicas_min = parse_replicas_min(&count)?;
     }
     Patterns::of_globs(&options.exclude)?;
     let mut paths = args.paths;

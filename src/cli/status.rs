@@ -7,8 +7,12 @@ use super::{Exit, StatusArgs, text};
 use crate::catalog::Catalog;
 use crate::control::{Request, Response};
 use crate::error::Result;
+use crate::report::condition::LagReport;
 use crate::report::{self, PathText, ReplicaReport, StatusReport};
 use crate::types::escape;
+
+/// So many of the paths that something failed on are listed for each replica.
+const AFFECTED_SHOWN_MAX: usize = 10;
 
 /// `rearview status`
 pub fn status(args: &StatusArgs) -> Result<Exit> {
@@ -40,6 +44,9 @@ fn unmounted(catalog: &Catalog, backing: &std::path::Path) -> Result<StatusRepor
         error: None,
         read_errors: 0,
         write_errors: 0,
+        checksum_errors: 0,
+        lag: None,
+        affected: Vec::new(),
         resync: None,
         space_bytes: space.as_ref().map_or(0, |space| space.f_blocks * space.f_frsize),
         available_bytes: space.as_ref().map_or(0, |space| space.f_bavail * space.f_frsize),
@@ -57,6 +64,7 @@ fn unmounted(catalog: &Catalog, backing: &std::path::Path) -> Result<StatusRepor
         store: info.marker.store.to_string(),
         mountpoint: None,
         degraded: replicas.iter().any(|replica| !replica.healthy),
+        read_only: false,
         replicas,
         totals: catalog.totals()?,
         oldest: report::time_text(catalog.time_of(catalog.oldest()?)?),
@@ -72,6 +80,7 @@ fn status_text(report: &StatusReport) -> String {
     line("store", &report.store);
     let state = match (&report.mountpoint, report.degraded) {
         (None, _) => "NOT MOUNTED",
+        (Some(_), _) if report.read_only => "READ-ONLY",
         (Some(_), true) => "DEGRADED",
         (Some(_), false) => "ONLINE",
     };
@@ -80,6 +89,9 @@ fn status_text(report: &StatusReport) -> String {
         let failed = report.replicas.iter().filter(|replica| !replica.healthy);
         let names: Vec<String> = failed.map(|replica| replica.path.shown()).collect();
         line("status", &format!("not current or not reachable: {}", names.join(", ")));
+        if report.read_only {
+            line("status", "fewer replicas are in use than the mount asks for: writes are refused");
+        }
         line(
             "action",
             "the mount goes on with the other replicas; bring the disk back and run 'rearview \
@@ -103,7 +115,7 @@ fn status_text(report: &StatusReport) -> String {
 pub(super) fn replicas_text(report: &StatusReport) -> String {
     let mut out = String::new();
     let mut rows = vec![
-        vec!["NAME", "STATE", "READ", "WRITE", "FREE", "SIZE", "SINCE"]
+        vec!["NAME", "STATE", "READ", "WRITE", "CKSUM", "LAG", "FREE", "SIZE", "SINCE"]
             .into_iter()
             .map(String::from)
             .collect(),
@@ -119,7 +131,27 @@ pub(super) fn replicas_text(report: &StatusReport) -> String {
             out.push_str(&format!("  {}: {error}\n", replica.path.shown()));
         }
     }
+    out.push_str(&affected_text(report));
     out.push('\n');
+    out
+}
+
+/// What failed on which path, as `zpool status -v` lists it.
+fn affected_text(report: &StatusReport) -> String {
+    let mut out = String::new();
+    for replica in report.replicas.iter().filter(|replica| !replica.affected.is_empty()) {
+        let count = replica.affected.len();
+        out.push_str(&format!("\n  what failed on {}, by path:\n", replica.path.shown()));
+        for affected in replica.affected.iter().rev().take(AFFECTED_SHOWN_MAX) {
+            let path = affected.path.as_ref().map_or_else(|| "-".into(), PathText::shown);
+            let time = text::local_time(&affected.time);
+            out.push_str(&format!("    {time}  {path}: {}: {}\n", affected.op, affected.error));
+        }
+        if count > AFFECTED_SHOWN_MAX {
+            let more = count - AFFECTED_SHOWN_MAX;
+            out.push_str(&format!("    and {more} more: see --json\n"));
+        }
+    }
     out
 }
 
@@ -181,10 +213,19 @@ fn replica_row(replica: &ReplicaReport) -> Vec<String> {
         escape(replica.state.as_bytes()).to_uppercase(),
         replica.read_errors.to_string(),
         replica.write_errors.to_string(),
+        replica.checksum_errors.to_string(),
+        replica.lag.map(lag_text).unwrap_or_else(|| "-".into()),
         text::size(replica.available_bytes),
         text::size(replica.space_bytes),
         replica.since.as_deref().map(text::local_time).unwrap_or_default(),
     ]
+}
+
+fn lag_text(lag: LagReport) -> String {
+    match lag.generations {
+        0 => "0".into(),
+        generations => format!("{generations} ({} s)", lag.seconds),
+    }
 }
 
 #[cfg(test)]
@@ -203,6 +244,9 @@ mod tests {
             error: (!healthy).then(|| "I/O error".to_string()),
             read_errors: 0,
             write_errors: u64::from(!healthy),
+            checksum_errors: 0,
+            lag: Some(LagReport { generations: u64::from(!healthy), seconds: 7 }),
+            affected: Vec::new(),
             resync: None,
             space_bytes: 1 << 30,
             available_bytes: 1 << 20,
@@ -211,6 +255,7 @@ mod tests {
             store: "u".into(),
             mountpoint: Some(PathText::new(b"/m")),
             degraded: true,
+            read_only: false,
             replicas: vec![replica("/a", true), replica("/b", false)],
             totals: Default::default(),
             oldest: "2026-11-22T19:30:00Z".into(),
@@ -218,7 +263,9 @@ mod tests {
             warning: None,
         };
         let text = status_text(&report);
-        for part in ["state: DEGRADED", "reachable: /b", "action:", "OFFLINE", "/b: I/O error"] {
+        for part in
+            ["1 (7 s)", "state: DEGRADED", "reachable: /b", "action:", "OFFLINE", "/b: I/O error"]
+        {
             assert!(text.contains(part), "{part} in\n{text}");
         }
         let json = serde_json::to_value(&report).unwrap();

@@ -9,6 +9,7 @@ use super::{DaemonInfo, Request, Response};
 use crate::error::{Error, Result};
 use crate::fs::Filesystem;
 use crate::replica::health::State;
+use crate::report::condition::{AffectedReport, LagReport};
 use crate::report::purge::PurgeReport;
 use crate::report::{
     self, Moment, MomentText, PathText, ReplicaReport, SnapshotList, StatusReport,
@@ -117,10 +118,8 @@ impl Service {
         let status = self.fs.volume().status()?;
         let mut report = status_report(&status, self.info.mountpoint.clone());
         // The marker of a replica in use knows those that are not here.
-        let online = status.replicas.iter().find(|replica| replica.health.state == State::Online);
-        if let Some(online) = online {
-            let marker = crate::store::inspect(&online.path)?.marker;
-            report.replicas.extend(report::absent_replicas(&marker, &report.replicas));
+        if let Some(marker) = &status.marker {
+            report.replicas.extend(report::absent_replicas(marker, &report.replicas));
         }
         report.degraded = report.replicas.iter().any(|replica| !replica.healthy);
         Ok(report)
@@ -206,6 +205,7 @@ fn status_report(status: &VolumeStatus, mountpoint: PathText) -> StatusReport {
         store: status.uuid.to_string(),
         mountpoint: Some(mountpoint),
         degraded: false,
+        read_only: !status.writable,
         replicas,
         totals: status.totals,
         oldest: report::time_text(status.oldest),
@@ -235,6 +235,11 @@ fn replica_report(replica: &ReplicaStatus) -> ReplicaReport {
         error,
         read_errors: health.read_errors,
         write_errors: health.write_errors,
+        checksum_errors: health.checksum_errors,
+        lag: replica
+            .lag
+            .map(|(generations, time)| LagReport { generations, seconds: time.as_secs() }),
+        affected: replica.failures.iter().map(AffectedReport::from).collect(),
         resync: replica.resync.clone().map(Into::into),
         space_bytes: space.map_or(0, |space| space.blocks.saturating_mul(space.block_bytes)),
         available_bytes: space.map_or(0, |space| space.available.saturating_mul(space.block_bytes)),

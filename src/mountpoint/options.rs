@@ -1,13 +1,18 @@
 //! The options of `-o`: ours, and the generic ones that mount(8) and fstab hand to every helper.
 
+use std::time::Duration;
+
 use crate::error::{Error, Result};
 use crate::fs::SnapDir;
 use crate::retention::store::Limit;
 use crate::retention::{Span, StorePolicy};
-use crate::types::{EntryName, escape};
+use crate::types::{EntryName, REPLICAS_MAX, escape};
 
 /// How many threads serve the kernel at most.
 const THREADS_MAX: usize = 64;
+
+/// The longest that a call on a backing may be given, in seconds.
+const TIMEOUT_SECS_MAX: u64 = 3600;
 
 /// How a store is mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +41,10 @@ pub struct MountOptions {
     pub nonempty: bool,
     /// Patterns of what is to have no history, counted from the root.
     pub exclude: Vec<String>,
+    /// The fewest replicas in use with which anything is changed.
+    pub replicas_min: usize,
+    /// How long a call on a backing may take.
+    pub timeout: Duration,
     /// How much is to stay free on each backing from now on, instead of what the store has noted.
     pub free_limit: Option<Limit>,
     /// How much history may take on each backing from now on.
@@ -59,6 +68,8 @@ impl Default for MountOptions {
             subtype: true,
             nonempty: false,
             exclude: Vec::new(),
+            replicas_min: 1,
+            timeout: Duration::from_secs(30),
             free_limit: None,
             history_limit: None,
             snapshot_every: None,
@@ -103,6 +114,8 @@ impl MountOptions {
             ("free_limit", Some(value)) => self.free_limit = Some(value.parse()?),
             ("history_limit", Some(value)) => self.history_limit = Some(value.parse()?),
             ("snapshot_every", Some(value)) => self.snapshot_every = Some(value.parse()?),
+            ("min_replicas", Some(value)) => self.replicas_min = parse_replicas_min(value)?,
+            ("timeout", Some(value)) => self.timeout = parse_timeout(value)?,
             ("threads", Some(value)) => self.threads = parse_threads(value)?,
             ("remount", None) => {
                 return Err(Error::Refused(
@@ -135,6 +148,8 @@ impl MountOptions {
             format!("snapdir={}", snapdir_word(self.snapdir)),
             format!("snapdirname={}", self.snapdir_name.as_os_str().to_string_lossy()),
             format!("threads={}", self.threads),
+            format!("min_replicas={}", self.replicas_min),
+            format!("timeout={}", self.timeout.as_secs()),
         ];
         let flags = [
             (self.allow_other, "allow_other"),
@@ -190,6 +205,21 @@ fn parse_snapdir_name(value: &str) -> Result<EntryName> {
             "snapdirname={} cannot be the name of a directory of ours",
             escape(value.as_bytes())
         ))),
+    }
+}
+
+/// Reads how many replicas must be in use for a change.
+pub fn parse_replicas_min(value: &str) -> Result<usize> {
+    match value.parse() {
+        Ok(count) if (1..=REPLICAS_MAX).contains(&count) => Ok(count),
+        _ => Err(Error::Refused(format!("min_replicas= takes a number from 1 to {REPLICAS_MAX}"))),
+    }
+}
+
+fn parse_timeout(value: &str) -> Result<Duration> {
+    match value.parse() {
+        Ok(secs) if (1..=TIMEOUT_SECS_MAX).contains(&secs) => Ok(Duration::from_secs(secs)),
+        _ => Err(Error::Refused(format!("timeout= takes 1 to {TIMEOUT_SECS_MAX} seconds"))),
     }
 }
 

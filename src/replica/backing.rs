@@ -278,6 +278,11 @@ pub trait Backing: Send + Sync {
     /// Space of the backing's filesystem.
     fn space(&self) -> io::Result<Space>;
 
+    /// Whether the root was deleted: then nothing below it is found, which is no answer.
+    fn is_gone(&self) -> bool {
+        false
+    }
+
     /// The block device below, where there is one that does nothing else.
     fn device(&self) -> Option<Device> {
         None

@@ -42,8 +42,7 @@ const RESOLVE_BENEATH: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_XDEV)
     .union(ResolveFlags::NO_MAGICLINKS);
-/// Filesystems (`statfs(2)`) in which the attributes of an open file are in memory: ext2 to ext4,
-/// XFS, btrfs, F2FS, tmpfs.
+/// Where the attributes of an open file are in memory: ext2 to ext4, XFS, btrfs, F2FS, tmpfs.
 const LOCAL_FILESYSTEMS: [u32; 5] =
     [0x0000_ef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x0102_1994];
 
@@ -139,20 +138,16 @@ impl DirBacking {
     }
 }
 
-/// Looks an object up in the kernel's cache of names alone; `None` where that does not know, or the
-/// kernel cannot do it.
+/// Looks an object up in the kernel's cache of names alone; `None` where that does not have it, or
+/// the kernel cannot do it.
 fn open_cached(
     dir: BorrowedFd<'_>,
-    path: impl rustix::path::Arg + Copy,
+    path: impl rustix::path::Arg,
     flags: OFlags,
 ) -> Option<io::Result<Handle>> {
     let flags = flags | OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let resolve = RESOLVE_BENEATH | ResolveFlags::CACHED;
-    match rustix::fs::openat2(dir, path, flags, Mode::empty(), resolve) {
-        Ok(fd) => Some(Ok(fd.into())),
-        Err(Errno::NOENT) => Some(Err(Errno::NOENT.into())),
-        Err(_) => None,
-    }
+    Some(Ok(rustix::fs::openat2(dir, path, flags, Mode::empty(), resolve).ok()?.into()))
 }
 
 /// `openat2` beneath `dir`: no symlinks, no other mounts.
@@ -162,15 +157,14 @@ fn open_beneath(
     flags: OFlags,
     mode: Mode,
 ) -> rustix::io::Result<OwnedFd> {
-    let resolve = RESOLVE_BENEATH;
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     for _ in 1..RESOLVE_ATTEMPTS_MAX {
-        match rustix::fs::openat2(dir, path, flags, mode, resolve) {
+        match rustix::fs::openat2(dir, path, flags, mode, RESOLVE_BENEATH) {
             Err(Errno::INTR | Errno::AGAIN) => continue,
             other => return other,
         }
     }
-    rustix::fs::openat2(dir, path, flags, mode, resolve)
+    rustix::fs::openat2(dir, path, flags, mode, RESOLVE_BENEATH)
 }
 
 /// The magic link of a file descriptor, by which the calls that refuse `O_PATH` reach its object.
@@ -558,6 +552,10 @@ impl Backing for DirBacking {
 
     fn device(&self) -> Option<Device> {
         self.device
+    }
+
+    fn is_gone(&self) -> bool {
+        rustix::fs::fstat(&self.sync_fd).is_ok_and(|stat| stat.st_nlink == 0)
     }
 
     fn path_of(&self, object: &Handle) -> Option<RelPath> {

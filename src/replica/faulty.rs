@@ -1,4 +1,4 @@
-//! A backing whose calls fail, fall short or take long as a plan says. For tests only: it is the
+//! A backing whose calls fail, fall short, take long or lie as a plan says. For tests only: it is the
 //! way to see what a dying disk would do to us.
 
 use std::ffi::OsStr;
@@ -35,6 +35,12 @@ pub enum Injected {
     ShortWrite(usize, Errno),
     /// It is done after a while.
     Delay(Duration),
+    /// A `write_at` writes so many bytes, and says that it wrote all: a torn write. Any other call
+    /// is done.
+    Torn(usize),
+    /// A `write_at`, `sync` or `sync_all` does nothing, and says that it was done: a dropped write.
+    /// Any other call is done.
+    Dropped,
 }
 
 /// Decides about every call; `None` lets it pass.
@@ -60,7 +66,22 @@ impl Faulty {
                 std::thread::sleep(time);
                 Ok(())
             }
+            Some(Injected::Torn(_) | Injected::Dropped) => Ok(()),
         }
+    }
+}
+
+impl Faulty {
+    fn synced(&self, op: &'static str, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        match (self.plan)(Call { op, name: None, offset: 0, len: 0 }) {
+            Some(Injected::Dropped) => return Ok(()),
+            Some(Injected::Error(errno) | Injected::ShortWrite(_, errno)) => {
+                return Err(errno.into());
+            }
+            Some(Injected::Delay(time)) => std::thread::sleep(time),
+            Some(Injected::Torn(_)) | None => {}
+        }
+        sync()
     }
 }
 
@@ -124,9 +145,11 @@ impl Backing for Faulty {
             &self, from: &Handle, from_offset: u64, to: &Handle, to_offset: u64, length: u64
         ) -> u64 [at to_offset, length];
         fn clone_file(&self, from: &Handle, to: &Handle) -> ();
-        fn sync(&self, object: &Handle, data_only: bool) -> ();
-        fn sync_all(&self) -> ();
         fn space(&self) -> Space;
+    }
+
+    fn is_gone(&self) -> bool {
+        self.inner.is_gone()
     }
 
     fn path_of(&self, object: &Handle) -> Option<RelPath> {
@@ -142,8 +165,20 @@ impl Backing for Faulty {
                 self.inner.write_at(file, &data[..count.min(data.len())], offset)?;
                 return Err(errno.into());
             }
+            Some(Injected::Torn(count)) => {
+                return self.inner.write_at(file, &data[..count.min(data.len())], offset);
+            }
+            Some(Injected::Dropped) => return Ok(()),
             Some(Injected::Delay(time)) => std::thread::sleep(time),
         }
         self.inner.write_at(file, data, offset)
+    }
+
+    fn sync(&self, object: &Handle, data_only: bool) -> io::Result<()> {
+        self.synced("sync", || self.inner.sync(object, data_only))
+    }
+
+    fn sync_all(&self) -> io::Result<()> {
+        self.synced("sync_all", || self.inner.sync_all())
     }
 }

@@ -27,6 +27,7 @@
 use std::ffi::OsStr;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -55,13 +56,28 @@ const SYNC_PATIENCE: u32 = 20;
 /// A backing with worker threads.
 pub struct Guarded {
     workers: Arc<Workers>,
-    timeout: Duration,
+    timeout_ms: AtomicU64,
 }
 
 impl Guarded {
     /// Guards `inner`: no call takes longer than `timeout`.
     pub fn new(inner: Box<dyn Backing>, timeout: Duration) -> Guarded {
-        Guarded { workers: Arc::new(Workers::new(Checked::new(inner))), timeout }
+        let guarded = Guarded {
+            workers: Arc::new(Workers::new(Checked::new(inner))),
+            timeout_ms: AtomicU64::new(0),
+        };
+        guarded.set_timeout(timeout);
+        guarded
+    }
+
+    /// Gives every call so long from now on.
+    pub fn set_timeout(&self, timeout: Duration) {
+        let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        self.timeout_ms.store(millis, Ordering::Relaxed);
+    }
+
+    fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed))
     }
 
     /// How many calls are overdue: they were given up, and have not returned. They may still change
@@ -120,7 +136,7 @@ impl Guarded {
             subject: subject.cloned(),
             pending: self.workers.begin(call),
             workers: self.workers.clone(),
-            timeout: self.timeout,
+            timeout: self.timeout(),
             patience,
         }
     }
@@ -132,7 +148,7 @@ impl Guarded {
         on: On<'_>,
         call: impl FnOnce(&dyn Backing) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
-        let answer = self.workers.begin(call).wait(self.timeout);
+        let answer = self.workers.begin(call).wait(self.timeout());
         answer.inspect_err(|error| note_timeout(&self.workers, op, on, error))
     }
 }

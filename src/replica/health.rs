@@ -89,6 +89,8 @@ pub struct Health {
     pub write_errors: u64,
     /// Pieces of data whose checksum was wrong on this replica, since the mount.
     pub checksum_errors: u64,
+    /// Since when it lacks what the others have; `None` if it lacks nothing, or that is not known.
+    pub behind_since: Option<Timestamp>,
 }
 
 /// The condition of one replica, kept up to date.
@@ -98,6 +100,7 @@ pub(super) struct Record {
     read_errors: AtomicU64,
     write_errors: AtomicU64,
     checksum_errors: AtomicU64,
+    behind_since: Mutex<Option<Timestamp>>,
 }
 
 impl Record {
@@ -107,6 +110,7 @@ impl Record {
             read_errors: self.read_errors.load(Ordering::Relaxed),
             write_errors: self.write_errors.load(Ordering::Relaxed),
             checksum_errors: self.checksum_errors.load(Ordering::Relaxed),
+            behind_since: *self.behind_since.lock(),
         }
     }
 
@@ -119,6 +123,13 @@ impl Record {
     }
 
     pub(super) fn set(&self, state: State) {
+        let mut behind = self.behind_since.lock();
+        match &state {
+            State::Online => *behind = None,
+            State::Offline { since, .. } => *behind = behind.or(Some(*since)),
+            State::Resyncing { .. } => {}
+        }
+        drop(behind);
         *self.state.lock() = state;
     }
 

@@ -80,7 +80,7 @@ impl Volume {
         let unsealed: Vec<Dirty> = self.unsealed.lock().keys().map(|&id| Dirty::File(id)).collect();
         let dirs: Vec<Dirty> = self.stale_dirs.lock().iter().map(|&id| Dirty::Dir(id)).collect();
         if !unsealed.is_empty() || !dirs.is_empty() {
-            drop(self.intend(&[unsealed, dirs].concat())?);
+            drop(self.intend_own(&[unsealed, dirs].concat())?);
         }
         Ok(())
     }

@@ -15,6 +15,13 @@ impl Volume {
     /// anything is changed on any of them. What comes of it counts in the epoch of the intent until
     /// that is dropped.
     pub(super) fn intend(&self, what: &[Dirty]) -> Result<Intent<'_>> {
+        self.replicas().check_writable()?;
+        self.intend_own(what)
+    }
+
+    /// [`Volume::intend`] of what no program asks for: it finishes what was begun, also when fewer
+    /// replicas are in use than a change would need.
+    pub(super) fn intend_own(&self, what: &[Dirty]) -> Result<Intent<'_>> {
         self.store.intents.begin(self.replicas(), what)
     }
 

@@ -121,7 +121,7 @@ impl Volume {
             return false;
         }
         let what: Vec<Dirty> = stale.iter().map(|&dir| Dirty::Dir(dir)).collect();
-        let _intent = match self.intend(&what) {
+        let _intent = match self.intend_own(&what) {
             Ok(intent) => intent,
             Err(error) => {
                 log::warn!("directories are not recorded yet: {error}");

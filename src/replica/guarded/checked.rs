@@ -5,6 +5,8 @@ use std::ffi::OsStr;
 use std::io;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use super::failures::Failures;
 use super::methods;
 use crate::replica::backing::{
@@ -40,6 +42,8 @@ impl Checked {
         match answer {
             Ok(answer) => Ok(answer.kept_by(&self.keeper)),
             Err(error) => {
+                let lost = error.kind() == io::ErrorKind::NotFound && self.inner.is_gone();
+                let error = if lost { Errno::STALE.into() } else { error };
                 self.note(op, on, &error);
                 Err(error)
             }

@@ -43,7 +43,7 @@ pub(in crate::replica) fn relay<T: Send + 'static>(
             places.iter().for_each(|(_, shared)| shared.close_left());
         });
         first.backing.workers.give(job).map_err(Error::from_io)?;
-        let dealt = leg.wait(first.backing.timeout, replicas);
+        let dealt = leg.wait(first.backing.timeout(), replicas);
         let mut stage = leg.stage.lock();
         if let Some(answer) = stage.answer.take() {
             return Err(answer);
