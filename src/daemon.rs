@@ -95,7 +95,8 @@ fn open_volume(
     };
     let recover = |replicas: &_, catalog: &_, from| History::recover(replicas, catalog, from);
     let store = store::open(&plan.backings, &options, &recover, progress)?;
-    let volume = Volume::open(store, VolumeOptions { exclude, ..VolumeOptions::default() })?;
+    let volume =
+        Volume::open(store, VolumeOptions { exclude, mounted: true, ..VolumeOptions::default() })?;
     let (known, policy) = (volume.policy(), plan.options.policy(volume.policy()));
     if policy != known
         && let Err(error) = volume.set_policy(&policy)
@@ -119,10 +120,15 @@ fn serve_volume(
         mountpoint: target.to_path_buf(),
     };
     let fs = Arc::new(Filesystem::new(volume.clone(), options));
+    let serving = || volume.serving_at(target.to_path_buf());
     let info = info(plan, target);
     let service = Arc::new(Service::new(fs.clone(), info.clone(), plan.options.read_only));
     let control = Server::start(&plan.backings, service)?;
-    let served = mount_and_wait(plan, target, fs, signals, || ready(&info));
+    let ready = || {
+        serving();
+        ready(&info)
+    };
+    let served = mount_and_wait(plan, target, fs, signals, ready);
     control.stop();
     served
 }

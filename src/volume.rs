@@ -57,7 +57,7 @@ use maintain::Maintenance;
 pub use namespace::Newborn;
 use nodes::{Node, Nodes, State};
 use resync::Resyncs;
-pub use resync::{Extent, Progressing};
+pub use resync::{Extent, ForeignReport, Progressing};
 
 /// Stripes of directory locks: more than threads.
 const DIR_STRIPES: usize = 64;
@@ -81,6 +81,8 @@ pub struct VolumeOptions {
     pub checkpoint_idle: Duration,
     /// Patterns of what is to have no history, counted from the root.
     pub exclude: Arc<Patterns>,
+    /// It will be mounted, and told where ([`Volume::serving_at`]).
+    pub mounted: bool,
 }
 
 impl Default for VolumeOptions {
@@ -93,6 +95,7 @@ impl Default for VolumeOptions {
             checkpoint_every: Duration::from_secs(30),
             checkpoint_idle: Duration::from_secs(5),
             exclude: Arc::default(),
+            mounted: false,
         }
     }
 }
@@ -150,6 +153,8 @@ pub struct ReplicaStatus {
     pub health: Health,
     /// How its resync stands, if it is to have one.
     pub resync: Option<Progressing>,
+    /// What others had done to it when it came back.
+    pub foreign: Option<ForeignReport>,
     /// Space of its filesystem; `None` where that cannot be told.
     pub space: Option<Space>,
 }
@@ -313,6 +318,7 @@ impl Volume {
                         uuid: replica.uuid,
                         health: replicas.health(id),
                         resync: self.resync_of(id),
+                        foreign: self.foreign_report(id),
                         space: replica.backing().space().ok(),
                     }
                 })
