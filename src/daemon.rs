@@ -101,6 +101,7 @@ fn open_volume(
             exclude,
             replicas_min: plan.options.replicas_min,
             call_timeout: plan.options.timeout,
+            mounted: true,
             ..VolumeOptions::default()
         },
     )?;
@@ -127,10 +128,15 @@ fn serve_volume(
         mountpoint: target.to_path_buf(),
     };
     let fs = Arc::new(Filesystem::new(volume.clone(), options));
+    let serving = || volume.serving_at(target.to_path_buf());
     let info = info(plan, target);
     let service = Arc::new(Service::new(fs.clone(), info.clone(), plan.options.read_only));
     let control = Server::start(&plan.backings, service)?;
-    let served = mount_and_wait(plan, target, fs, signals, || ready(&info));
+    let ready = || {
+        serving();
+        ready(&info)
+    };
+    let served = mount_and_wait(plan, target, fs, signals, ready);
     control.stop();
     served
 }

@@ -207,6 +207,12 @@ pub struct ReplicaReport {
     /// How its resync stands, if it is to have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resync: Option<ResyncReport>,
+    /// What others had changed on it while it was away, a line for each path up to a number.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub foreign: Vec<String>,
+    /// How many paths those were.
+    #[serde(default)]
+    pub foreign_count: u64,
     /// Bytes of the backing's filesystem; 0 where unknown.
     pub space_bytes: u64,
     /// Bytes available on it.
@@ -288,6 +294,8 @@ pub fn absent_replicas(marker: &Marker, present: &[ReplicaReport]) -> Vec<Replic
         lag: None,
         affected: Vec::new(),
         resync: None,
+        foreign: Vec::new(),
+        foreign_count: 0,
         space_bytes: 0,
         available_bytes: 0,
     };

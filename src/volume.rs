@@ -59,7 +59,7 @@ use maintain::Maintenance;
 pub use namespace::Newborn;
 use nodes::{Node, Nodes, State};
 use resync::Resyncs;
-pub use resync::{Extent, Progressing};
+pub use resync::{Extent, ForeignReport, Progressing};
 
 /// Stripes of directory locks: more than threads.
 const DIR_STRIPES: usize = 64;
@@ -93,6 +93,8 @@ pub struct VolumeOptions {
     pub replicas_min: usize,
     /// How long a call on a backing may take.
     pub call_timeout: Duration,
+    /// It will be mounted, and told where ([`Volume::serving_at`]).
+    pub mounted: bool,
 }
 
 impl Default for VolumeOptions {
@@ -107,6 +109,7 @@ impl Default for VolumeOptions {
             exclude: Arc::default(),
             replicas_min: 1,
             call_timeout: CALL_TIMEOUT,
+            mounted: false,
         }
     }
 }
@@ -168,6 +171,8 @@ pub struct ReplicaStatus {
     pub failures: Vec<Fault>,
     /// How its resync stands, if it is to have one.
     pub resync: Option<Progressing>,
+    /// What others had done to it when it came back.
+    pub foreign: Option<ForeignReport>,
     /// Space of its filesystem; `None` where that cannot be told.
     pub space: Option<Space>,
 }
@@ -340,6 +345,7 @@ impl Volume {
                         failures: replicas.failures(id),
                         health: replicas.health(id),
                         resync: self.resync_of(id),
+                        foreign: self.foreign_report(id),
                         space: replica.backing().space().ok(),
                     }
                 })

@@ -375,3 +375,99 @@ fn a_replica_that_is_lost_again_during_its_resync_comes_back() {
     online(&store, 1);
     finish_equal(store);
 }
+
+/// Files that a person edits on the disk itself, by a shell in the backing.
+#[track_caller]
+fn edit(backing: &Path, script: &str) {
+    let script = format!("set -e; {script}");
+    run(Command::new("bash").arg("-c").arg(script).current_dir(backing)).ok();
+}
+
+/// The contents of all versions of a path, in order.
+fn versions(store: &Mounted, dir: &str, name: &str) -> Vec<String> {
+    let dir = store.path(dir).join(".snapshots/.versions").join(name);
+    let mut names: Vec<_> = fs::read_dir(dir).unwrap().flatten().map(|one| one.path()).collect();
+    names.sort();
+    names.iter().map(|path| fs::read_to_string(path).unwrap()).collect()
+}
+
+#[test]
+fn what_others_changed_on_a_disk_that_was_away_is_never_lost() {
+    let mut store = Mounted::with_replicas(2);
+    sh(
+        &store,
+        "mkdir d gone moved; echo 1 > d/edited; echo 1 > d/both; echo 1 > d/older; echo 1 > d/rm
+         echo 1 > d/rmboth; echo 1 > gone/x; echo 1 > moved/inside; echo 1 > mode; echo 1 > kind",
+    );
+    store.unmount();
+    let all = store.backings.clone();
+    store.mount_only(&all[..1]).ok();
+    sh(
+        &store,
+        "sleep 0.05; echo here > d/both; touch -d '2001-01-01' d/both; echo here > d/older
+         touch -d '2099-01-01' d/older; echo here > d/rmboth; echo here > samename
+         touch -d '2099-01-01' samename; mv moved moved2",
+    );
+    edit(
+        &all[1],
+        "echo there > d/edited; echo there > d/both; echo there > d/older; rm d/rm d/rmboth
+         rm -r gone; echo there > moved/inside; echo new > d/new; mkdir -p made/below
+         echo new > made/below/f; chmod 600 mode; echo there > samename; rm kind; mkdir kind
+         ln -s to made/link",
+    );
+    let said = store.rearview(&["replica", "online", "--wait", &word(&all[1])]).ok();
+    let read = |path: &str| fs::read_to_string(store.path(path)).unwrap();
+    assert_eq!(read("d/edited"), "there\n");
+    assert_eq!(versions(&store, "d", "edited"), ["1\n", "there\n"]);
+    // The newer is live, the other a version.
+    assert_eq!(read("d/both"), "there\n");
+    assert!(versions(&store, "d", "both").contains(&"here\n".to_owned()));
+    assert_eq!(read("d/older"), "here\n");
+    assert!(versions(&store, "d", "older").contains(&"there\n".to_owned()), "{said}");
+    assert_eq!(read("samename"), "here\n");
+    assert!(versions(&store, "", "samename").contains(&"there\n".to_owned()));
+    assert_eq!(read("moved2/inside"), "there\n");
+    assert_eq!((read("d/new"), read("made/below/f")), ("new\n".into(), "new\n".into()));
+    assert_eq!(fs::metadata(store.path("mode")).unwrap().mode() & 0o777, 0o600);
+    assert!(store.path("kind").is_dir());
+    assert_eq!(read("d/rmboth"), "here\n");
+    assert!(!store.path("d/rm").exists() && !store.path("gone").exists());
+    assert_eq!(fs::read_to_string(store.path("d/.snapshots/.deleted/rm")).unwrap(), "1\n");
+    let status = store.rearview(&["status"]).ok();
+    for told in ["d/edited: changed there", "d/older: changed there and here", "d/rm: removed"] {
+        assert!(status.contains(told), "no '{told}' in {status}");
+    }
+    finish_equal(store);
+}
+
+#[test]
+fn two_that_were_used_apart_are_joined_only_on_request() {
+    let mut store = Mounted::with_replicas(2);
+    sh(&store, "mkdir d; echo 1 > d/a; echo 1 > d/b; echo 1 > c");
+    store.unmount();
+    let all = store.backings.clone();
+    store.mount_only(&all[1..]).ok();
+    sh(&store, "echo there > d/a; echo there > d/new; rm c; mkdir sub; echo there > sub/x");
+    store.snapshot("apart");
+    store.unmount();
+    store.mount_only(&all[..1]).ok();
+    sh(&store, "echo here > d/b");
+    let online = |words: &[&str]| {
+        let mut all_words = vec!["replica", "online", "--wait"];
+        all_words.extend(words);
+        let path = word(&all[1]);
+        all_words.push(&path);
+        store.rearview(&all_words)
+    };
+    online(&[]).fails(1, &["used separately", "--take"]);
+    online(&["--take"]).ok();
+    let read = |path: &str| fs::read_to_string(store.path(path)).unwrap();
+    assert_eq!(
+        (read("d/a"), read("d/b"), read("c")),
+        ("1\n".into(), "here\n".into(), "1\n".into())
+    );
+    assert!(versions(&store, "d", "a").contains(&"there\n".to_owned()));
+    assert!(!store.path("d/new").exists() && !store.path("sub").exists());
+    assert_eq!(fs::read_to_string(store.path("d/.snapshots/.deleted/new")).unwrap(), "there\n");
+    finish_equal(store);
+}

@@ -199,6 +199,16 @@ impl Catalog {
     /// Appends one group of changes, the work of `by`, to history and gives it the next
     /// generation. Fails once a commit failed on every replica. Blocks while too much is waiting.
     pub fn push_by(&self, by: Option<&Actor>, changes: Vec<Change>) -> Result<Generation> {
+        self.push_groups(by, [changes])
+    }
+
+    /// Appends groups of changes, each with a generation of its own, as if at one moment: no query
+    /// of the live tree sees what is between them. Returns the last generation.
+    pub fn push_groups<const N: usize>(
+        &self,
+        by: Option<&Actor>,
+        groups: [Vec<Change>; N],
+    ) -> Result<Generation> {
         let shared = &*self.shared;
         let now = (shared.now)().as_nanos();
         let mut queue = shared.waiting.queue.lock();
@@ -210,22 +220,14 @@ impl Catalog {
             return Err(Error::Refused(why.into()));
         }
         let queue = &mut *queue;
-        queue.generation.0 += 1;
-        let at = queue.generation;
-        if let Some(time) = queue.clock.tick(now) {
-            queue.open.ticks.push((at, time));
-        }
-        if changes.iter().any(actor::is_seen) {
-            queue.open.acts.note(at, by, &mut queue.actors);
-        }
-        for change in changes {
-            if matches!(change, Change::Pack(_) | Change::Forget(_) | Change::SnapshotRemove(_)) {
-                shared.epoch.fetch_add(1, Ordering::Relaxed);
+        for (index, changes) in groups.into_iter().enumerate() {
+            if index > 0 {
+                // Each is to be seen by its time.
+                queue.clock.fence();
             }
-            shared.ids.reach(&change);
-            queue.open.apply(change, at, queue.frozen);
+            shared.append(queue, by, now, changes);
         }
-        queue.open.last = at;
+        let at = queue.generation;
         if queue.opened_at.is_none() {
             queue.opened_at = Some(Instant::now());
             shared.waiting.wake.notify_one();
@@ -304,6 +306,25 @@ impl Catalog {
 }
 
 impl Shared {
+    fn append(&self, queue: &mut Queue, by: Option<&Actor>, now: i64, changes: Vec<Change>) {
+        queue.generation.0 += 1;
+        let at = queue.generation;
+        if let Some(time) = queue.clock.tick(now) {
+            queue.open.ticks.push((at, time));
+        }
+        if changes.iter().any(actor::is_seen) {
+            queue.open.acts.note(at, by, &mut queue.actors);
+        }
+        for change in changes {
+            if matches!(change, Change::Pack(_) | Change::Forget(_) | Change::SnapshotRemove(_)) {
+                self.epoch.fetch_add(1, Ordering::Relaxed);
+            }
+            self.ids.reach(&change);
+            queue.open.apply(change, at, queue.frozen);
+        }
+        queue.open.last = at;
+    }
+
     /// Answers from the overlay, newest batch first.
     pub fn overlay<T>(&self, mut find: impl FnMut(&Batch) -> Option<T>) -> Option<T> {
         let queue = self.waiting.queue.lock();

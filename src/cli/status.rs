@@ -48,6 +48,8 @@ fn unmounted(catalog: &Catalog, backing: &std::path::Path) -> Result<StatusRepor
         lag: None,
         affected: Vec::new(),
         resync: None,
+        foreign: Vec::new(),
+        foreign_count: 0,
         space_bytes: space.as_ref().map_or(0, |space| space.f_blocks * space.f_frsize),
         available_bytes: space.as_ref().map_or(0, |space| space.f_bavail * space.f_frsize),
     };
@@ -129,6 +131,13 @@ pub(super) fn replicas_text(report: &StatusReport) -> String {
         if let Some(error) = &replica.error {
             let error = escape(error.as_bytes());
             out.push_str(&format!("  {}: {error}\n", replica.path.shown()));
+        }
+        if replica.foreign_count > 0 {
+            let (count, path) = (replica.foreign_count, replica.path.shown());
+            out.push_str(&format!("  {path}: {count} paths were changed there by others:\n"));
+            for told in &replica.foreign {
+                out.push_str(&format!("    {}\n", escape(told.as_bytes())));
+            }
         }
     }
     out.push_str(&affected_text(report));
@@ -248,6 +257,8 @@ mod tests {
             lag: Some(LagReport { generations: u64::from(!healthy), seconds: 7 }),
             affected: Vec::new(),
             resync: None,
+            foreign: Vec::new(),
+            foreign_count: 0,
             space_bytes: 1 << 30,
             available_bytes: 1 << 20,
         };

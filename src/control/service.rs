@@ -225,6 +225,7 @@ fn replica_report(replica: &ReplicaStatus) -> ReplicaReport {
         State::Resyncing { since } => ("resyncing", Some(report::time_text(*since)), None),
     };
     let space = replica.space.as_ref();
+    let foreign = replica.foreign.as_ref();
     ReplicaReport {
         label: replica.label.clone(),
         path: PathText::new(replica.path.as_os_str().as_bytes()),
@@ -241,6 +242,8 @@ fn replica_report(replica: &ReplicaStatus) -> ReplicaReport {
             .map(|(generations, time)| LagReport { generations, seconds: time.as_secs() }),
         affected: replica.failures.iter().map(AffectedReport::from).collect(),
         resync: replica.resync.clone().map(Into::into),
+        foreign: foreign.map_or_else(Vec::new, |foreign| foreign.lines.clone()),
+        foreign_count: foreign.map_or(0, |foreign| foreign.count),
         space_bytes: space.map_or(0, |space| space.blocks.saturating_mul(space.block_bytes)),
         available_bytes: space.map_or(0, |space| space.available.saturating_mul(space.block_bytes)),
     }

@@ -25,7 +25,8 @@ pub struct Copier<'a> {
     progress: &'a Progress,
     /// The source is in use: a file may shrink under our hands.
     changing: bool,
-    scratch: Handle,
+    /// `None` where objects are made under their own names.
+    scratch: Option<Handle>,
     number: u64,
     bytes_written: u64,
     buffer: Vec<u8>,
@@ -48,12 +49,66 @@ impl<'a> Copier<'a> {
             target,
             progress,
             changing: false,
-            scratch,
+            scratch: Some(scratch),
             number: 0,
             bytes_written: 0,
             buffer: vec![0; COPY_BYTES],
             other: Vec::new(),
         })
+    }
+
+    /// For a target that is no backing, but a mount: objects are made under their own names by the
+    /// caller, and only filled here.
+    pub fn direct(source: &'a Site, target: &'a Site, progress: &'a Progress) -> Copier<'a> {
+        Copier {
+            source,
+            target,
+            progress,
+            changing: false,
+            scratch: None,
+            number: 0,
+            bytes_written: 0,
+            buffer: vec![0; COPY_BYTES],
+            other: Vec::new(),
+        }
+    }
+
+    fn scratch(&self) -> Result<&Handle> {
+        self.scratch.as_ref().ok_or(Error::Posix(Errno::INVAL))
+    }
+
+    /// Writes the bytes of a file of the source, `size` of them, to an empty one.
+    pub fn write_into(
+        &mut self,
+        from: &Handle,
+        dir: &RelPath,
+        name: &EntryName,
+        size: u64,
+        to: &Handle,
+    ) -> Result<()> {
+        self.copy_content(from, &dir.join(name), name, size, to)
+    }
+
+    /// Whether a file of the source and an open one have different bytes.
+    pub fn bytes_differ(&mut self, from: &Handle, name: &EntryName, with: &Handle) -> Result<bool> {
+        let a = self.source.backing.open_file(from, name, Access::Read);
+        let a = a.map_err(Error::from_io)?;
+        self.other.resize(COPY_BYTES, 0);
+        let mut offset = 0;
+        loop {
+            let count = self.source.backing.read_at(&a, &mut self.buffer, offset);
+            let count = count.map_err(Error::from_io)?;
+            let other = self.target.backing.read_at(with, &mut self.other, offset);
+            if other.map_err(Error::from_io)? != count
+                || self.buffer[..count] != self.other[..count]
+            {
+                return Ok(true);
+            }
+            if count < COPY_BYTES {
+                return Ok(false);
+            }
+            offset += count as u64;
+        }
     }
 
     /// For a source that is in use: what changes meanwhile is told by [`has_changed`].
@@ -80,7 +135,7 @@ impl<'a> Copier<'a> {
         let made = own_name(&format!("{SCRATCH}{}", self.number));
         let result = self.make_as(&made, from, dir, name, object);
         if result.is_err() {
-            let _ = self.target.backing.unlink(&self.scratch, &made);
+            let _ = self.target.backing.unlink(self.scratch()?, &made);
         }
         result.map(|()| made)
     }
@@ -100,18 +155,18 @@ impl<'a> Copier<'a> {
         let backing = &target.backing;
         let node = match object.stat.kind {
             Kind::File => {
-                let file = backing.create(&self.scratch, made, 0o600, creds).map_err(fail)?;
+                let file = backing.create(self.scratch()?, made, 0o600, creds).map_err(fail)?;
                 self.copy_content(from, &path, name, object.stat.size, &file)?;
                 file
             }
             Kind::Symlink => {
-                backing.symlink(&self.scratch, made, &object.target, creds).map_err(fail)?;
-                backing.open_node(&self.scratch, made).map_err(fail)?
+                backing.symlink(self.scratch()?, made, &object.target, creds).map_err(fail)?;
+                backing.open_node(self.scratch()?, made).map_err(fail)?
             }
             kind => {
                 let rdev = object.stat.rdev;
-                backing.mknod(&self.scratch, made, kind, 0o600, rdev, creds).map_err(fail)?;
-                backing.open_node(&self.scratch, made).map_err(fail)?
+                backing.mknod(self.scratch()?, made, kind, 0o600, rdev, creds).map_err(fail)?;
+                backing.open_node(self.scratch()?, made).map_err(fail)?
             }
         };
         self.set_attributes(&node, &path, object)
@@ -127,7 +182,7 @@ impl<'a> Copier<'a> {
     ) -> Result<()> {
         self.target
             .backing
-            .rename(&self.scratch, made, to, name, RenameMode::NoReplace)
+            .rename(self.scratch()?, made, to, name, RenameMode::NoReplace)
             .map_err(|error| blame(self.target, "move the copy to", path, error))
     }
 

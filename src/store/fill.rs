@@ -215,13 +215,14 @@ impl<'a> Fill<'a> {
     fn finish(mut self) -> Result<FillReport> {
         // One that cannot be asked (it is of an older version) has forgotten nothing yet.
         let catalog = Catalog::open_read_only(&self.source.private_path(CATALOG_FILE)).ok();
-        let history = history::History {
+        let mut seen = history::Seen::new();
+        let mut history = history::History {
             source: self.source,
             target: self.target,
             catalog: catalog.as_ref(),
             changing: false,
-            packs: true,
             bounds: self.within.as_ref().map(|within| within.bounds),
+            seen: &mut seen,
         };
         history.fill(&mut self.copier, &mut self.quarantine)?;
         self.target.backing.sync_all().context("make durable", &self.target.path)?;

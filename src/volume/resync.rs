@@ -11,12 +11,14 @@
 //! fails again.
 
 mod admit;
+mod foreign;
 mod gauge;
 mod mirror;
 mod places;
+mod version;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -31,12 +33,15 @@ use crate::progress::Progress;
 use crate::replica::Fault;
 use crate::replica::health::State;
 use crate::replica::intent::DirtySet;
-use crate::store::fill::history::History as HistoryFiles;
+use crate::store::fill::history::{History as HistoryFiles, Seen};
+use crate::store::quarantine::Quarantine;
 use crate::store::site::Site;
 use crate::store::{Arrival, Fork};
-use crate::types::ReplicaId;
+use crate::types::{ReplicaId, Timestamp};
 
 use super::Volume;
+use foreign::Foreign;
+pub use foreign::ForeignReport;
 pub use gauge::Extent;
 use gauge::Gauge;
 use mirror::Mirror;
@@ -46,6 +51,10 @@ use places::Places;
 const RETRY_FIRST: Duration = Duration::from_secs(30);
 /// The longest time between two looks.
 const RETRY_MAX: Duration = Duration::from_secs(600);
+/// What was in flight when a replica left was at most so much later than its last commit.
+const IN_FLIGHT_NANOS: i64 = 2_000_000_000;
+/// How often it is looked whether the mount answers.
+const MOUNT_POLL: Duration = Duration::from_millis(20);
 /// How long a disk may take to answer the look.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A round that dirtied no more objects than this is short enough to be followed by the last one.
@@ -62,6 +71,10 @@ pub(super) struct Resyncs {
     kick: Mutex<Option<Sender<()>>>,
     /// Counts what is asked of the mount.
     activity: Arc<AtomicU64>,
+    /// Where the mount is, once it answers.
+    mount: Mutex<Option<PathBuf>>,
+    /// What others had done to the replicas that came back.
+    reports: Mutex<BTreeMap<ReplicaId, ForeignReport>>,
 }
 
 /// What is to be done for a replica that is not in use.
@@ -102,7 +115,13 @@ pub enum Progressing {
 
 impl Resyncs {
     pub fn new() -> Resyncs {
-        Resyncs { jobs: Mutex::default(), kick: Mutex::new(None), activity: Arc::default() }
+        Resyncs {
+            jobs: Mutex::default(),
+            kick: Mutex::new(None),
+            activity: Arc::default(),
+            mount: Mutex::default(),
+            reports: Mutex::default(),
+        }
     }
 
     /// Something is asked of the mount: a resync steps aside.
@@ -393,7 +412,7 @@ impl Volume {
     fn resync(
         &self,
         arrival: &Arrival,
-        _fork: Fork,
+        fork: Fork,
         gauge: &Arc<Gauge>,
         progress: &Progress,
     ) -> Result<()> {
@@ -403,7 +422,15 @@ impl Volume {
             true => Catalog::open_read_only(&self.store.catalog_file(id)).ok(),
             false => None,
         };
+        if arrival.was_whole && (own.is_some() || fork == Fork::Take) {
+            self.take_foreign(arrival, own.as_ref(), fork, &target, progress)?;
+        }
         self.store.begin_resync(arrival)?;
+        // A fork's catalog tells nothing of this store.
+        let own = own.filter(|_| fork == Fork::Refuse);
+        if fork == Fork::Take {
+            set_history_aside(&target)?;
+        }
         let mut places = Places::default();
         match &own {
             Some(own) => {
@@ -422,9 +449,85 @@ impl Volume {
             gauge,
             progress,
             dirty: Some(self.track_dirty()),
+            history_seen: Seen::new(),
         };
         rounds.run()
     }
+}
+
+impl Volume {
+    /// What others had changed on a replica that came back in this mount.
+    pub fn foreign_report(&self, id: ReplicaId) -> Option<ForeignReport> {
+        self.resyncs.reports.lock().get(&id).cloned()
+    }
+
+    /// Takes in what others changed on a replica while it was away.
+    fn take_foreign(
+        &self,
+        arrival: &Arrival,
+        own: Option<&Catalog>,
+        fork: Fork,
+        target: &Site,
+        progress: &Progress,
+    ) -> Result<()> {
+        let take = fork == Fork::Take;
+        let known = match own {
+            Some(own) if !take => own,
+            _ => self.catalog(),
+        };
+        let left = match arrival.was_clean || take {
+            true => None,
+            // What was in flight when it left came soon after the last that its catalog has.
+            false => {
+                let last = known.time_of(known.generation())?.as_nanos();
+                Some(Timestamp::from_nanos(last.saturating_add(IN_FLIGHT_NANOS)))
+            }
+        };
+        // A fork may have been changed at any time.
+        let since = if take { Timestamp::from_nanos(i64::MIN) } else { arrival.apart_since };
+        let Some(mount) = self.mount_site(progress)? else { return Ok(()) };
+        let mut foreign =
+            Foreign::new(self, known, (target, &mount), progress, (since, left, take));
+        foreign.run()?;
+        if foreign.report.count > 0 {
+            self.resyncs.reports.lock().insert(arrival.id, foreign.report);
+        }
+        Ok(())
+    }
+
+    /// The mount, as something to work in; `None` for a volume that is not mounted.
+    fn mount_site(&self, progress: &Progress) -> Result<Option<Site>> {
+        if !self.options.mounted {
+            return Ok(None);
+        }
+        loop {
+            let mount = self.resyncs.mount.lock().clone();
+            if let Some(mount) = mount {
+                return Site::open(&mount).map(Some);
+            }
+            progress.advance(0, 0)?;
+            std::thread::sleep(MOUNT_POLL);
+        }
+    }
+}
+
+/// Moves a fork's history to quarantine: its ids mean other things than the store's.
+fn set_history_aside(target: &Site) -> Result<()> {
+    let mut quarantine = Quarantine::new(target);
+    let path = crate::store::site::private("");
+    let dir = target.dir(&path)?;
+    for entry in target.backing.list(&dir).map_err(Error::from_io)? {
+        let name = entry.name.as_bytes();
+        let history = matches!(name, b"preserved" | b"undo" | b"packs");
+        if history || name.starts_with(b"catalog.db") {
+            quarantine.take(&dir, &path, &entry.name)?;
+        }
+    }
+    target.make_private()?;
+    if let Some(place) = quarantine.place() {
+        log::warn!("{}: its own history was moved to {}", target.path.display(), place.display());
+    }
+    Ok(())
 }
 
 /// What lasts over the rounds of one resync.
@@ -437,6 +540,7 @@ struct Rounds<'a> {
     gauge: &'a Arc<Gauge>,
     progress: &'a Progress,
     dirty: Option<super::intend::Tracker<'a>>,
+    history_seen: Seen,
 }
 
 impl Rounds<'_> {
@@ -509,17 +613,17 @@ impl Rounds<'_> {
         let source = self.source()?;
         let mut copier =
             crate::store::copy::Copier::new(&source, &self.target, self.progress)?.of_changing();
-        let mut quarantine = crate::store::quarantine::Quarantine::new(&self.target);
+        let mut quarantine = Quarantine::new(&self.target);
         let catalog = Some(self.volume.catalog());
-        HistoryFiles {
+        let mut files = HistoryFiles {
             source: &source,
             target: &self.target,
             catalog,
             changing,
-            packs: true,
             bounds: None,
-        }
-        .fill(&mut copier, &mut quarantine)?;
+            seen: &mut self.history_seen,
+        };
+        files.fill(&mut copier, &mut quarantine)?;
         self.gauge.copied.fetch_add(copier.bytes_written(), Ordering::Relaxed);
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! change once they have their name, so equal size means equal; undo segments grow and are
 //! preallocated, so they are compared byte by byte.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::catalog::{Catalog, Whereabouts};
 use crate::error::{IoContext, Result};
@@ -14,10 +14,12 @@ use crate::store::bounds::Bounds;
 use crate::store::copy::{Copier, blame, has_changed};
 use crate::store::quarantine::Quarantine;
 use crate::store::site::{Site, own_creds, private};
-use crate::types::{EntryName, Kind, RelPath};
+use crate::types::{EntryName, Kind, RelPath, Timestamp};
 
 const UNDO: &str = "undo";
 const PACKS: &str = "packs";
+/// A directory that was changed this recently may change again without a new time.
+const GRAIN_NANOS: i64 = 100_000_000;
 const DIRS: [&str; 3] = ["preserved", UNDO, PACKS];
 
 /// The history files of two backings, one of which is to get what the other has.
@@ -30,39 +32,49 @@ pub struct History<'a> {
     pub catalog: Option<&'a Catalog>,
     /// The source is in use: files come and go meanwhile.
     pub changing: bool,
-    /// Packs, too.
-    pub packs: bool,
     /// Nothing else can differ in its bytes.
     pub bounds: Option<&'a Bounds>,
+    /// When the source's directories were changed last that were compared: they are passed over.
+    pub seen: &'a mut Seen,
 }
+
+/// Directories of history files with the times of change at which they were compared.
+pub type Seen = HashMap<RelPath, Timestamp>;
 
 impl History<'_> {
     /// Makes the target's history files equal to the source's. What differs goes to quarantine,
     /// except what the source had too and has packed or forgotten since: the target's catalog is
     /// older than the source's, so nothing is in there that the source does not know of.
-    pub fn fill(&self, copier: &mut Copier<'_>, quarantine: &mut Quarantine<'_>) -> Result<()> {
-        let packs = private(PACKS);
+    pub fn fill(&mut self, copier: &mut Copier<'_>, quarantine: &mut Quarantine<'_>) -> Result<()> {
         for (path, is_undo) in dirs(self.source, self.target)? {
-            if !self.packs && path.names().starts_with(packs.names()) {
+            let begun = Timestamp::now();
+            let from = open_or_make(self.source, &path)?;
+            let stat = self.source.backing.stat(&from);
+            let changed = stat.context("look at", self.source.at(&path))?.mtime;
+            // Its files never change, but those of undo, which grow.
+            if !is_undo && self.seen.get(&path) == Some(&changed) {
                 continue;
             }
-            self.fill_dir(&path, is_undo, copier, quarantine)?;
+            let equal = self.fill_dir(&path, is_undo, copier, quarantine)?;
+            if equal && changed.as_nanos().saturating_add(GRAIN_NANOS) < begun.as_nanos() {
+                self.seen.insert(path, changed);
+            }
         }
         Ok(())
     }
 
+    /// Returns whether the two are equal then, as far as nothing changed meanwhile.
     fn fill_dir(
         &self,
         path: &RelPath,
         is_undo: bool,
         copier: &mut Copier<'_>,
         quarantine: &mut Quarantine<'_>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
+        let mut equal = true;
         let (source, target) = (self.source, self.target);
-        make_dir(target, path)?;
-        make_dir(source, path)?;
-        let from = source.dir(path)?;
-        let to = target.dir(path)?;
+        let from = open_or_make(source, path)?;
+        let to = open_or_make(target, path)?;
         let present = files(target, path)?;
         let wanted = files(source, path)?;
         for name in present.keys().filter(|name| !wanted.contains_key(*name)) {
@@ -71,6 +83,8 @@ impl History<'_> {
                 removed.context("remove", target.at(&path.join(name)))?;
             } else if !self.changing {
                 quarantine.take(&to, path, name)?;
+            } else {
+                equal = false;
             }
         }
         for (name, size) in &wanted {
@@ -85,9 +99,15 @@ impl History<'_> {
             });
             let made = match made {
                 Ok(Some(made)) => made,
-                Ok(None) => continue,
+                Ok(None) => {
+                    equal = false;
+                    continue;
+                }
                 // It was packed or forgotten meanwhile, or it grows: the next look finds it.
-                Err(error) if self.changing && has_changed(source, &error) => continue,
+                Err(error) if self.changing && has_changed(source, &error) => {
+                    equal = false;
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
             match present.contains_key(name) {
@@ -101,7 +121,7 @@ impl History<'_> {
             }
             copier.place(&made, &to, &path.join(name), name)?;
         }
-        Ok(())
+        Ok(equal)
     }
 
     fn same(
@@ -189,6 +209,16 @@ fn dirs(source: &Site, target: &Site) -> Result<Vec<(RelPath, bool)>> {
         }
     }
     Ok(found.into_iter().collect())
+}
+
+fn open_or_make(site: &Site, path: &RelPath) -> Result<Handle> {
+    match site.backing.open_dir(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            make_dir(site, path)?;
+            site.dir(path)
+        }
+        other => other.context("open the directory", site.at(path)),
+    }
 }
 
 fn make_dir(target: &Site, path: &RelPath) -> Result<()> {

@@ -22,6 +22,10 @@ use crate::replica::PrivateDir;
 
 /// How long the last round waits for running operations before it lets others pass again.
 const CUT_WAIT: Duration = Duration::from_millis(500);
+/// Before the last round what differs is made equal until that takes no longer than this.
+const CAUGHT_UP: Duration = Duration::from_millis(30);
+/// So often at most.
+const CATCH_UPS_MAX: usize = 20;
 /// An orphan that no replica's tree has is copied in pieces of this size.
 const ORPHAN_BYTES: usize = 1 << 20;
 
@@ -29,20 +33,20 @@ impl Rounds<'_> {
     /// Does the last round and takes the replica into use.
     pub(super) fn finish(&mut self, mut joining: Joining<'_>) -> Result<()> {
         let (volume, id) = (self.volume, self.arrival.id);
+        self.gauge.hurry.store(true, Ordering::Relaxed);
+        self.catch_up(CATCH_UPS_MAX)?;
         loop {
             // Nothing is packed, swept, healed or checkpointed meanwhile. These come before `cut`:
             // who has `cut` waits for them for a while only.
             let _alone = volume.maintenance.lock();
             let _no_checkpoint = volume.hold_checkpoints();
             volume.history.undo().rotate(volume.replicas())?;
-            self.history(true)?;
+            self.catch_up(2)?;
             joining.catch_up()?;
             self.progress.advance(0, 0)?;
             let Some(_cut) = volume.cut.try_write_for(CUT_WAIT) else { continue };
             let begun = Instant::now();
-            self.gauge.hurry.store(true, Ordering::Relaxed);
             let outcome = self.admit(joining);
-            self.gauge.hurry.store(false, Ordering::Relaxed);
             let stall = begun.elapsed();
             log::info!("operations waited {} ms for the end of a resync", stall.as_millis());
             outcome?;
@@ -52,6 +56,20 @@ impl Rounds<'_> {
         self.sync_all()?;
         volume.catalog().flush(Durability::Durable)?;
         volume.store.joined(id)
+    }
+
+    /// Makes equal what differs, until so little does that it takes no time, or `most` times.
+    fn catch_up(&mut self, most: usize) -> Result<()> {
+        for _ in 0..most {
+            let begun = Instant::now();
+            self.history(true)?;
+            let set = self.next_set();
+            self.round(Some(&set))?;
+            if begun.elapsed() <= CAUGHT_UP {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// With `cut` and `maintenance` held.
@@ -86,13 +104,13 @@ impl Rounds<'_> {
         let mut copier = Copier::new(&source, &self.target, self.progress)?;
         let mut quarantine = Quarantine::new(&self.target);
         let catalog = Some(self.volume.catalog());
-        let files = HistoryFiles {
+        let mut files = HistoryFiles {
             source: &source,
             target: &self.target,
             catalog,
             changing: false,
-            packs: false,
             bounds: None,
+            seen: &mut self.history_seen,
         };
         files.fill(&mut copier, &mut quarantine)?;
         copied += copier.bytes_written();
