@@ -25,6 +25,7 @@ use super::actor::{self, Actor, Known};
 use super::apply::{Committed, apply};
 use super::overlay::{Batch, Plan};
 use super::schema::NextIds;
+use super::scratch::Looks;
 use super::{Catalog, Change, Durability, Shared};
 use crate::error::{Error, Result};
 use crate::sys::device::Device;
@@ -80,6 +81,7 @@ pub(super) struct Queue {
     pub generation: Generation,
     /// States born up to here are fixed.
     pub frozen: Generation,
+    pub looks: Looks,
     pub committed: Generation,
     pub durable: Generation,
     pub sequence: u64,
@@ -105,6 +107,7 @@ impl Queue {
             committing: None,
             generation,
             frozen: generation,
+            looks: Looks::new(generation),
             committed: generation,
             durable: Generation(0),
             sequence: 0,
@@ -244,7 +247,9 @@ impl Catalog {
         }
         let mut queue = self.shared.waiting.queue.lock();
         queue.frozen = queue.generation;
-        queue.generation
+        let newest = queue.generation;
+        queue.looks.note(newest);
+        newest
     }
 
     /// Commits all that was pushed, and waits.

@@ -10,7 +10,7 @@ use super::retain::{visible, visible_from};
 use super::schema::{ContentState, NODE_COLUMNS, node_row, read_head_only, undo_row, unsigned};
 use super::{Base, Catalog, Durability, Listed, NodeRow, Sources};
 use crate::error::Result;
-use crate::types::{ContentId, EntryName, Generation, NodeId, RelPath, Timestamp};
+use crate::types::{ContentId, EntryName, Generation, Kind, NodeId, RelPath, Timestamp};
 
 /// Directories deeper than this do not exist; only a damaged catalog leads further.
 const DEPTH_MAX: usize = 1 << 16;
@@ -67,18 +67,17 @@ impl Catalog {
     /// The entries of a directory, ordered by name.
     pub fn list_at(&self, at: Generation, parent: NodeId) -> Result<Vec<Listed>> {
         let at = self.settled(at)?;
-        self.shared.read(|db| {
+        self.shared.read_at_once(|db| {
             let mut statement = db.prepare_cached(
-                "SELECT name, node, coalesce((SELECT kind FROM node WHERE id = shown.node), \
-                 (SELECT kind FROM node_h WHERE id = shown.node LIMIT 1)) FROM \
-                 (SELECT name, node FROM entry WHERE parent = ?1 AND born <= ?2 \
+                "SELECT name, node FROM entry WHERE parent = ?1 AND born <= ?2 \
                  UNION ALL SELECT name, node FROM entry_h \
-                 WHERE parent = ?1 AND died > ?2 AND born <= ?2) shown",
+                 WHERE parent = ?1 AND died > ?2 AND born <= ?2",
             )?;
             let rows = statement.query_map(params![parent, at], |row| {
-                Ok(Listed { name: row.get(0)?, node: row.get(1)?, kind: row.get(2)? })
+                Ok(Listed { name: row.get(0)?, node: row.get(1)?, kind: Kind::File })
             })?;
             let mut list = rows.collect::<rusqlite::Result<Vec<_>>>()?;
+            fill_kinds(db, &mut list)?;
             list.sort_unstable_by(|a, b| a.name.cmp(&b.name));
             Ok(list)
         })
@@ -281,6 +280,35 @@ fn sources(
         return Ok(Sources { undo, base });
     }
     Err(rusqlite::Error::QueryReturnedNoRows)
+}
+
+/// Nodes between two wanted ones that are read with them rather than passed over.
+const PASSED_MAX: u64 = 32;
+
+/// Finds out what listed nodes are. They are read in the order of the table: files that came into
+/// being together lie together, so a large directory is read from a few places of the disk.
+fn fill_kinds(db: &Connection, list: &mut [Listed]) -> rusqlite::Result<()> {
+    list.sort_unstable_by_key(|listed| listed.node);
+    let mut run = db.prepare_cached("SELECT id, kind FROM node WHERE id >= ?1 AND id <= ?2")?;
+    let mut past = db.prepare_cached("SELECT kind FROM node_h WHERE id = ?1 LIMIT 1")?;
+    let near = |a: &Listed, b: &Listed| b.node.0 - a.node.0 <= PASSED_MAX;
+    for part in list.chunk_by_mut(near) {
+        let (Some(first), Some(last)) = (part.first(), part.last()) else { continue };
+        let mut rows = run.query(params![first.node, last.node])?;
+        let mut live: Option<(NodeId, Kind)> = None;
+        for listed in part {
+            while live.is_none_or(|(id, _)| id < listed.node)
+                && let Some(row) = rows.next()?
+            {
+                live = Some((row.get(0)?, row.get(1)?));
+            }
+            listed.kind = match live {
+                Some((id, kind)) if id == listed.node => kind,
+                _ => past.query_row(params![listed.node], |row| row.get(0))?,
+            };
+        }
+    }
+    Ok(())
 }
 
 /// The time of the tick that a generation belongs to.

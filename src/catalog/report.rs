@@ -3,7 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, Params, Row, params};
 
 use super::query::time_of;
-use super::retain::visible_from;
+use super::retain::visible_below;
 use super::schema::{NODE_COLUMNS, Time, end, node_row, read_head, unsigned};
 use super::{Catalog, NEVER, NameInterval, PurgeRow, Totals, Version};
 use crate::error::Result;
@@ -18,10 +18,12 @@ impl Catalog {
                 "SELECT {NODE_COLUMNS}, born, died FROM node_h WHERE id = ?1 UNION ALL \
                  SELECT {NODE_COLUMNS}, born, NULL FROM node WHERE id = ?1 AND born < ?2"
             ))?;
+            let horizon = read_head(db)?.horizon;
             let rows = statement.query_map(params![node, NEVER], |row| {
                 let born = row.get(13)?;
                 // A version that began between two visible generations is first seen at the later.
-                let time = time_of(db, visible_from(db, born)?)?;
+                let seen = if born >= horizon { born } else { visible_below(db, born, horizon)? };
+                let time = time_of(db, seen)?;
                 Ok(Version { row: node_row(row, 0)?, born, died: end(row, 14)?, time })
             })?;
             let mut versions = rows.collect::<rusqlite::Result<Vec<_>>>()?;

@@ -211,6 +211,15 @@ pub(super) fn visible_from(db: &Connection, at: Generation) -> rusqlite::Result<
     if at >= horizon {
         return Ok(at);
     }
+    visible_below(db, at, horizon)
+}
+
+/// As [`visible_from`], below the horizon.
+pub(super) fn visible_below(
+    db: &Connection,
+    at: Generation,
+    horizon: Generation,
+) -> rusqlite::Result<Generation> {
     db.prepare_cached(
         "SELECT min(?2, (SELECT coalesce(min(g), ?2) FROM moment WHERE g >= ?1), \
          (SELECT coalesce(min(g), ?2) FROM snapshot WHERE g >= ?1))",

@@ -1,5 +1,7 @@
 //! Which files were only scratch files of a program.
 
+use std::collections::VecDeque;
+
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::Catalog;
@@ -11,10 +13,44 @@ use crate::types::{Generation, NodeId};
 
 /// A file that lives longer is no scratch file.
 const LIFE_SECS_MAX: i64 = 30;
+/// Looks that are remembered.
+const LOOKS_MAX: usize = 4096;
+
+/// The generations that somebody looked at while they were the newest.
+pub(super) struct Looks {
+    /// Up to here nothing is known: each may have been looked at.
+    unknown: Generation,
+    /// Those after it, ascending.
+    seen: VecDeque<Generation>,
+}
+
+impl Looks {
+    /// What came before this mount may have been looked at.
+    pub fn new(newest: Generation) -> Looks {
+        Looks { unknown: newest, seen: VecDeque::new() }
+    }
+
+    /// The newest generation is looked at.
+    pub fn note(&mut self, newest: Generation) {
+        if self.seen.back().is_some_and(|last| *last >= newest) || newest <= self.unknown {
+            return;
+        }
+        self.seen.push_back(newest);
+        if self.seen.len() > LOOKS_MAX {
+            self.unknown = self.seen.pop_front().unwrap_or(newest);
+        }
+    }
+
+    /// Whether a generation in the interval may have been looked at.
+    fn any_in(&self, born: Generation, died: Generation) -> bool {
+        let next = self.seen.partition_point(|look| *look < born);
+        born <= self.unknown || self.seen.get(next).is_some_and(|look| *look < died)
+    }
+}
 
 impl Catalog {
     /// Whether a node is gone and was one process's own from its birth to its end, for at most 30
-    /// seconds, under one name, and no kept moment shows it.
+    /// seconds, under one name, and no kept moment shows it. What somebody looked at stays.
     pub fn is_scratch(&self, node: NodeId) -> Result<bool> {
         self.shared.read_at_once(|db| {
             if db.prepare_cached("SELECT 1 FROM node WHERE id = ?1")?.exists(params![node])? {
@@ -22,7 +58,8 @@ impl Catalog {
             }
             let Some((born, died)) = only_name(db, node)? else { return Ok(false) };
             let life = time_of(db, died)?.secs - time_of(db, born)?.secs;
-            if life > LIFE_SECS_MAX || is_kept(db, born, died)? {
+            let seen = self.shared.waiting.queue.lock().looks.any_in(born, died);
+            if seen || life > LIFE_SECS_MAX || is_kept(db, born, died)? {
                 return Ok(false);
             }
             let maker = actor_at(db, born)?;

@@ -183,9 +183,7 @@ fn list(path: &Path, json: bool) -> Result<Exit> {
         text::print_json(&SnapshotsReport::from(list))?;
         return Ok(Exit::Done);
     }
-    let local = text::LocalTimes::new();
-    let rows: Vec<Vec<String>> = list.lines.iter().map(|line| row(line, &local)).collect();
-    text::print(&text::table(&rows))?;
+    text::print(&table(&list.lines))?;
     let totals = &list.totals;
     let (live, history) = (text::size(totals.live_bytes), text::size(totals.history_bytes()));
     text::print_line(&format!("live {live}, history {history}"))?;
@@ -195,22 +193,41 @@ fn list(path: &Path, json: bool) -> Result<Exit> {
 /// What deleting a snapshot would free, is counted so long for an unmounted store.
 const LOOK_TIME: Duration = Duration::from_secs(10);
 
-fn row(line: &SnapshotLine, local: &text::LocalTimes) -> Vec<String> {
-    let SnapshotLine(name, time, _, automatic, held, freed_bytes, tags) = line;
-    let marks = match (held, automatic) {
+/// The lines as [`text::table`] would make them, without a text for each cell of a hundred thousand.
+fn table(lines: &[SnapshotLine]) -> String {
+    let local = text::LocalTimes::new();
+    let shown = |line: &SnapshotLine| [escape(line.0.as_bytes()), text::tags(&line.6)];
+    let mut widths = [0; 3];
+    for line in lines {
+        let [name, tags] = shown(line);
+        for (width, cell) in widths.iter_mut().zip([&name, marks(line), &tags]) {
+            *width = text::columns_of(cell).max(*width);
+        }
+    }
+    let mut text = String::with_capacity(lines.len() * 64);
+    for line in lines {
+        local.push(&mut text, line.1);
+        let [name, tags] = shown(line);
+        for (width, cell) in widths.iter().zip([&name, marks(line), &tags]) {
+            text.push_str("  ");
+            text.push_str(cell);
+            text.extend(std::iter::repeat_n(' ', width - text::columns_of(cell)));
+        }
+        text.push_str("  ");
+        // What it alone holds; dots where that is not counted yet.
+        text.push_str(&line.5.map_or_else(|| "...".into(), text::size));
+        text.push('\n');
+    }
+    text
+}
+
+fn marks(line: &SnapshotLine) -> &'static str {
+    match (line.4, line.3) {
         (true, true) => "held, automatic",
         (true, false) => "held",
         (false, true) => "automatic",
         (false, false) => "",
-    };
-    vec![
-        local.show(*time),
-        escape(name.as_bytes()),
-        marks.into(),
-        text::tags(tags),
-        // What it alone holds; dots where that is not counted yet.
-        freed_bytes.map_or_else(|| "...".into(), text::size),
-    ]
+    }
 }
 
 #[cfg(test)]

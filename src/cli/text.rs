@@ -80,18 +80,17 @@ impl LocalTimes {
         LocalTimes(jiff::tz::TimeZone::system())
     }
 
-    /// As [`local_time`].
-    pub fn show(&self, time: Timestamp) -> String {
+    /// Appends a time as [`local_time`] writes it.
+    pub fn push(&self, text: &mut String, time: Timestamp) {
         let Ok(instant) = jiff::Timestamp::new(time.secs, time.nanos as i32) else {
-            return time_text(time);
+            text.push_str(&time_text(time));
+            return;
         };
         let civil = self.0.to_datetime(instant);
         let (date, clock) = (civil.date(), civil.time());
-        let mut text = String::with_capacity(19);
         // Writing to a string cannot fail.
         let _ = write!(text, "{:04}-{:02}-{:02} ", date.year(), date.month(), date.day());
         let _ = write!(text, "{:02}:{:02}:{:02}", clock.hour(), clock.minute(), clock.second());
-        text
     }
 }
 
@@ -125,7 +124,7 @@ pub fn table(rows: &[Vec<String>]) -> String {
 }
 
 /// How many columns of a terminal a text takes.
-fn columns_of(text: &str) -> usize {
+pub fn columns_of(text: &str) -> usize {
     if text.is_ascii() { text.len() } else { text.chars().count() }
 }
 

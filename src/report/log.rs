@@ -248,9 +248,10 @@ fn lifetime(catalog: &Catalog, span: &Span, snapshots: &[Snapshot]) -> Result<Ve
             None => vec![span.first],
         };
         let time = if from == version.born { version.time } else { catalog.time_of(from)? };
-        let shown = snapshots.iter().filter(|snapshot| {
-            snapshot.generation >= from && until.is_none_or(|until| snapshot.generation < until)
-        });
+        // They are ordered by generation.
+        let count_before = |end: Generation| snapshots.partition_point(|s| s.generation < end);
+        let end = until.map_or(snapshots.len(), count_before);
+        let shown = snapshots[count_before(from).min(end)..end].iter();
         let mut entry = entry(span, &version.row, events, time_text(time), from);
         entry.by = who::by(catalog, from)?;
         entry.snapshots = shown.map(|snapshot| snapshot.name.clone()).collect();

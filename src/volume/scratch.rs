@@ -1,9 +1,9 @@
 //! Scratch files: what one program makes and deletes again within seconds.
 //!
 //! A journal of a database, a compiler's intermediate file: between its birth and its end no
-//! snapshot was made, and whoever made it deleted it. It is preserved as everything is, and can be
-//! brought back until the packer comes to it; then it is forgotten instead of packed, for its bytes
-//! would be those of the program's real files a second time.
+//! snapshot was made and nobody looked at the past, and whoever made it deleted it. It is preserved
+//! as everything is, and can be brought back until the packer comes to it; then it is forgotten
+//! instead of packed, for its bytes would be those of the program's real files a second time.
 
 use crate::error::Result;
 use crate::history::packer::Step;

@@ -98,6 +98,12 @@ fn a_scratch_file_is_one_programs_own_and_in_no_snapshot() {
     let flush = || catalog.flush(Durability::Written).unwrap();
     assert!(life([1, 1], &|_| flush()));
     assert!(!life([1, 2], &|_| flush()), "another program deleted it");
+    assert!(
+        !life([1, 1], &|_| {
+            catalog.freeze();
+        }),
+        "somebody looked at it"
+    );
     assert!(!life([1, 1], &|_| {
         catalog.create_snapshot("shown", catalog.generation(), false, &[]).map(drop).unwrap();
     }));
