@@ -26,12 +26,15 @@
 //! | `actor`, `act` | who made changes: a row of `act` counts until the next one |
 //! | `purged` | paths removed from all history on request |
 //! | `xattr_set` | interned sets: count, then names and values, each as length (LE u32) and bytes |
-//! | `touched` | per batch (its last generation): nodes whose state, names or entries changed |
+//! | `touched` | generations in which a state or name of a node begins or ends, see [`sweep`] |
 //!
 //! What history does not show is in `node` and `entry` with a `born` of 2^62 and never comes into
 //! their siblings.
 //!
-//! Version 1 had none of the tables from `recipe` on; opening it for writing adds them.
+//! Version 1 had none of the tables from `recipe` on; opening it for writing adds them. Indexes
+//! that came later are made whenever a file that lacks them is opened for writing.
+//!
+//! [`sweep`]: super::sweep
 //!
 //! Times are nanoseconds since 1970 as an integer where that is exact, else 12 bytes: seconds (BE
 //! i64), nanoseconds (BE u32). `ctime` and `btime` are NULL where they equal `mtime`.
@@ -55,7 +58,7 @@ const FORMAT_MIN: i32 = 1;
 /// Prepared statements kept per connection: all that the catalog has.
 const STATEMENTS_MAX: usize = 128;
 /// How long a connection waits for another's lock, in milliseconds. Only WAL recovery takes one.
-const BUSY_MS: u64 = 10_000;
+pub(super) const BUSY_MS: u64 = 10_000;
 /// What a person can do about a damaged catalog.
 pub(super) const REMEDY: &str =
     "Mount without this replica, so that it is made anew from another, or rebuild the catalog";
@@ -128,6 +131,12 @@ CREATE TABLE actor(id INTEGER PRIMARY KEY, uid INTEGER NOT NULL, pid INTEGER NOT
 CREATE TABLE act(g INTEGER PRIMARY KEY, actor INTEGER NOT NULL);
 CREATE TABLE purged(id INTEGER PRIMARY KEY, time NOT NULL, path BLOB NOT NULL,
     versions INTEGER NOT NULL, bytes INTEGER NOT NULL);
+";
+/// What finds that nothing refers to a set of attributes, or an actor, any more.
+const INDEXES: &str = "
+CREATE INDEX IF NOT EXISTS node_xattrs ON node(xattrs) WHERE xattrs > 0;
+CREATE INDEX IF NOT EXISTS node_h_xattrs ON node_h(xattrs) WHERE xattrs > 0;
+CREATE INDEX IF NOT EXISTS act_actor ON act(actor);
 ";
 /// How many tables each version has: fewer in a file means that it is not whole.
 const TABLE_COUNTS: [i64; 2] = [13, 22];
@@ -237,6 +246,9 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
     if format < FORMAT && for_use == Use::Write {
         upgrade(&mut db)?;
     }
+    if for_use == Use::Write {
+        db.execute_batch(INDEXES)?;
+    }
     Ok(db)
 }
 
@@ -297,6 +309,7 @@ pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<(
     let transaction = db.transaction()?;
     transaction.execute_batch(TABLES)?;
     transaction.execute_batch(TABLES_2)?;
+    transaction.execute_batch(INDEXES)?;
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.execute(
         "INSERT INTO head VALUES(1, ?1, 0, ?2, 0, 2, 1, 1, 1, 0, 0, 0, 0, 0)",

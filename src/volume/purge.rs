@@ -5,7 +5,7 @@
 
 use crate::catalog::{Change, Durability, ForgetChange, PurgeRow};
 use crate::error::Result;
-use crate::types::NodeId;
+use crate::types::{Generation, NodeId};
 
 use super::Volume;
 
@@ -25,10 +25,12 @@ impl Volume {
             self.begin_anew(nodes)?;
         }
         let mut useless = Vec::new();
+        let mut last = Generation(0);
         for (index, &node) in nodes.iter().enumerate() {
             loop {
                 let step = self.catalog().plan_purge(node)?;
                 useless.extend(step.unpreserved);
+                last = step.changes.iter().filter_map(ended).fold(last, Generation::max);
                 if !step.changes.is_empty() {
                     self.catalog().push(step.changes)?;
                 }
@@ -40,6 +42,8 @@ impl Volume {
                 self.remove_useless(&mut useless)?;
             }
         }
+        // What is known of the times and actors of what went goes with the sweep.
+        self.catalog().sweep_again(Generation(0), last)?;
         let told: Vec<String> = rows
             .iter()
             .map(|row| format!("{} ({} versions, {} bytes)", row.path, row.versions, row.bytes))
@@ -75,5 +79,15 @@ impl Volume {
             self.catalog().push(changes)?;
         }
         Ok(())
+    }
+}
+
+/// Where what a change takes out ended.
+fn ended(change: &Change) -> Option<Generation> {
+    match change {
+        Change::Forget(ForgetChange::State { died, .. } | ForgetChange::Entry { died, .. }) => {
+            Some(*died)
+        }
+        _ => None,
     }
 }
