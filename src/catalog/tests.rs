@@ -8,6 +8,7 @@ use super::*;
 use crate::error::Error;
 
 mod actors;
+mod forget;
 mod history;
 mod lifecycle;
 mod model;
