@@ -37,13 +37,14 @@ mod snapshot;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod unused;
 mod xattr;
 
 pub use self::actor::Actor;
 pub use self::attach::Joining;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
-pub use self::retain::Sweep;
-pub use self::sweep::SweepStep;
+pub use self::sweep::{Sweep, SweepPlace, SweepStep};
+pub use self::unused::Unused;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -178,13 +179,16 @@ pub enum ForgetChange {
     Entry { parent: NodeId, name: EntryName, born: Generation, died: Generation },
     /// A content that no state has and no other content relies on.
     Content(ContentId),
-    /// A before-image that no content needs.
+    /// A before-image that no content needs. A packed stream goes with its last one.
     #[allow(missing_docs)]
     Undo { node: NodeId, content: ContentId, offset: u64 },
     /// A before-image that an older content of the node needs: it is that one's from now on.
     UndoPut(UndoRow),
     /// A recipe.
     Recipe(ContentId),
+    /// The end of a recipe that nobody reads any more.
+    #[allow(missing_docs)]
+    RecipeCut { id: ContentId, keep: usize },
     /// The target of a symlink that history does not know any more.
     Symlink(NodeId),
     /// A generation below the horizon stays visible.
@@ -197,26 +201,26 @@ pub enum ForgetChange {
     /// to be swept out.
     #[allow(missing_docs)]
     SweepAdd { after: Generation, until: Generation },
-    /// The sweep of a gap has come to this node of this batch.
+    /// The sweep of a gap has come from here to there.
     #[allow(missing_docs)]
-    SweepAt {
-        after: Generation,
-        until: Generation,
-        from: (Generation, NodeId),
-        at: (Generation, NodeId),
-    },
-    /// In a gap a generation has become visible: it is two gaps now.
+    SweepAt { after: Generation, until: Generation, from: SweepPlace, at: SweepPlace },
+    /// A gap is swept, from here on at once.
     #[allow(missing_docs)]
-    SweepSplit { after: Generation, until: Generation, at: Generation },
-    /// A gap is swept; what it touched counts as touched at its end, and its ticks are gone.
+    SweepEnd { after: Generation, until: Generation, from: SweepPlace },
+    /// No row of this node begins or ends there any more.
     #[allow(missing_docs)]
-    SweepEnd { after: Generation, until: Generation },
-    /// Of a living node only what is from this generation on is known: its past was removed.
+    Untouched { node: NodeId, at: Generation },
+    /// A row of this node begins or ends there, which was known by its batch only.
     #[allow(missing_docs)]
-    StateSince { node: NodeId, since: Generation },
-    /// Likewise of a living entry.
-    #[allow(missing_docs)]
-    EntrySince { parent: NodeId, name: EntryName, since: Generation },
+    Touched { node: NodeId, at: Generation },
+    /// The time of a generation in whose interval nothing begins or ends any more.
+    Tick(Generation),
+    /// Likewise, who made it.
+    Act(Generation),
+    /// An actor who made nothing that is known.
+    Actor(u64),
+    /// A set of extended attributes that no state has.
+    XattrSet(XattrSetId),
     /// A path was removed from all of history on request.
     Purged(PurgeRow),
 }

@@ -41,13 +41,20 @@ pub struct Actor {
 /// The actors of this mount and their ids.
 pub(super) struct Known {
     ids: LruCache<Actor, u64>,
+    /// The first id that this mount gives out.
+    first: u64,
     next: u64,
 }
 
 impl Known {
     /// Nobody is known; ids go on at `next`.
     pub fn new(next: u64) -> Known {
-        Known { ids: LruCache::new(KNOWN_MAX), next }
+        Known { ids: LruCache::new(KNOWN_MAX), first: next, next }
+    }
+
+    /// Actors from this id on may make something at any time, whatever the rows say.
+    pub fn first(&self) -> u64 {
+        self.first
     }
 }
 
@@ -253,7 +260,7 @@ impl Catalog {
         })
     }
 
-    /// The nodes touched in these ranges of generations, and a few more: touches are kept by batch.
+    /// The nodes touched in these ranges of generations, and a few more.
     pub fn touched_in(&self, ranges: &[Range<Generation>]) -> Result<BTreeSet<NodeId>> {
         self.settle_pending()?;
         self.shared.read_at_once(|db| {

@@ -22,7 +22,7 @@ pub(super) struct Committed {
 pub(super) fn apply(db: &mut Connection, plan: &Plan<'_>) -> rusqlite::Result<Committed> {
     let transaction = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     let mut head = read_head(&transaction)?;
-    let mut touched = Vec::with_capacity(plan.nodes.len() * 2);
+    let mut touched = Touched::with_capacity(plan.nodes.len() * 2);
     let mut nodes = Nodes::prepare(&transaction)?;
     nodes.write(&plan.nodes, &mut head, &mut touched)?;
     let never_shown = std::mem::take(&mut nodes.never_shown);
@@ -42,8 +42,8 @@ pub(super) fn apply(db: &mut Connection, plan: &Plan<'_>) -> rusqlite::Result<Co
     if !touched.is_empty() {
         let mut insert =
             transaction.prepare_cached("INSERT OR IGNORE INTO touched(g, node) VALUES(?1, ?2)")?;
-        for node in touched {
-            insert.execute(params![plan.batch.last, node])?;
+        for (at, node) in touched {
+            insert.execute(params![at, node])?;
         }
     }
     advance(&mut head, plan);
@@ -61,6 +61,10 @@ fn advance(head: &mut HeadRow, plan: &Plan<'_>) {
     head.head.generation = plan.batch.last;
     head.next = plan.batch.next;
 }
+
+/// Where states and names begin and end, and whose: what a difference between two generations, and
+/// the sweep of what lies between them, look at.
+type Touched = Vec<(Generation, NodeId)>;
 
 /// The statements that write nodes.
 struct Nodes<'c> {
@@ -109,12 +113,11 @@ impl<'c> Nodes<'c> {
         &mut self,
         nodes: &[(NodeId, &NodeDelta)],
         head: &mut HeadRow,
-        touched: &mut Vec<NodeId>,
+        touched: &mut Touched,
     ) -> rusqlite::Result<()> {
         for &(id, delta) in nodes {
             let mut was_live = false;
             let mut shown = !delta.past.is_empty();
-            shown |= delta.current.as_ref().is_some_and(|(born, _)| *born < NEVER);
             if !delta.newborn {
                 let base = self
                     .base
@@ -130,8 +133,11 @@ impl<'c> Nodes<'c> {
                         head.past_versions += 1;
                         shown = true;
                     }
-                    // Its bytes may be what an older version is read from.
-                    shown |= content != ContentId::EMPTY;
+                    if born < NEVER || content != ContentId::EMPTY {
+                        // Its bytes may be what an older version is read from.
+                        touched.push((delta.base_died, id));
+                        shown = true;
+                    }
                     head.live_nodes -= 1;
                     head.live_bytes -= live_bytes(kind, size);
                 }
@@ -141,6 +147,7 @@ impl<'c> Nodes<'c> {
                 self.past.raw_bind_parameter(15, died)?;
                 self.past.raw_execute()?;
                 head.past_versions += 1;
+                touched.extend([(*born, id), (*died, id)]);
             }
             match &delta.current {
                 Some((born, row)) => {
@@ -155,10 +162,10 @@ impl<'c> Nodes<'c> {
                 }
                 None => {}
             }
-            match shown {
-                true => touched.push(id),
-                false if delta.current.is_none() => self.never_shown.push(id),
-                false => {}
+            match &delta.current {
+                Some((born, _)) if *born < NEVER => touched.push((*born, id)),
+                None if !shown => self.never_shown.push(id),
+                _ => {}
             }
         }
         Ok(())
@@ -217,29 +224,25 @@ impl<'c> Entries<'c> {
     fn write(
         &mut self,
         entries: &[(NodeId, &EntryName, &EntryDelta)],
-        touched: &mut Vec<NodeId>,
+        touched: &mut Touched,
     ) -> rusqlite::Result<()> {
         for &(parent, name, delta) in entries {
-            let before = touched.len();
             if !delta.added_first {
                 self.retire(parent, name, delta.base_died, touched)?;
             }
             for &(node, born, died) in &delta.past {
                 self.past.execute(params![parent, name, node, born, died])?;
-                touched.push(node);
+                touched.extend([(born, node), (died, node)]);
             }
             if let Some((node, born)) = delta.current {
                 if born < NEVER {
-                    touched.push(node);
+                    touched.push((born, node));
                 }
                 if self.add.execute(params![parent, name, node, born])? == 0 {
                     // The name was not free after all: history keeps what it meant.
                     self.retire(parent, name, delta.base_died, touched)?;
                     self.add.execute(params![parent, name, node, born])?;
                 }
-            }
-            if touched.len() > before {
-                touched.push(parent);
             }
         }
         Ok(())
@@ -250,14 +253,14 @@ impl<'c> Entries<'c> {
         parent: NodeId,
         name: &EntryName,
         died: Generation,
-        touched: &mut Vec<NodeId>,
+        touched: &mut Touched,
     ) -> rusqlite::Result<()> {
         let pair = |row: &Row<'_>| Ok((row.get::<_, NodeId>(0)?, row.get::<_, Generation>(1)?));
         if let Some((node, born)) = self.remove.query_row(params![parent, name], pair).optional()?
             && born < NEVER
         {
             self.past.execute(params![parent, name, node, born, died])?;
-            touched.push(node);
+            touched.push((died, node));
         }
         Ok(())
     }
@@ -296,7 +299,9 @@ fn write_rest(db: &Connection, batch: &Batch, head: &mut HeadRow) -> rusqlite::R
         }
     }
     for row in &batch.undo {
-        head.undo_bytes += write_undo(db, row.clone())?;
+        if is_of_use(db, row)? {
+            head.undo_bytes += write_undo(db, row.clone())?;
+        }
     }
     for (id, set) in &batch.xattrs {
         let body = xattr::encode(set);
@@ -317,6 +322,16 @@ fn write_rest(db: &Connection, batch: &Batch, head: &mut HeadRow) -> rusqlite::R
         }
     }
     Ok(())
+}
+
+/// Whether anything may need a before-image: not where somebody still writes a file that is gone,
+/// and whose content was forgotten. The content of a live file may be unknown after an unclean end.
+fn is_of_use(db: &Connection, row: &UndoRow) -> rusqlite::Result<bool> {
+    db.prepare_cached(
+        "SELECT EXISTS(SELECT 1 FROM content WHERE id = ?1) \
+         OR EXISTS(SELECT 1 FROM node WHERE id = ?2)",
+    )?
+    .query_row(params![row.content, row.node], |row| row.get(0))
 }
 
 /// Adds a before-image and tells how many bytes it holds. Where an older one begins at the same

@@ -24,7 +24,7 @@ use rusqlite::Connection;
 use super::actor::{self, Actor, Known};
 use super::apply::{Committed, apply};
 use super::overlay::{Batch, Plan};
-use super::schema::NextIds;
+use super::schema::{BUSY_MS, NextIds};
 use super::scratch::Looks;
 use super::{Catalog, Change, Durability, Shared};
 use crate::error::{Error, Result};
@@ -522,8 +522,12 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
 }
 
 fn checkpoint_one(writer: &mut Writer, how: &str) -> rusqlite::Result<()> {
-    // A reader that is in the way is no error: the row says "busy", and the next time will do.
-    let busy: i64 = writer.db.query_row(how, [], |row| row.get(0))?;
+    // A reader that is in the way is no error: the row says "busy", and the next time will do. It
+    // is not waited for either: commits wait meanwhile.
+    writer.db.busy_timeout(Duration::ZERO)?;
+    let busy: rusqlite::Result<i64> = writer.db.query_row(how, [], |row| row.get(0));
+    writer.db.busy_timeout(Duration::from_millis(BUSY_MS))?;
+    let busy = busy?;
     writer.in_wal = 0;
     writer.dirty = writer.dirty && (busy != 0 || how.contains("PASSIVE"));
     Ok(())

@@ -42,8 +42,8 @@ impl Catalog {
     }
 }
 
-/// The nodes touched in (from, to], and a few more: touches are kept by batch, and the batch that
-/// follows may have begun before `to`.
+/// The nodes touched in (from, to], and a few more: older stores have touches by batch, and the
+/// batch that follows may have begun before `to`.
 pub(super) fn touched(
     db: &Connection,
     from: Generation,

@@ -5,40 +5,44 @@ use std::collections::{HashMap, HashSet};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::packed::recipe_parts;
-use super::retain::Sweep;
+use super::schema::ContentState;
 use super::sweep::{Plan, touched};
-use super::{Catalog, ForgetChange, Snapshot, UndoFile};
+use super::{Catalog, ForgetChange, Snapshot, Sweep, SweepPlace};
 use crate::error::Result;
-use crate::types::{ChunkId, Generation, NodeId};
+use crate::types::{ChunkId, ContentId, Generation};
+
+/// Touched nodes that are looked up at once.
+const ROWS_MAX: usize = 1024;
 
 impl Catalog {
     /// The bytes of history that would go if this snapshot alone were deleted: exact, at a cost of
-    /// what changed between its visible neighbours.
+    /// what changed between its visible neighbours. Chunks count when nothing uses them any more,
+    /// clones do not.
     pub fn freed_without(&self, snapshot: &Snapshot, deleted_since: Generation) -> Result<u64> {
         let Some((after, until)) = self.gap_without(snapshot)? else { return Ok(0) };
         self.settle_pending()?;
         self.shared.read_at_once(|db| {
-            let mut plan = Plan::new(db);
+            let mut plan = Plan::new(db, usize::MAX);
             let mut freed = Freed::default();
             let mut seen = HashSet::new();
-            let mut sweep = Sweep { after, until, at: (until, NodeId(0)) };
-            loop {
-                let (batches, last) = touched(db, &sweep)?;
-                for place in batches {
-                    sweep.at = place;
-                    if seen.insert(place.1) {
-                        plan.sweep_node(place.1, &sweep, deleted_since)?;
+            let mut sweep = Sweep { after, until, at: SweepPlace::begin(until) };
+            while !matches!(sweep.at, SweepPlace::Times(_)) {
+                let (places, next) = touched(db, &sweep, ROWS_MAX)?;
+                for (g, node) in places {
+                    sweep.at = match sweep.at {
+                        SweepPlace::End(..) => SweepPlace::End(g, node),
+                        _ => SweepPlace::Within(g, node),
+                    };
+                    if seen.insert(node) {
+                        plan.sweep_node(node, &sweep, deleted_since)?;
                         freed.take(db, &mut plan)?;
                     }
                 }
-                if last && sweep.at.0 >= until {
-                    sweep.at = (after, NodeId(0));
-                } else if last {
-                    break;
-                }
+                sweep.at = next.unwrap_or(sweep.at);
             }
-            plan.use_streams()?;
-            freed.take(db, &mut plan)?;
+            for (&stream, _) in plan.streams.iter().filter(|(_, left)| **left <= 0) {
+                freed.use_less(db, stream)?;
+            }
             freed.bytes(db)
         })
     }
@@ -48,7 +52,7 @@ impl Catalog {
 #[derive(Default)]
 struct Freed {
     /// Bytes of preserved files and of before-images in segments.
-    raw: u64,
+    raw: i64,
     /// How often chunks would be used less.
     chunks: HashMap<ChunkId, i64>,
 }
@@ -56,39 +60,28 @@ struct Freed {
 impl Freed {
     /// Counts what is planned so far, and takes it off the plan.
     fn take(&mut self, db: &Connection, plan: &mut Plan<'_>) -> rusqlite::Result<()> {
-        for (node, content) in plan.unpreserved.drain(..) {
+        for (_, content) in plan.unpreserved.drain(..) {
             let size: Option<i64> = db
-                .prepare_cached("SELECT size FROM content WHERE id = ?1 AND node = ?2")?
-                .query_row(params![content, node], |row| row.get(0))
+                .prepare_cached("SELECT size FROM content WHERE id = ?1 AND state = ?2")?
+                .query_row(params![content, ContentState::Preserved as i64], |row| row.get(0))
                 .optional()?;
-            self.raw += size.unwrap_or(0).max(0) as u64;
+            self.raw += size.unwrap_or(0);
         }
         for change in plan.changes.drain(..) {
-            match change {
-                ForgetChange::Recipe(id) => {
-                    for (chunk, _) in recipe_parts(db, id)?.unwrap_or_default() {
-                        *self.chunks.entry(chunk).or_default() += 1;
-                    }
-                }
-                ForgetChange::Undo { node, content, offset } => {
-                    let length: Option<i64> = db
-                        .prepare_cached(
-                            "SELECT length FROM undo WHERE node = ?1 AND content = ?2 \
-                             AND offset = ?3 AND segment > 0",
-                        )?
-                        .query_row(params![node, content, offset as i64], |row| row.get(0))
-                        .optional()?;
-                    self.raw += length.unwrap_or(0).max(0) as u64;
-                }
-                ForgetChange::UndoPut(row)
-                    if row.at.is_some_and(|at| matches!(at.file, UndoFile::Segment(_))) =>
-                {
-                    self.raw = self.raw.saturating_sub(row.length);
-                }
-                _ => {}
+            if let ForgetChange::Recipe(id) = change {
+                self.use_less(db, id)?;
             }
         }
-        plan.clear();
+        plan.taken.clear();
+        self.raw += std::mem::take(&mut plan.segment_bytes);
+        Ok(())
+    }
+
+    /// A recipe would go.
+    fn use_less(&mut self, db: &Connection, recipe: ContentId) -> rusqlite::Result<()> {
+        for (chunk, _) in recipe_parts(db, recipe)?.unwrap_or_default() {
+            *self.chunks.entry(chunk).or_default() += 1;
+        }
         Ok(())
     }
 
@@ -103,9 +96,9 @@ impl Freed {
             if let Some((refs, stored)) = found
                 && refs <= *uses
             {
-                bytes += stored.max(0) as u64;
+                bytes += stored;
             }
         }
-        Ok(bytes)
+        Ok(bytes.max(0) as u64)
     }
 }

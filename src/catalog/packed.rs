@@ -287,9 +287,13 @@ pub(super) fn apply(
         }
         PackChange::ContentSame { id, to } => {
             leave_preserved(db, *id, ContentState::Same, Some(*to), head)?;
-            // Chains of equal contents stay one link long.
-            db.prepare_cached("UPDATE content SET same = ?2 WHERE same = ?1")?
-                .execute(params![id, to])?;
+            // Chains of equal contents stay one link long. But where this one has before-images,
+            // only with them it has the bytes that the others rely on.
+            db.prepare_cached(
+                "UPDATE content SET same = ?2 WHERE same = ?1 AND NOT EXISTS(SELECT 1 FROM undo \
+                 WHERE node = (SELECT node FROM content WHERE id = ?1) AND content = ?1)",
+            )?
+            .execute(params![id, to])?;
         }
         PackChange::UndoMove { node, content, offset, stream, at } => {
             let length: Option<i64> = db
@@ -376,6 +380,28 @@ pub(super) fn forget_recipe(db: &Connection, id: ContentId) -> rusqlite::Result<
     }
     db.prepare_cached("DELETE FROM recipe WHERE id = ?1")?.execute(params![id])?;
     Ok(())
+}
+
+/// Takes the end off a recipe that nobody reads any more; its chunks are used once less.
+pub(super) fn cut_recipe(db: &Connection, id: ContentId, keep: usize) -> rusqlite::Result<()> {
+    let mut parts = recipe_parts(db, id)?.unwrap_or_default();
+    for (chunk, _) in parts.drain(keep.min(parts.len())..) {
+        count_use(db, chunk, -1)?;
+    }
+    db.prepare_cached("UPDATE recipe SET body = ?2 WHERE id = ?1")?
+        .execute(params![id, encode(&parts)])?;
+    Ok(())
+}
+
+/// Forgets a stream, by its negative number as `undo.segment` has it, if no before-image lies in
+/// it any more.
+pub(super) fn forget_empty_stream(db: &Connection, stream: i64) -> rusqlite::Result<()> {
+    let used =
+        db.prepare_cached("SELECT 1 FROM undo WHERE segment = ?1 LIMIT 1")?.exists([stream])?;
+    match used {
+        true => Ok(()),
+        false => forget_recipe(db, ContentId(stream.unsigned_abs())),
+    }
 }
 
 fn count_use(db: &Connection, chunk: ChunkId, by: i64) -> rusqlite::Result<()> {

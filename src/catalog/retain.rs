@@ -14,20 +14,9 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::apply::write_undo;
 use super::overlay::Bytes;
 use super::schema::{ContentState, HeadRow, Time, read_head};
-use super::{Catalog, Change, ForgetChange, packed};
+use super::{Catalog, Change, ForgetChange, Sweep, SweepPlace, packed};
 use crate::error::Result;
 use crate::types::{EntryName, Generation, NodeId, Timestamp};
-
-/// A gap between two visible generations, and how far its sweep is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sweep {
-    /// The visible generation before it.
-    pub after: Generation,
-    /// The visible generation that ends it.
-    pub until: Generation,
-    /// The last batch and node that was looked at.
-    pub at: (Generation, NodeId),
-}
 
 impl Catalog {
     /// From this generation on every one is visible.
@@ -87,10 +76,10 @@ impl Catalog {
         let mut after = Generation(0);
         let mut gaps = 0;
         for &until in &points {
-            // Was anything between the two visible until now?
+            // Was anything between the two visible until now? Above the old horizon nothing was
+            // ever swept, not even what no generation shows any more.
             let point = old.range(Generation(after.0 + 1)..until).next().is_some();
-            let all = until > old_horizon && until.0 > old_horizon.0.max(after.0 + 1);
-            if point || all {
+            if point || until > old_horizon {
                 changes.push(ForgetChange::SweepAdd { after, until });
                 gaps += 1;
             }
@@ -109,7 +98,8 @@ impl Catalog {
         let mut after = Generation(0);
         let mut changes = Vec::new();
         for until in points {
-            if until > from && after < to && until > after {
+            // What died with `from` is in the gap that ends there.
+            if until >= from && after < to && until > after {
                 changes.push(Change::Forget(ForgetChange::SweepAdd { after, until }));
             }
             after = until;
@@ -120,16 +110,19 @@ impl Catalog {
         Ok(())
     }
 
-    /// The gaps that are to be swept, oldest first.
-    pub fn sweeps(&self) -> Result<Vec<Sweep>> {
+    /// The oldest gap that is to be swept.
+    pub fn next_sweep(&self) -> Result<Option<Sweep>> {
         self.settle_late()?;
         self.shared.read(|db| {
-            let mut statement =
-                db.prepare_cached("SELECT after, until, at_g, at_node FROM sweep ORDER BY after")?;
-            let rows = statement.query_map([], |row| {
-                Ok(Sweep { after: row.get(0)?, until: row.get(1)?, at: (row.get(2)?, row.get(3)?) })
-            })?;
-            rows.collect()
+            db.prepare_cached(
+                "SELECT after, until, at_g, at_node FROM sweep ORDER BY after, until LIMIT 1",
+            )?
+            .query_row([], |row| {
+                let until = row.get(1)?;
+                let at = SweepPlace::from_columns(until, (row.get(2)?, row.get(3)?));
+                Ok(Sweep { after: row.get(0)?, until, at })
+            })
+            .optional()
         })
     }
 
@@ -162,7 +155,7 @@ impl Catalog {
     }
 
     /// Commits what changes the visibility of generations.
-    fn settle_late(&self) -> Result<()> {
+    pub(super) fn settle_late(&self) -> Result<()> {
         match self
             .shared
             .overlay(|batch| (!batch.late.is_empty() || !batch.snapshots.is_empty()).then_some(()))
@@ -271,14 +264,15 @@ pub(super) fn apply(
                     Ok((row.get(0)?, row.get(1)?))
                 })
                 .optional()?;
-            if let Some((Some(segment), length)) = gone
-                && segment > 0
-            {
-                head.undo_bytes -= length;
+            match gone {
+                Some((Some(segment), length)) if segment > 0 => head.undo_bytes -= length,
+                Some((Some(stream), _)) => packed::forget_empty_stream(db, stream)?,
+                _ => {}
             }
         }
         ForgetChange::UndoPut(row) => head.undo_bytes += write_undo(db, row.clone())?,
         ForgetChange::Recipe(id) => packed::forget_recipe(db, *id)?,
+        ForgetChange::RecipeCut { id, keep } => packed::cut_recipe(db, *id, *keep)?,
         ForgetChange::Symlink(node) => {
             db.prepare_cached("DELETE FROM symlink WHERE node = ?1")?.execute(params![node])?;
         }
@@ -291,31 +285,39 @@ pub(super) fn apply(
         ForgetChange::Horizon(g) => head.horizon = head.horizon.max(*g),
         ForgetChange::SweepAdd { after, until } => add_sweep(db, *after, *until)?,
         ForgetChange::SweepAt { after, until, from, at } => {
-            fold(db, *until, *from, *at)?;
+            let (from, at) = (from.columns(), at.columns());
             db.prepare_cached(
-                "UPDATE sweep SET at_g = ?3, at_node = ?4 WHERE after = ?1 AND until = ?2",
+                "UPDATE sweep SET at_g = ?3, at_node = ?4 WHERE after = ?1 AND until = ?2 \
+                 AND at_g = ?5 AND at_node = ?6",
             )?
-            .execute(params![after, until, at.0, at.1])?;
+            .execute(params![after, until, at.0, at.1, from.0, from.1])?;
         }
-        ForgetChange::SweepSplit { after, until, at } => {
-            drop_sweep(db, *after, *until)?;
-            add_sweep(db, *after, *at)?;
-            add_sweep(db, *at, *until)?;
-        }
-        ForgetChange::SweepEnd { after, until } => {
-            let rest = (Generation(until.0.saturating_sub(1)), NodeId(i64::MAX as u64));
-            fold(db, *until, (*after, NodeId(i64::MAX as u64)), rest)?;
-            drop_sweep(db, *after, *until)?;
-        }
-        ForgetChange::StateSince { node, since } => {
-            db.prepare_cached("UPDATE node SET born = max(born, ?2) WHERE id = ?1")?
-                .execute(params![node, since])?;
-        }
-        ForgetChange::EntrySince { parent, name, since } => {
+        ForgetChange::SweepEnd { after, until, from } => {
+            let from = from.columns();
             db.prepare_cached(
-                "UPDATE entry SET born = max(born, ?3) WHERE parent = ?1 AND name = ?2",
+                "DELETE FROM sweep WHERE after = ?1 AND until = ?2 AND at_g = ?3 AND at_node = ?4",
             )?
-            .execute(params![parent, name, since])?;
+            .execute(params![after, until, from.0, from.1])?;
+        }
+        ForgetChange::Untouched { node, at } => {
+            db.prepare_cached("DELETE FROM touched WHERE g = ?1 AND node = ?2")?
+                .execute(params![at, node])?;
+        }
+        ForgetChange::Touched { node, at } => {
+            db.prepare_cached("INSERT OR IGNORE INTO touched(g, node) VALUES(?1, ?2)")?
+                .execute(params![at, node])?;
+        }
+        ForgetChange::Tick(g) => {
+            db.prepare_cached("DELETE FROM tick WHERE g = ?1")?.execute(params![g])?;
+        }
+        ForgetChange::Act(g) => {
+            db.prepare_cached("DELETE FROM act WHERE g = ?1")?.execute(params![g])?;
+        }
+        ForgetChange::Actor(id) => {
+            db.prepare_cached("DELETE FROM actor WHERE id = ?1")?.execute(params![*id as i64])?;
+        }
+        ForgetChange::XattrSet(id) => {
+            db.prepare_cached("DELETE FROM xattr_set WHERE id = ?1")?.execute(params![id])?;
         }
         ForgetChange::Purged(row) => {
             db.prepare_cached(
@@ -332,47 +334,14 @@ pub(super) fn apply(
     Ok(())
 }
 
-/// Enters a gap. One that is there is swept again from its beginning, which is its end: see
-/// [`super::sweep`].
+/// Enters a gap, in place of those that lie in it. One that is there is swept again from its
+/// beginning.
 fn add_sweep(db: &Connection, after: Generation, until: Generation) -> rusqlite::Result<()> {
-    db.prepare_cached(
-        "INSERT OR REPLACE INTO sweep(after, until, at_g, at_node) VALUES(?1, ?2, ?2, 0)",
-    )?
-    .execute(params![after, until])?;
-    Ok(())
-}
-
-fn drop_sweep(db: &Connection, after: Generation, until: Generation) -> rusqlite::Result<()> {
-    db.prepare_cached("DELETE FROM sweep WHERE after = ?1 AND until = ?2")?
+    db.prepare_cached("DELETE FROM sweep WHERE after >= ?1 AND after < ?2 AND until <= ?2")?
         .execute(params![after, until])?;
-    Ok(())
-}
-
-/// The batches of a gap become one, piece by piece: what they touched counts as touched at the
-/// gap's end, and of their ticks the last one stays, which is the end's.
-fn fold(
-    db: &Connection,
-    until: Generation,
-    from: (Generation, NodeId),
-    to: (Generation, NodeId),
-) -> rusqlite::Result<()> {
-    if from.0 >= until {
-        return Ok(());
-    }
-    db.prepare_cached(
-        "INSERT OR IGNORE INTO touched(g, node) SELECT ?1, node FROM touched \
-         WHERE (g, node) > (?2, ?3) AND (g, node) <= (?4, ?5) AND g < ?1",
-    )?
-    .execute(params![until, from.0, from.1, to.0, to.1])?;
-    db.prepare_cached(
-        "DELETE FROM touched WHERE (g, node) > (?2, ?3) AND (g, node) <= (?4, ?5) AND g < ?1",
-    )?
-    .execute(params![until, from.0, from.1, to.0, to.1])?;
-    db.prepare_cached(
-        "DELETE FROM tick WHERE g > ?2 AND g <= ?3 \
-         AND g < (SELECT max(g) FROM tick WHERE g <= ?1)",
-    )?
-    .execute(params![until, from.0, to.0])?;
+    let at = SweepPlace::begin(until).columns();
+    db.prepare_cached("INSERT INTO sweep(after, until, at_g, at_node) VALUES(?1, ?2, ?3, ?4)")?
+        .execute(params![after, until, at.0, at.1])?;
     Ok(())
 }
 
@@ -403,17 +372,20 @@ pub(super) fn digest(change: &ForgetChange, out: &mut Bytes) {
         ForgetChange::Horizon(g) => out.numbers(&[49, g.0]),
         ForgetChange::SweepAdd { after, until } => out.numbers(&[50, after.0, until.0]),
         ForgetChange::SweepAt { after, until, from, at } => {
+            let (from, at) = (from.columns(), at.columns());
             out.numbers(&[51, after.0, until.0, from.0.0, from.1.0, at.0.0, at.1.0]);
         }
-        ForgetChange::SweepSplit { after, until, at } => {
-            out.numbers(&[54, after.0, until.0, at.0]);
+        ForgetChange::SweepEnd { after, until, from } => {
+            let from = from.columns();
+            out.numbers(&[52, after.0, until.0, from.0.0, from.1.0]);
         }
-        ForgetChange::StateSince { node, since } => out.numbers(&[55, node.0, since.0]),
-        ForgetChange::EntrySince { parent, name, since } => {
-            out.numbers(&[56, parent.0, since.0]);
-            out.blob(name.as_bytes());
-        }
-        ForgetChange::SweepEnd { after, until } => out.numbers(&[52, after.0, until.0]),
+        ForgetChange::RecipeCut { id, keep } => out.numbers(&[54, id.0, *keep as u64]),
+        ForgetChange::Untouched { node, at } => out.numbers(&[55, node.0, at.0]),
+        ForgetChange::Touched { node, at } => out.numbers(&[56, node.0, at.0]),
+        ForgetChange::Tick(g) => out.numbers(&[57, g.0]),
+        ForgetChange::Act(g) => out.numbers(&[58, g.0]),
+        ForgetChange::Actor(id) => out.numbers(&[59, *id]),
+        ForgetChange::XattrSet(id) => out.numbers(&[60, id.0]),
         ForgetChange::Purged(row) => {
             out.numbers(&[53, row.time.secs as u64, row.time.nanos.into()]);
             out.numbers(&[row.versions, row.bytes]);

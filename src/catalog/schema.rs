@@ -26,14 +26,17 @@
 //! | `actor`, `act` | who made changes: a row of `act` counts until the next one |
 //! | `purged` | paths removed from all history on request |
 //! | `xattr_set` | interned sets: count, then names and values, each as length (LE u32) and bytes |
-//! | `touched` | per batch (its last generation): nodes whose state, names or entries changed |
+//! | `touched` | generations in which a state or name of a node begins or ends, see [`sweep`] |
 //!
 //! What history does not show is in `node` and `entry` with a `born` of 2^62 and never comes into
 //! their siblings.
 //!
 //! Version 1 had none of the tables from `recipe` on. In version 2 `entry_h` was clustered by
 //! directory, with each name three times, and `chunk` had the first 8 bytes of the hash as `key`.
-//! Opening either for writing makes it one of version 3.
+//! Opening either for writing makes it one of version 3. Indexes that came later are made whenever
+//! a file that lacks them is opened for writing.
+//!
+//! [`sweep`]: super::sweep
 //!
 //! Times are nanoseconds since 1970 as an integer where that is exact, else 12 bytes: seconds (BE
 //! i64), nanoseconds (BE u32). `ctime` and `btime` are NULL where they equal `mtime`.
@@ -57,7 +60,7 @@ const FORMAT_MIN: i32 = 1;
 /// Prepared statements kept per connection: all that the catalog has.
 const STATEMENTS_MAX: usize = 128;
 /// How long a connection waits for another's lock, in milliseconds. Only WAL recovery takes one.
-const BUSY_MS: u64 = 10_000;
+pub(super) const BUSY_MS: u64 = 10_000;
 /// What a person can do about a damaged catalog.
 pub(super) const REMEDY: &str =
     "Mount without this replica, so that it is made anew from another, or rebuild the catalog";
@@ -148,6 +151,12 @@ CREATE INDEX entry_h_node ON entry_h(node, died);
 DROP INDEX chunk_key;
 ALTER TABLE chunk DROP COLUMN key;
 CREATE INDEX chunk_hash ON chunk(substr(hash, 1, 5));
+";
+/// What finds that nothing refers to a set of attributes, or an actor, any more.
+const INDEXES: &str = "
+CREATE INDEX IF NOT EXISTS node_xattrs ON node(xattrs) WHERE xattrs > 0;
+CREATE INDEX IF NOT EXISTS node_h_xattrs ON node_h(xattrs) WHERE xattrs > 0;
+CREATE INDEX IF NOT EXISTS act_actor ON act(actor);
 ";
 /// How many tables each version has: fewer in a file means that it is not whole.
 const TABLE_COUNTS: [i64; 3] = [13, 22, 22];
@@ -257,6 +266,9 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
     if format < FORMAT && for_use == Use::Write {
         upgrade(&mut db, format)?;
     }
+    if for_use == Use::Write {
+        db.execute_batch(INDEXES)?;
+    }
     Ok(db)
 }
 
@@ -321,6 +333,7 @@ pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<(
     transaction.execute_batch(TABLES)?;
     transaction.execute_batch(TABLES_2)?;
     transaction.execute_batch(TABLES_3)?;
+    transaction.execute_batch(INDEXES)?;
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.execute(
         "INSERT INTO head VALUES(1, ?1, 0, ?2, 0, 2, 1, 1, 1, 0, 0, 0, 0, 0)",

@@ -1,17 +1,22 @@
 //! Snapshots: named generations.
 
-use rusqlite::{OptionalExtension, Row, params};
+use std::collections::{BTreeSet, HashSet};
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::query::time_of;
+use super::retain::visible;
 use super::schema::{Time, read_head};
 use super::{Catalog, Change, Durability, ForgetChange, Snapshot};
 use crate::error::{Error, Result};
-use crate::types::{EntryName, Generation, escape};
+use crate::types::{EntryName, Generation, SnapshotId, escape};
 
 /// The longest name, in bytes: room for what the snapshot folder adds to it.
 const NAME_BYTES_MAX: usize = 200;
 /// Names told when one is not found.
 const NEAREST_MAX: usize = 3;
+/// Snapshots that go with one commit.
+const DELETED_MAX: usize = 128;
 const COLUMNS: &str = "id, name, g, time, automatic, held, tags";
 
 impl Catalog {
@@ -73,7 +78,10 @@ impl Catalog {
         let _names = self.shared.snapshots.lock();
         self.check_free(name)?;
         let newest = self.generation();
-        let generation = self.settled(at)?;
+        let at = self.settled(at)?;
+        self.settle_late()?;
+        // What became invisible since the caller chose it does not become visible again.
+        let generation = self.shared.read_at_once(|db| visible(db, at))?;
         let now = (self.shared.now)();
         // The newest tree is the tree of now, however long ago its last change was.
         let time = if generation >= newest {
@@ -91,18 +99,39 @@ impl Catalog {
 
     /// Forgets a snapshot. `NotFound` names the nearest names; `InUse` if it is held.
     pub fn delete_snapshot(&self, name: &str) -> Result<Snapshot> {
-        let _names = self.shared.snapshots.lock();
+        let deleted = self.delete_snapshots(&[name])?.into_iter().next();
+        deleted.unwrap_or_else(|| Err(Error::NotFound(format!("no snapshot '{name}'"))))
+    }
+
+    /// Forgets snapshots, many with one commit, and tells of each what
+    /// [`Catalog::delete_snapshot`] would.
+    pub fn delete_snapshots(&self, names: &[&str]) -> Result<Vec<Result<Snapshot>>> {
+        let mut outcomes = Vec::with_capacity(names.len());
+        for names in names.chunks(DELETED_MAX) {
+            let _names = self.shared.snapshots.lock();
+            let first = outcomes.len();
+            outcomes.extend(names.iter().map(|name| self.deletable(name)));
+            let going: Vec<&Snapshot> = outcomes[first..].iter().flatten().collect();
+            let mut changes: Vec<_> =
+                going.iter().map(|snapshot| Change::SnapshotRemove(snapshot.id)).collect();
+            let gaps = self.gaps_without(&going)?.into_iter();
+            changes.extend(
+                gaps.map(|(after, until)| Change::Forget(ForgetChange::SweepAdd { after, until })),
+            );
+            if !changes.is_empty() {
+                self.push(changes)?;
+            }
+        }
+        self.flush(Durability::Written)?;
+        Ok(outcomes)
+    }
+
+    fn deletable(&self, name: &str) -> Result<Snapshot> {
         let snapshot = self.existing(name)?;
         if snapshot.held {
             let shown = escape(name.as_bytes());
             return Err(Error::InUse(format!("snapshot '{shown}' is held: release it first")));
         }
-        let mut changes = vec![Change::SnapshotRemove(snapshot.id)];
-        if let Some((after, until)) = self.gap_without(&snapshot)? {
-            changes.push(Change::Forget(ForgetChange::SweepAdd { after, until }));
-        }
-        self.push(changes)?;
-        self.flush(Durability::Written)?;
         Ok(snapshot)
     }
 
@@ -133,25 +162,37 @@ impl Catalog {
         &self,
         snapshot: &Snapshot,
     ) -> Result<Option<(Generation, Generation)>> {
-        let g = snapshot.generation;
+        Ok(self.gaps_without(&[snapshot])?.into_iter().next())
+    }
+
+    /// The gaps that snapshots leave that go together, ascending.
+    fn gaps_without(&self, going: &[&Snapshot]) -> Result<Vec<(Generation, Generation)>> {
+        self.settle_late()?;
+        let ids: HashSet<SnapshotId> = going.iter().map(|snapshot| snapshot.id).collect();
+        let points: BTreeSet<Generation> =
+            going.iter().map(|snapshot| snapshot.generation).collect();
         self.shared.read_at_once(|db| {
             let horizon = read_head(db)?.horizon;
-            let shared = db
-                .prepare_cached(
-                    "SELECT 1 FROM snapshot WHERE g = ?1 AND id <> ?2 \
-                     UNION ALL SELECT 1 FROM moment WHERE g = ?1",
-                )?
-                .exists(params![g, snapshot.id])?;
-            if shared || g >= horizon {
-                return Ok(None);
+            let mut gaps: Vec<(Generation, Generation)> = Vec::new();
+            for &g in points.iter().filter(|g| **g < horizon) {
+                if is_kept_without(db, g, &ids)? {
+                    continue;
+                }
+                let (after, until) = db
+                    .prepare_cached(
+                        "SELECT max(coalesce((SELECT max(g) FROM moment WHERE g < ?1), 0), \
+                         coalesce((SELECT max(g) FROM snapshot WHERE g < ?1), 0)), \
+                         min(coalesce((SELECT min(g) FROM moment WHERE g > ?1), ?2), \
+                         coalesce((SELECT min(g) FROM snapshot WHERE g > ?1), ?2), ?2)",
+                    )?
+                    .query_row(params![g, horizon], |row| Ok((row.get(0)?, row.get(1)?)))?;
+                match gaps.last_mut() {
+                    // What lies between is going too.
+                    Some(last) if after < last.1 => last.1 = until,
+                    _ => gaps.push((after, until)),
+                }
             }
-            db.prepare_cached(
-                "SELECT max(coalesce((SELECT max(g) FROM moment WHERE g < ?1), 0), \
-                     coalesce((SELECT max(g) FROM snapshot WHERE g < ?1), 0)), \
-                     min(coalesce((SELECT min(g) FROM moment WHERE g > ?1), ?2), \
-                     coalesce((SELECT min(g) FROM snapshot WHERE g > ?1), ?2), ?2)",
-            )?
-            .query_row(params![g, horizon], |row| Ok(Some((row.get(0)?, row.get(1)?))))
+            Ok(gaps)
         })
     }
 
@@ -196,6 +237,22 @@ impl Catalog {
             None => Ok(()),
         }
     }
+}
+
+/// Whether a generation below the horizon is visible without these snapshots.
+fn is_kept_without(
+    db: &Connection,
+    g: Generation,
+    going: &HashSet<SnapshotId>,
+) -> rusqlite::Result<bool> {
+    let mut statement = db.prepare_cached("SELECT id FROM snapshot WHERE g = ?1")?;
+    let mut rows = statement.query(params![g])?;
+    while let Some(row) = rows.next()? {
+        if !going.contains(&row.get(0)?) {
+            return Ok(true);
+        }
+    }
+    db.prepare_cached("SELECT 1 FROM moment WHERE g = ?1")?.exists(params![g])
 }
 
 /// Refuses names that would be hidden, ambiguous or unprintable in the snapshot folder.

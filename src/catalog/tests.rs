@@ -10,10 +10,12 @@ use crate::error::Error;
 mod actors;
 mod attach;
 mod cost;
+mod forget;
 mod history;
 mod lifecycle;
 mod model;
 mod speed;
+mod sweep;
 
 const ROOT: NodeId = NodeId::ROOT;
 
@@ -25,7 +27,11 @@ struct Scratch {
 
 impl Scratch {
     fn new(replicas: usize) -> Scratch {
-        let dir = tempfile::tempdir().unwrap();
+        Scratch::new_in(replicas, std::env::temp_dir())
+    }
+
+    fn new_in(replicas: usize, folder: impl AsRef<Path>) -> Scratch {
+        let dir = tempfile::tempdir_in(folder).unwrap();
         let store = uuid::Uuid::new_v4();
         let files: Vec<_> =
             (0..replicas).map(|index| dir.path().join(format!("{index}.db"))).collect();

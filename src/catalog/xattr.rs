@@ -3,7 +3,7 @@
 //! A set's body is its count, then each name and value as a length and its bytes (little-endian
 //! u32).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use rusqlite::{OptionalExtension, params};
 
-use super::{Catalog, Change};
+use super::{Catalog, Change, ForgetChange};
 use crate::error::{Error, Result};
 use crate::types::{XattrSetId, Xattrs};
 
@@ -26,6 +26,16 @@ pub(super) struct Interned {
     /// Sets of this mount by hash: the database may not have them yet. Few, for all of them are
     /// new.
     made: Mutex<HashMap<[u8; 32], XattrSetId>>,
+    /// The ids that this mount gave out, and those that it removed.
+    given: Mutex<Given>,
+}
+
+/// An id that was given out may come to be in a row at any time, so it stays. One that was removed
+/// is still in the database until that is committed, and must not be given out again.
+#[derive(Default)]
+struct Given {
+    out: HashSet<XattrSetId>,
+    removed: HashSet<XattrSetId>,
 }
 
 impl Interned {
@@ -35,7 +45,20 @@ impl Interned {
             by_id: Mutex::new(LruCache::new(CACHED_MAX)),
             by_hash: Mutex::new(LruCache::new(CACHED_MAX)),
             made: Mutex::new(HashMap::new()),
+            given: Mutex::new(Given::default()),
         }
+    }
+}
+
+impl Interned {
+    /// Notes that an id is given out; `false` for one that was removed.
+    fn give(&self, id: XattrSetId) -> bool {
+        let mut given = self.given.lock();
+        if given.removed.contains(&id) {
+            return false;
+        }
+        given.out.insert(id);
+        true
     }
 }
 
@@ -60,7 +83,7 @@ impl Catalog {
                     .optional()
             })?,
         };
-        let id = match known {
+        let id = match known.filter(|id| interned.give(*id)) {
             Some(id) => id,
             None => {
                 let id = self.shared.next_xattrs();
@@ -68,11 +91,25 @@ impl Catalog {
                 self.push(vec![Change::XattrSetAdd { id, set: set.clone() }])?;
                 interned.by_id.lock().put(id, set);
                 interned.made.lock().insert(hash, id);
+                interned.give(id);
                 id
             }
         };
         by_hash.put(hash, id);
         Ok(id)
+    }
+
+    /// Removes sets that no committed state has, unless they were given out meanwhile.
+    pub(super) fn forget_sets(&self, mut sets: Vec<XattrSetId>) -> Result<()> {
+        let mut given = self.shared.xattrs.given.lock();
+        sets.retain(|id| !given.out.contains(id));
+        if sets.is_empty() {
+            return Ok(());
+        }
+        given.removed.extend(&sets);
+        let changes = sets.into_iter().map(|id| Change::Forget(ForgetChange::XattrSet(id)));
+        self.push(changes.collect())?;
+        Ok(())
     }
 
     /// A set of extended attributes.

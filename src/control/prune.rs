@@ -36,8 +36,10 @@ pub(super) fn prune(volume: &Volume, wanted: Wanted) -> Result<PruneReport> {
 /// them, or held it: that one is told of last.
 fn remove(volume: &Volume, report: &mut PruneReport) -> Result<()> {
     let planned = std::mem::take(&mut report.dropped);
-    for mut item in planned {
-        match volume.catalog().delete_snapshot(&item.name) {
+    let names: Vec<&str> = planned.iter().map(|item| item.name.as_str()).collect();
+    let outcomes = volume.catalog().delete_snapshots(&names)?;
+    for (mut item, outcome) in planned.into_iter().zip(outcomes) {
+        match outcome {
             Ok(_) | Err(Error::NotFound(_)) => report.dropped.push(item),
             Err(Error::InUse(_)) => {
                 item.held = true;

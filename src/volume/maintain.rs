@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::catalog::{Durability, WaitingContent};
+use crate::catalog::{Durability, Unused, WaitingContent};
 use crate::error::{Error, Result};
 use crate::history::packer::{Claim, Packed, Packer, Step};
 use crate::types::{ContentId, Generation, NodeId};
@@ -182,25 +182,27 @@ impl Volume {
         let deleted_since = self.deleted_since()?;
         let mut steps = 0;
         let mut useless = Vec::new();
-        'sweeps: loop {
-            let sweeps = self.catalog().sweeps()?;
-            if sweeps.is_empty() {
-                break;
+        let mut finished = false;
+        while let Some(sweep) = self.catalog().next_sweep()? {
+            let step = self.catalog().sweep_on(&sweep, deleted_since)?;
+            useless.extend(step.unpreserved);
+            finished |= step.done;
+            steps += 1;
+            if steps % STEPS_MAX == 0 {
+                self.remove_useless(&mut useless)?;
             }
-            for sweep in sweeps {
-                let step = self.catalog().sweep_on(&sweep, deleted_since)?;
-                useless.extend(step.unpreserved);
-                steps += 1;
-                if steps % STEPS_MAX == 0 {
-                    self.remove_useless(&mut useless)?;
-                }
-                stop()?;
-                if time.is_some_and(|time| begin.elapsed() >= time) {
-                    break 'sweeps;
-                }
+            stop()?;
+            if time.is_some_and(|time| begin.elapsed() >= time) {
+                return self.remove_useless(&mut useless);
             }
         }
-        self.remove_useless(&mut useless)
+        self.remove_useless(&mut useless)?;
+        let mut looked = finished.then(Unused::default);
+        while let Some(from) = looked {
+            looked = self.catalog().forget_unused(from)?;
+            stop()?;
+        }
+        Ok(())
     }
 
     /// Removes the files of contents that were forgotten, once that is durable.

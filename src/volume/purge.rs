@@ -5,7 +5,7 @@
 
 use crate::catalog::{Change, Durability, ForgetChange, PurgeRow};
 use crate::error::Result;
-use crate::types::{ContentId, NodeId};
+use crate::types::{ContentId, Generation, NodeId};
 
 use super::Volume;
 
@@ -25,7 +25,9 @@ impl Volume {
             self.begin_anew(nodes)?;
         }
         let mut useless = Vec::new();
-        self.forget_nodes(nodes, &mut useless)?;
+        let last = self.forget_nodes(nodes, &mut useless)?;
+        // What is known of the times and actors of what went goes with the sweep.
+        self.catalog().sweep_again(Generation(0), last)?;
         let told: Vec<String> = rows
             .iter()
             .map(|row| format!("{} ({} versions, {} bytes)", row.path, row.versions, row.bytes))
@@ -40,16 +42,19 @@ impl Volume {
     }
 
     /// Takes all past states and names of these nodes out of history. `useless` gets the contents
-    /// whose files are to be removed; those of many nodes are removed on the way.
+    /// whose files are to be removed; those of many nodes are removed on the way. Returns
+    /// the last generation in which any of it ended.
     pub(super) fn forget_nodes(
         &self,
         nodes: &[NodeId],
         useless: &mut Vec<(NodeId, ContentId)>,
-    ) -> Result<()> {
+    ) -> Result<Generation> {
+        let mut last = Generation(0);
         for (index, &node) in nodes.iter().enumerate() {
             loop {
                 let step = self.catalog().plan_purge(node)?;
                 useless.extend(step.unpreserved);
+                last = step.changes.iter().filter_map(ended).fold(last, Generation::max);
                 if !step.changes.is_empty() {
                     self.catalog().push(step.changes)?;
                 }
@@ -61,7 +66,7 @@ impl Volume {
                 self.remove_useless(useless)?;
             }
         }
-        Ok(())
+        Ok(last)
     }
 
     /// Lets the present states and names of live nodes begin now: those before end with them.
@@ -86,5 +91,15 @@ impl Volume {
             self.catalog().push(changes)?;
         }
         Ok(())
+    }
+}
+
+/// Where what a change takes out ended.
+fn ended(change: &Change) -> Option<Generation> {
+    match change {
+        Change::Forget(ForgetChange::State { died, .. } | ForgetChange::Entry { died, .. }) => {
+            Some(*died)
+        }
+        _ => None,
     }
 }

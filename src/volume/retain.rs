@@ -156,13 +156,16 @@ impl Volume {
             allow_none: true,
         };
         let decisions = retention::decide(&asked, &items, now, &TimeZone::system())?;
-        for (snapshot, decision) in snapshots.iter().zip(decisions) {
-            if !decision.keep {
-                match self.catalog().delete_snapshot(&snapshot.name) {
-                    // Somebody held or removed it meanwhile.
-                    Err(Error::InUse(_) | Error::NotFound(_)) => {}
-                    other => drop(other?),
-                }
+        let decided = snapshots.iter().zip(decisions);
+        let going: Vec<&str> = decided
+            .filter(|(_, decision)| !decision.keep)
+            .map(|(snapshot, _)| snapshot.name.as_str())
+            .collect();
+        for outcome in self.catalog().delete_snapshots(&going)? {
+            match outcome {
+                // Somebody held or removed it meanwhile.
+                Err(Error::InUse(_) | Error::NotFound(_)) => {}
+                other => drop(other?),
             }
         }
         Ok(())
