@@ -19,6 +19,8 @@ mod attributes;
 mod checkpoint;
 mod content;
 mod excludes;
+#[cfg(test)]
+mod faults;
 mod files;
 mod intend;
 mod maintain;

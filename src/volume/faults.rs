@@ -1,0 +1,241 @@
+//! Every call on every replica fails once, in every operation: the operation is done all the same,
+//! exactly once, and whoever did not follow is out of use.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::*;
+use crate::history::History;
+use crate::replica::Replica;
+use crate::replica::dir_backing::DirBacking;
+use crate::replica::faulty::{Faulty, Injected};
+use crate::replica::{Fault, State as ReplicaState};
+use crate::store::{self, OpenOptions};
+
+const CALLER: Caller = Caller { creds: Creds::DAEMON, pid: 0 };
+/// More calls than any operation makes on one replica.
+const CALLS_MAX: usize = 200;
+
+fn name(text: &str) -> EntryName {
+    EntryName::new(text).expect("a valid name")
+}
+
+/// A volume on two replicas of which one has calls that fail.
+struct Rig {
+    volume: Arc<Volume>,
+    dirs: Vec<tempfile::TempDir>,
+    /// The call after so many more fails.
+    left: Arc<AtomicUsize>,
+}
+
+impl Rig {
+    /// With the errors on the replica `faulty`.
+    fn new(faulty: usize, errno: Errno) -> Rig {
+        let dirs: Vec<_> = (0..2).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
+        let paths: Vec<_> = dirs.iter().map(|dir| dir.path().canonicalize().unwrap()).collect();
+        let options = OpenOptions { init: true, ..OpenOptions::default() };
+        let recover = |replicas: &ReplicaSet, catalog: &Catalog, from| {
+            History::recover(replicas, catalog, from)
+        };
+        let store = store::open(&paths, &options, &recover, &crate::progress::Progress::silent());
+        let store = store.unwrap();
+        let id = store.replicas.ids().nth(faulty).unwrap();
+        let left = Arc::new(AtomicUsize::new(usize::MAX));
+        let count = left.clone();
+        let plan = move |_: crate::replica::faulty::Call<'_>| {
+            let fails = match count.load(Ordering::SeqCst) {
+                usize::MAX => false,
+                left => {
+                    count.store(left.wrapping_sub(1), Ordering::SeqCst);
+                    left == 0
+                }
+            };
+            fails.then_some(Injected::Error(errno))
+        };
+        let before = store.replicas.get(id);
+        let inner = Box::new(DirBacking::open(&before.path).unwrap());
+        let backing = Box::new(Faulty::new(inner, Arc::new(plan)));
+        let replica = Replica::new(before.uuid, before.label.clone(), before.path.clone(), backing);
+        store.replicas.eject(id, Fault::new("exchange", Errno::IO));
+        assert!(store.replicas.replace(id, replica));
+        let replica = store.replicas.get(id);
+        store.intents.join(&store.replicas, id, replica.backing()).unwrap();
+        store.replicas.admit(id);
+        // Nothing is done by anybody but the test.
+        let long = Duration::from_secs(3600);
+        let options = VolumeOptions {
+            idle_seal: long,
+            housekeeping: long,
+            pack_after: long,
+            policy_every: long,
+            ..VolumeOptions::default()
+        };
+        let volume = Volume::open(store, options).unwrap();
+        Rig { volume, dirs, left }
+    }
+
+    fn id(&self, index: usize) -> ReplicaId {
+        self.volume.replicas().ids().nth(index).unwrap()
+    }
+
+    fn lookup(&self, text: &str) -> Result<Arc<Node>> {
+        Ok(self.volume.lookup(NodeId::ROOT, &name(text))?.0)
+    }
+
+    fn write(&self, text: &str, data: &[u8]) -> Result<()> {
+        let node = self.lookup(text)?;
+        self.volume.open_file(&node, true, false, &CALLER)?;
+        let written = self.volume.write(&node, 0, data, false, &CALLER);
+        self.volume.release(&node, true)?;
+        written
+    }
+
+    fn create(&self, text: &str) -> Result<()> {
+        let (node, _) = self.volume.create(NodeId::ROOT, &name(text), 0o644, true, &CALLER)?;
+        self.volume.release(&node, true)
+    }
+}
+
+/// What everything begins with.
+fn prepare(rig: &Rig) {
+    for text in ["old", "other", "gone"] {
+        rig.create(text).unwrap();
+        rig.write(text, text.repeat(3000).as_bytes()).unwrap();
+    }
+    rig.volume.make(NodeId::ROOT, &name("dir"), &Newborn::Dir, 0o755, &CALLER).unwrap();
+    rig.volume.settle().unwrap();
+    rig.volume.checkpoint().unwrap();
+}
+
+type Work = (&'static str, fn(&Rig) -> Result<()>, fn(&Path) -> bool);
+
+/// Each operation, and whether a backing shows that it was done.
+const WORKS: &[Work] = &[
+    ("create", |rig| rig.create("new"), |root| root.join("new").is_file()),
+    (
+        "overwrite",
+        |rig| rig.write("old", b"NEW"),
+        |root| std::fs::read(root.join("old")).unwrap().starts_with(b"NEWold"),
+    ),
+    (
+        "large write",
+        |rig| rig.write("old", &[7; 100_000]),
+        |root| std::fs::read(root.join("old")).unwrap() == [7; 100_000],
+    ),
+    (
+        "empty",
+        |rig| {
+            let node = rig.lookup("old")?;
+            rig.volume.open_file(&node, true, true, &CALLER)?;
+            rig.volume.release(&node, true)
+        },
+        |root| std::fs::read(root.join("old")).unwrap().is_empty(),
+    ),
+    (
+        "unlink",
+        |rig| rig.volume.unlink(NodeId::ROOT, &name("gone"), &CALLER),
+        |root| !root.join("gone").exists(),
+    ),
+    (
+        "rename over",
+        |rig| {
+            let (from, to) = (name("old"), name("other"));
+            let mode = crate::replica::backing::RenameMode::Replace;
+            rig.volume.rename(NodeId::ROOT, &from, NodeId::ROOT, &to, mode, &CALLER)
+        },
+        |root| std::fs::read(root.join("other")).unwrap().starts_with(b"old"),
+    ),
+    (
+        "link",
+        |rig| {
+            let node = rig.lookup("old")?;
+            rig.volume.link(&node, NodeId::ROOT, &name("hard"), &CALLER).map(|_| ())
+        },
+        |root| root.join("hard").is_file(),
+    ),
+    (
+        "mkdir",
+        |rig| {
+            rig.volume.make(NodeId::ROOT, &name("made"), &Newborn::Dir, 0o700, &CALLER).map(|_| ())
+        },
+        |root| root.join("made").is_dir(),
+    ),
+    (
+        "rmdir",
+        |rig| rig.volume.rmdir(NodeId::ROOT, &name("dir"), &CALLER),
+        |root| !root.join("dir").exists(),
+    ),
+    (
+        "chmod",
+        |rig| {
+            let changes = Changes { mode: Some(0o600), ..Changes::default() };
+            rig.volume.set_attributes(&rig.lookup("old")?, &changes, &CALLER).map(|_| ())
+        },
+        |root| {
+            use std::os::unix::fs::PermissionsExt;
+            root.join("old").metadata().unwrap().permissions().mode() & 0o7777 == 0o600
+        },
+    ),
+    (
+        "setxattr",
+        |rig| {
+            let node = rig.lookup("old")?;
+            rig.volume.set_xattr(&node, "user.x".as_ref(), b"y", 0, &CALLER)
+        },
+        |root| rustix::fs::getxattr(root.join("old"), "user.x", &mut [0; 8][..]).is_ok(),
+    ),
+    (
+        "write and fsync",
+        |rig| {
+            let node = rig.lookup("other")?;
+            rig.volume.open_file(&node, true, false, &CALLER)?;
+            let done = rig
+                .volume
+                .write(&node, 0, b"synced", false, &CALLER)
+                .and_then(|()| rig.volume.fsync(&node, false));
+            rig.volume.release(&node, true)?;
+            done
+        },
+        |root| std::fs::read(root.join("other")).unwrap().starts_with(b"synced"),
+    ),
+];
+
+#[test]
+fn a_call_that_fails_costs_its_replica_at_most_and_never_the_operation() {
+    if !crate::sys::is_root() {
+        return;
+    }
+    let mut cut_points = 0;
+    for (what, work, is_done) in WORKS {
+        for faulty in 0..2 {
+            for nth in 0..CALLS_MAX {
+                let rig = Rig::new(faulty, Errno::IO);
+                prepare(&rig);
+                rig.left.store(nth, Ordering::SeqCst);
+                let told = format!("{what}, replica {faulty}, call {nth}");
+                work(&rig).unwrap_or_else(|error| panic!("{told}: {error}"));
+                let fired = rig.left.swap(usize::MAX, Ordering::SeqCst) == usize::MAX;
+                let health = rig.volume.replicas().health(rig.id(faulty));
+                let is_online = health.state == ReplicaState::Online;
+                let well = rig.volume.replicas().is_online(rig.id(1 - faulty));
+                assert!(well, "{told}: the other replica is in use");
+                if !fired {
+                    assert!(is_online, "{told}: nothing failed");
+                    break;
+                }
+                cut_points += 1;
+                for (index, dir) in rig.dirs.iter().enumerate() {
+                    if index != faulty || is_online {
+                        assert!(is_done(dir.path()), "{told}: not done on replica {index}");
+                    }
+                }
+                // A call that only looks may fail on the one and be answered by the other.
+                let failures = rig.volume.replicas().failures(rig.id(faulty));
+                assert!(!failures.is_empty(), "{told}: status names what failed");
+                rig.volume.close().unwrap();
+                assert!(nth + 1 < CALLS_MAX, "{told}: it never ends");
+            }
+        }
+    }
+    assert!(cut_points > 100, "{cut_points}");
+}

@@ -1,0 +1,166 @@
+//! Backings that fail while they are in use: the mount goes on with the others, every operation
+//! ends in time, and `status` says what happened.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::disk::LoopFs;
+
+use common::{Mounted, run, wait_until};
+
+/// What `-o timeout=` is set to where something is to hang.
+const TIMEOUT_SECS: u64 = 2;
+/// An operation that meets a hung disk ends within this: a timeout or two, on a busy machine.
+const BOUND: Duration = Duration::from_secs(TIMEOUT_SECS * 10);
+
+/// A store on a directory and a disk, in that order or the other.
+fn over(first: &Path, second: &Path) -> Mounted {
+    let mut store = Mounted::unmounted(0);
+    store.backings = vec![first.to_path_buf(), second.to_path_buf()];
+    store.set_options(&["-o", &format!("snapshot_every=0,timeout={TIMEOUT_SECS}")]);
+    store.mount().ok();
+    store
+}
+
+/// The state of a replica, and the text of its error.
+fn state(store: &Mounted, index: usize) -> (String, String) {
+    let done = store.rearview(&["status", "--json"]);
+    assert!(matches!(done.code, 0 | 20), "{}", done.told());
+    let status: serde_json::Value = serde_json::from_str(&done.stdout).unwrap();
+    let path = store.backings[index].to_str().unwrap();
+    let replicas = status["replicas"].as_array().unwrap();
+    let own = replicas.iter().find(|replica| replica["path"] == path).unwrap();
+    let text = |key: &str| own[key].as_str().unwrap_or_default().to_owned();
+    (text("state"), text("error"))
+}
+
+fn await_offline(store: &Mounted, index: usize) -> String {
+    wait_until("the replica is out of use", 60, || state(store, index).0 != "online");
+    state(store, index).1
+}
+
+/// Does everything a program might, in one directory of the mount.
+fn work(store: &Mounted, name: &str) {
+    let dir = store.path(name);
+    fs::create_dir(&dir).unwrap();
+    for index in 0..10 {
+        fs::write(dir.join(format!("f{index}")), vec![index; 50_000]).unwrap();
+    }
+    fs::rename(dir.join("f0"), dir.join("f1")).unwrap();
+    fs::remove_file(dir.join("f2")).unwrap();
+    fs::File::open(dir.join("f3")).unwrap().sync_all().unwrap();
+    assert_eq!(fs::read(dir.join("f1")).unwrap(), vec![0; 50_000]);
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 8);
+}
+
+/// The kernel's own way to make an ext4 believe that it is damaged, which makes it read-only.
+fn break_ext4(disk: &LoopFs) {
+    let root = disk.root();
+    run(Command::new("mount").args(["-o", "remount,errors=remount-ro"]).arg(root)).ok();
+    let source = run(Command::new("findmnt").args(["-no", "SOURCE"]).arg(root)).ok();
+    let device = source.trim().trim_start_matches("/dev/").to_owned();
+    fs::write(format!("/sys/fs/ext4/{device}/trigger_fs_error"), "1").unwrap();
+}
+
+#[test]
+fn a_disk_that_becomes_read_only_costs_its_replica_and_no_operation() {
+    for bad in [0, 1] {
+        let disks = [LoopFs::ext4(64), LoopFs::ext4(64)];
+        let mut store = over(disks[0].root(), disks[1].root());
+        work(&store, "before");
+        break_ext4(&disks[bad]);
+        work(&store, "after");
+        let error = await_offline(&store, bad);
+        assert!(error.contains("Read-only") || error.contains("I/O error"), "{error}");
+        assert_eq!(state(&store, 1 - bad).0, "online");
+        let text = store.rearview(&["status"]);
+        assert_eq!(text.code, 20, "{}", text.told());
+        for part in ["DEGRADED", "READ", "WRITE", "CKSUM", "LAG", "what failed on"] {
+            assert!(text.stdout.contains(part), "{part} in\n{}", text.told());
+        }
+        store.unmount();
+    }
+}
+
+#[test]
+fn a_disk_that_hangs_is_out_of_use_in_time_and_no_operation_waits_longer() {
+    let disks = [LoopFs::ext4(64), LoopFs::ext4(64)];
+    let mut store = over(disks[0].root(), disks[1].root());
+    work(&store, "before");
+    let frozen = disks[0].root().to_path_buf();
+    run(Command::new("fsfreeze").arg("-f").arg(&frozen)).ok();
+    let begun = Instant::now();
+    let outcome = std::panic::catch_unwind(|| {
+        work(&store, "during");
+        let elapsed = begun.elapsed();
+        let error = await_offline(&store, 0);
+        let told = begun.elapsed();
+        // Once it is out, nobody waits for it any more.
+        let again = Instant::now();
+        work(&store, "after");
+        (elapsed, told, again.elapsed(), error)
+    });
+    // What hung is let go, else nothing can be taken down.
+    let unmounting = Instant::now();
+    if outcome.is_ok() {
+        store.unmount();
+    }
+    let unmounted = unmounting.elapsed();
+    run(Command::new("fsfreeze").arg("-u").arg(&frozen)).ok();
+    let (elapsed, told, again, error) = outcome.unwrap_or_else(|p| std::panic::resume_unwind(p));
+    assert!(elapsed < BOUND && told < BOUND * 2, "{elapsed:?}, status after {told:?}");
+    assert!(again < BOUND && unmounted < BOUND, "{again:?}, unmounted in {unmounted:?}");
+    assert!(error.contains("timed out"), "{error}");
+}
+
+#[test]
+fn a_backing_whose_directory_is_deleted_is_out_of_use() {
+    for bad in [0, 1] {
+        let mut store = Mounted::new();
+        work(&store, "before");
+        fs::remove_dir_all(&store.backings[bad]).unwrap();
+        work(&store, "after");
+        await_offline(&store, bad);
+        assert_eq!(fs::read(store.path("before/f1")).unwrap(), vec![0; 50_000]);
+        store.unmount();
+        let well = store.backings[1 - bad].join("after/f1");
+        assert_eq!(fs::read(well).unwrap(), vec![0; 50_000]);
+    }
+}
+
+#[test]
+fn a_backing_that_is_unmounted_under_us_still_gets_everything() {
+    let disks = [LoopFs::ext4(64), LoopFs::ext4(64)];
+    let mut store = over(disks[0].root(), disks[1].root());
+    work(&store, "before");
+    run(Command::new("umount").arg("-l").arg(disks[1].root())).ok();
+    work(&store, "after");
+    store.unmount();
+    disks[1].mount();
+    let fine = |disk: &LoopFs| fs::read(disk.root().join("before/f1")).unwrap().len();
+    assert_eq!((fine(&disks[0]), fine(&disks[1])), (50_000, 50_000));
+}
+
+#[test]
+fn below_the_fewest_replicas_asked_for_nothing_is_written_and_all_is_read() {
+    let mut store = Mounted::unmounted(2);
+    store.set_options(&["-o", "snapshot_every=0", "--min-replicas", "2"]);
+    store.mount().ok();
+    work(&store, "before");
+    let gone = store.backings[1].to_str().unwrap().to_owned();
+    store.rearview(&["replica", "offline", &gone]).ok();
+    let refused = fs::write(store.path("new"), "x").unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+    let refused = fs::remove_file(store.path("before/f1")).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+    assert_eq!(fs::read(store.path("before/f1")).unwrap(), vec![0; 50_000]);
+    let text = store.rearview(&["status"]);
+    assert!(text.stdout.contains("state: READ-ONLY"), "{}", text.told());
+    store.rearview(&["replica", "online", "--wait", &gone]).ok();
+    fs::write(store.path("new"), "x").unwrap();
+    store.unmount();
+}
