@@ -193,7 +193,7 @@ fn list(path: &Path, json: bool) -> Result<Exit> {
 /// What deleting a snapshot would free, is counted so long for an unmounted store.
 const LOOK_TIME: Duration = Duration::from_secs(10);
 
-/// The lines as [`text::table`] would make them, without a text for each cell of a hundred thousand.
+/// The lines as [`text::table`] would make them, of which there may be a hundred thousand.
 fn table(lines: &[SnapshotLine]) -> String {
     let local = text::LocalTimes::new();
     let shown = |line: &SnapshotLine| [escape(line.0.as_bytes()), text::tags(&line.6)];
