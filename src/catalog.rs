@@ -38,6 +38,7 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 mod unused;
+mod wal;
 mod xattr;
 
 pub use self::actor::Actor;
@@ -496,6 +497,8 @@ struct Shared {
     /// The replicas' databases; `None` for one that is detached or has none.
     writers: Mutex<ReplicaMap<Option<Writer>>>,
     lanes: lane::Lanes,
+    /// What copies WALs into the databases. Taken after `writers`.
+    copies: Mutex<wal::Copies>,
     /// What is committed while a copy for a replica that joins is made. A leaf lock.
     kept: Mutex<Option<attach::Kept>>,
     readers: Readers,

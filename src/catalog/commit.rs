@@ -24,7 +24,7 @@ use rusqlite::Connection;
 use super::actor::{self, Actor, Known};
 use super::apply::{Committed, apply};
 use super::overlay::{Batch, Plan};
-use super::schema::{BUSY_MS, NextIds};
+use super::schema::NextIds;
 use super::scratch::Looks;
 use super::{Catalog, Change, Durability, Shared};
 use crate::error::{Error, Result};
@@ -40,10 +40,8 @@ const WAITING_CHANGES_MAX: usize = 4 * BATCH_CHANGES;
 const COMMIT_MS: u64 = 250;
 /// How long after the last commit the WAL is emptied into the database, in milliseconds.
 const IDLE_MS: u64 = 2_000;
-/// Changes after which a busy writer copies its WAL into the database: 10 to 30 MiB of it.
-const WAL_CHANGES_MAX: usize = 65_536;
 /// What is said of a database that does not answer in time.
-const HANGS: &str = "it does not answer";
+pub(super) const HANGS: &str = "it does not answer";
 /// Times of generations are kept this exactly, in nanoseconds.
 const TICK_NANOS: i64 = 10_000_000;
 
@@ -473,39 +471,6 @@ impl Shared {
         }
         committed.ok_or(last_error)
     }
-
-    /// Moves the WAL into the database: all of it when idle, else when it has grown large. A
-    /// failure costs the replica its place, as a failed commit does.
-    pub fn checkpoint(&self, idle: bool) {
-        let mut writers = self.writers.lock();
-        let mut turns = Vec::new();
-        for id in writers.ids() {
-            let how = match &writers[id] {
-                Some(writer) if idle && writer.dirty => "PRAGMA wal_checkpoint(TRUNCATE)",
-                Some(writer) if !idle && writer.in_wal >= WAL_CHANGES_MAX => {
-                    "PRAGMA wal_checkpoint(PASSIVE)"
-                }
-                _ => continue,
-            };
-            let Some(mut writer) = writers[id].take() else { continue };
-            let device = writer.device;
-            let work = move || {
-                let result = checkpoint_one(&mut writer, how);
-                (writer, result)
-            };
-            turns.push((id, self.lanes.begin(id, device, work)));
-        }
-        for (id, turn) in turns {
-            match self.lanes.wait(id, turn) {
-                Some((writer, Ok(()))) => writers[id] = Some(writer),
-                Some((writer, Err(error))) => {
-                    self.detach(id, Some(error.to_string()));
-                    self.lanes.discard(id, writer);
-                }
-                None => self.detach(id, Some(HANGS.into())),
-            }
-        }
-    }
 }
 
 fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::Result<Committed> {
@@ -519,18 +484,6 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
     writer.in_wal += plan.batch.count + 1;
     writer.written += plan.batch.count;
     apply(&mut writer.db, plan)
-}
-
-fn checkpoint_one(writer: &mut Writer, how: &str) -> rusqlite::Result<()> {
-    // A reader that is in the way is no error: the row says "busy", and the next time will do. It
-    // is not waited for either: commits wait meanwhile.
-    writer.db.busy_timeout(Duration::ZERO)?;
-    let busy: rusqlite::Result<i64> = writer.db.query_row(how, [], |row| row.get(0));
-    writer.db.busy_timeout(Duration::from_millis(BUSY_MS))?;
-    let busy = busy?;
-    writer.in_wal = 0;
-    writer.dirty = writer.dirty && (busy != 0 || how.contains("PASSIVE"));
-    Ok(())
 }
 
 #[cfg(test)]

@@ -33,6 +33,13 @@ pub(super) struct Turn<T> {
     device: Option<Device>,
 }
 
+impl<T> Turn<T> {
+    /// The answer, if the work has ended by now.
+    pub(super) fn ended(&self) -> Option<T> {
+        self.answer.try_recv().ok()
+    }
+}
+
 impl Lanes {
     pub(super) fn new() -> Lanes {
         Lanes {

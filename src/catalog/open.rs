@@ -17,6 +17,7 @@ use super::lane::Lanes;
 use super::reader::Readers;
 use super::schema::read_head_only;
 use super::schema::{self, HeadRow, NextIds, Use, connect, damaged, name_damage, read_head};
+use super::wal::Copies;
 use super::xattr::Interned;
 use super::{Catalog, Change, Durability, Head, PackChange, Shared};
 use crate::error::{Error, IoContext, Result};
@@ -249,6 +250,7 @@ impl Catalog {
         };
         self.shared.readers.close();
         let mut writers = self.shared.writers.lock();
+        self.shared.copies.lock().end();
         let mut turns = Vec::new();
         for id in writers.ids() {
             let Some(writer) = writers[id].take() else { continue };
@@ -330,6 +332,7 @@ fn new_shared(
         waiting: Waiting::new(queue),
         writers: Mutex::new(writers),
         lanes: Lanes::new(),
+        copies: Mutex::new(Copies::new()),
         kept: Mutex::new(None),
         readers: Readers::new(files),
         ids: Ids::new(head.next),

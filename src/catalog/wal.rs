@@ -1,0 +1,128 @@
+//! Copying the WAL into the database.
+//!
+//! A commit waits for the one before it and whoever flushes waits for a commit, so the copying of a
+//! large WAL, with its two syncs, must not stand between two commits. It is done by a connection of
+//! its own on a thread of its own, beside the commits (a PASSIVE checkpoint waits for nobody:
+//! <https://sqlite.org/pragma.html#pragma_wal_checkpoint>). Only what was committed meanwhile is
+//! then copied between two commits: without that the WAL would never be whole in the database, and
+//! never begin anew.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rusqlite::Connection;
+
+use super::Shared;
+use super::commit::{HANGS, Writer};
+use super::lane::{Lanes, Turn};
+use super::schema::{BUSY_MS, Use, connect};
+use crate::types::{ReplicaId, ReplicaMap};
+
+/// Changes after which a busy writer's WAL is copied into the database: 10 to 30 MiB of it.
+const WAL_CHANGES_MAX: usize = 65_536;
+
+/// The copies that run beside the commits.
+pub(super) struct Copies {
+    lanes: Lanes,
+    running: ReplicaMap<Option<Turn<Result<(), String>>>>,
+}
+
+impl Copies {
+    pub fn new() -> Copies {
+        Copies { lanes: Lanes::new(), running: ReplicaMap::for_all(|_| None) }
+    }
+
+    /// Begins to copy a replica's WAL, unless that runs already.
+    fn begin(&mut self, id: ReplicaId, writer: &Writer) {
+        let Some(file) = writer.db.path().map(PathBuf::from) else { return };
+        if self.running[id].is_none() {
+            let copy = move || copy(&file).map_err(|error| error.to_string());
+            self.running[id] = Some(self.lanes.begin(id, writer.device, copy));
+        }
+    }
+
+    /// What came of a copy that has ended by now.
+    fn ended(&mut self, id: ReplicaId) -> Option<Result<(), String>> {
+        let outcome = self.running[id].as_ref()?.ended()?;
+        self.running[id] = None;
+        Some(outcome)
+    }
+
+    /// Waits for the copies that run: nothing else may have the databases open when they close.
+    pub fn end(&mut self) {
+        for id in self.running.ids() {
+            if let Some(turn) = self.running[id].take()
+                && let Some(Err(error)) = self.lanes.wait(id, turn)
+            {
+                log::warn!("the WAL of replica {} was not copied: {error}", id.index());
+            }
+        }
+    }
+}
+
+fn copy(file: &std::path::Path) -> crate::error::Result<()> {
+    checkpoint(&connect(file, Use::Write)?, "PASSIVE")?;
+    Ok(())
+}
+
+impl Shared {
+    /// Moves the WAL into the database: all of it when idle, else when it has grown large. A
+    /// failure costs the replica its place, as a failed commit does.
+    pub fn checkpoint(&self, idle: bool) {
+        let mut writers = self.writers.lock();
+        let mut copies = self.copies.lock();
+        let mut turns = Vec::new();
+        for id in writers.ids() {
+            let Some(writer) = &mut writers[id] else { continue };
+            let ended = copies.ended(id);
+            let how = match ended {
+                Some(Err(error)) => {
+                    self.detach(id, Some(error));
+                    continue;
+                }
+                // The rest of it.
+                Some(Ok(())) if !idle => "PASSIVE",
+                _ if idle && writer.dirty => "TRUNCATE",
+                _ => {
+                    if !idle && writer.in_wal >= WAL_CHANGES_MAX {
+                        writer.in_wal = 0;
+                        copies.begin(id, writer);
+                    }
+                    continue;
+                }
+            };
+            let Some(mut writer) = writers[id].take() else { continue };
+            let device = writer.device;
+            let work = move || {
+                let busy = checkpoint(&writer.db, how);
+                if let Ok(busy) = busy {
+                    writer.in_wal = 0;
+                    writer.dirty = writer.dirty && (busy || how == "PASSIVE");
+                }
+                (writer, busy)
+            };
+            turns.push((id, self.lanes.begin(id, device, work)));
+        }
+        drop(copies);
+        for (id, turn) in turns {
+            match self.lanes.wait(id, turn) {
+                Some((writer, Ok(_))) => writers[id] = Some(writer),
+                Some((writer, Err(error))) => {
+                    self.detach(id, Some(error.to_string()));
+                    self.lanes.discard(id, writer);
+                }
+                None => self.detach(id, Some(HANGS.into())),
+            }
+        }
+    }
+}
+
+/// Runs a checkpoint; tells whether a reader or writer was in its way. That is no error, the next
+/// time will do, and it is not waited for: commits would wait meanwhile.
+fn checkpoint(db: &Connection, how: &str) -> rusqlite::Result<bool> {
+    db.busy_timeout(Duration::ZERO)?;
+    let busy: rusqlite::Result<i64> =
+        db.query_row(&format!("PRAGMA wal_checkpoint({how})"), [], |row| row.get(0));
+    db.busy_timeout(Duration::from_millis(BUSY_MS))?;
+    Ok(busy? != 0)
+}
