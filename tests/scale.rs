@@ -197,6 +197,8 @@ fn create_snapshots(store: &Mounted, prefix: &str, table: &mut Table) {
     for number in 0..21 {
         // Something to be committed with it.
         fs::write(store.path("scratch.txt"), format!("{prefix}{number}")).expect("it is writable");
+        // A kept store has those of the run before.
+        let prefix = format!("{prefix}-{}", std::process::id());
         let name = format!("{prefix}-by-command-{number}");
         let (took, _) = timed(|| command(store, "snapshot", &[Path::new("create"), name.as_ref()]));
         table.add("snapshot create", took, goal);

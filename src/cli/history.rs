@@ -13,6 +13,9 @@ use crate::report::log::{Event, LogEntry, LogReport};
 use crate::report::{self, DiffReport, MomentText, PathText};
 use crate::types::{Kind, escape};
 
+/// Snapshots of one version that the log names; `--json` names all.
+const SNAPSHOTS_SHOWN_MAX: usize = 8;
+
 /// `rearview log`
 pub fn log(args: &LogArgs) -> Result<Exit> {
     let located = locate(&args.path)?;
@@ -60,8 +63,7 @@ fn log_row(report: &LogReport, entry: &LogEntry, users: &Users) -> Vec<String> {
         remarks.push(format!("as {}", entry.path.shown()));
     }
     if !entry.snapshots.is_empty() {
-        let names = entry.snapshots.iter().map(|name| escape(name.as_bytes()));
-        remarks.push(format!("[{}]", names.collect::<Vec<_>>().join(", ")));
+        remarks.push(format!("[{}]", snapshot_names(&entry.snapshots)));
     }
     vec![
         text::local_time(&entry.time),
@@ -72,6 +74,17 @@ fn log_row(report: &LogReport, entry: &LogEntry, users: &Users) -> Vec<String> {
         users.show(entry.by.as_ref()),
         remarks.join(" "),
     ]
+}
+
+/// All names of a few; of many the first, how many follow, and the last.
+fn snapshot_names(names: &[String]) -> String {
+    let shown = |name: &String| escape(name.as_bytes());
+    match names {
+        [first, between @ .., last] if names.len() > SNAPSHOTS_SHOWN_MAX => {
+            format!("{}, {} more, {}", shown(first), between.len(), shown(last))
+        }
+        _ => names.iter().map(shown).collect::<Vec<_>>().join(", "),
+    }
 }
 
 fn event_word(event: Event) -> &'static str {

@@ -113,9 +113,12 @@ pub fn table(rows: &[Vec<String>]) -> String {
     let mut text = String::new();
     for row in rows {
         let begin = text.len();
-        for (cell, width) in row.iter().zip(&widths) {
+        for (index, (cell, width)) in row.iter().zip(&widths).enumerate() {
             text.push_str(cell);
-            text.extend(std::iter::repeat_n(' ', width + 2 - columns_of(cell)));
+            // The last cell may be wide in one row and the rows many.
+            if index + 1 < row.len() {
+                text.extend(std::iter::repeat_n(' ', width + 2 - columns_of(cell)));
+            }
         }
         text.truncate(begin + text[begin..].trim_end().len());
         text.push('\n');
