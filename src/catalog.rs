@@ -42,7 +42,7 @@ mod wal;
 mod xattr;
 
 pub use self::actor::Actor;
-pub use self::attach::Joining;
+pub use self::attach::{Differing, Joining};
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
 pub use self::sweep::{Sweep, SweepPlace, SweepStep};
 pub use self::unused::Unused;

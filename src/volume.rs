@@ -38,7 +38,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock, RwLockWriteGuard};
 use rustix::io::Errno;
 
 use crate::catalog::{Catalog, Durability, Snapshot, Totals};
@@ -303,7 +303,13 @@ impl Volume {
     /// Seals every file that is open for writing, records what is due, and returns the generation
     /// that shows exactly what was live. Later changes do not reach it.
     pub fn settle(&self) -> Result<Generation> {
-        let _cut = self.cut.write();
+        let cut = self.cut.write();
+        self.settle_in(&cut);
+        Ok(self.catalog().freeze())
+    }
+
+    /// Seals and records all that is due, while no operation runs.
+    fn settle_in(&self, _cut: &RwLockWriteGuard<'_, ()>) {
         let unsealed: Vec<Arc<Node>> = self.unsealed.lock().values().cloned().collect();
         for node in unsealed {
             // One file that cannot be sealed must not keep all others from being in a snapshot.
@@ -313,7 +319,6 @@ impl Volume {
         }
         // A directory that was excluded and is shown again brings up the one above it.
         while self.settle_dirs() && self.excludes.any() {}
-        Ok(self.catalog().freeze())
     }
 
     /// [`Volume::settle`] and names that generation. What it shows is durable on every replica in

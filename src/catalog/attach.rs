@@ -12,17 +12,17 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rusqlite::Connection;
 use rusqlite::backup::{Backup, StepResult};
+use rusqlite::{Connection, params};
 
 use super::apply::{Committed, apply};
 use super::commit::Writer;
 use super::open::{BACKUP_PAGES, beside, finish, put_in_place, remove_database};
 use super::overlay::Batch;
 use super::schema::{Use, connect, name_damage, read_head, read_head_only};
-use super::{Catalog, Shared};
+use super::{Catalog, Durability, Shared};
 use crate::error::{Error, Result};
-use crate::types::ReplicaId;
+use crate::types::{Kind, NodeId, ReplicaId};
 
 /// Changes kept for a copy in the making: some 100 MB. A copy that cannot keep up within them is
 /// given up, and made anew by whoever wants it.
@@ -70,7 +70,35 @@ impl Drop for Joining<'_> {
     }
 }
 
+/// What differs between the live trees of two catalogs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Differing {
+    /// Nodes that are no directories, with another state.
+    pub files: Vec<NodeId>,
+    /// Directories with another state or other entries.
+    pub dirs: Vec<NodeId>,
+    /// Bytes of the files.
+    pub bytes: u64,
+}
+
 impl Catalog {
+    /// What the live tree has otherwise than the catalog in `older`, an earlier one of this store
+    /// that nobody writes.
+    pub fn differing(&self, older: &Path) -> Result<Differing> {
+        use std::os::unix::ffi::OsStrExt;
+        self.flush(Durability::Written)?;
+        let mut found = Differing::default();
+        self.shared.read(|db| {
+            found = Differing::default();
+            db.execute("ATTACH ?1 AS old", params![older.as_os_str().as_bytes()])?;
+            let outcome = collect_differing(db, &mut found);
+            db.flush_prepared_statement_cache();
+            db.execute("DETACH old", [])?;
+            outcome
+        })?;
+        Ok(found)
+    }
+
     /// Replaces the catalog in `to`, which is not open, by a copy of the present one, while that
     /// goes on being written. `step` is called now and then and may end the work. One copy at a
     /// time.
@@ -115,6 +143,37 @@ impl Catalog {
         joining.catch_up()?;
         Ok(joining)
     }
+}
+
+fn collect_differing(db: &Connection, found: &mut Differing) -> rusqlite::Result<()> {
+    let mut nodes = db.prepare(
+        "SELECT n.id, n.kind, n.size FROM node n LEFT JOIN old.node o ON o.id = n.id \
+         WHERE (n.kind, n.mode, n.uid, n.gid, n.rdev, n.size, n.mtime, n.xattrs, n.content) \
+         IS NOT (o.kind, o.mode, o.uid, o.gid, o.rdev, o.size, o.mtime, o.xattrs, o.content)",
+    )?;
+    let mut rows = nodes.query([])?;
+    while let Some(row) = rows.next()? {
+        match row.get(1)? {
+            Kind::Dir => found.dirs.push(row.get(0)?),
+            kind => {
+                found.files.push(row.get(0)?);
+                found.bytes += if kind == Kind::File { row.get::<_, i64>(2)? as u64 } else { 0 };
+            }
+        }
+    }
+    let mut parents = db.prepare(
+        "SELECT DISTINCT e.parent FROM entry e LEFT JOIN old.entry o \
+         ON o.parent = e.parent AND o.name = e.name WHERE o.node IS NOT e.node \
+         UNION SELECT DISTINCT o.parent FROM old.entry o LEFT JOIN entry e \
+         ON e.parent = o.parent AND e.name = o.name WHERE e.node IS NULL",
+    )?;
+    let mut rows = parents.query([])?;
+    while let Some(row) = rows.next()? {
+        found.dirs.push(row.get(0)?);
+    }
+    found.dirs.sort_unstable();
+    found.dirs.dedup();
+    Ok(())
 }
 
 impl Joining<'_> {

@@ -14,6 +14,7 @@ use super::marker::{CleanMark, MARKER_FILE, Marker, Peer, PeerState, Phase};
 use super::settle::holds_stale;
 use super::site::Site;
 use super::{CATALOG_FILE, Member, Store, lock};
+use crate::catalog::Head;
 use crate::error::{Error, IoContext, Result};
 use crate::replica::health::State;
 use crate::types::{PRIVATE_DIR, ReplicaId, Timestamp};
@@ -329,6 +330,17 @@ impl Store {
             site.path.display(),
             site.path.display()
         )))
+    }
+
+    /// A replica went out of use with all that was done so far, up to `head` of its catalog.
+    pub fn left(&self, id: ReplicaId, head: &Head) -> Result<()> {
+        let mut members = self.members.lock();
+        let member = &mut members[id.index()];
+        let synced = member.site.backing.sync_all();
+        synced.context("make durable", &member.site.path)?;
+        member.marker.clean = Some(CleanMark::of(head));
+        member.marker.opened = None;
+        member.write_marker()
     }
 
     /// From here on the replica is no whole copy, until [`Store::joined`].

@@ -11,10 +11,13 @@
 //! fails again.
 
 mod admit;
+mod commands;
 mod foreign;
 mod gauge;
 mod mirror;
 mod places;
+mod rounds;
+mod taking;
 mod version;
 
 use std::collections::BTreeMap;
@@ -33,37 +36,23 @@ use crate::progress::Progress;
 use crate::replica::Fault;
 use crate::replica::health::State;
 use crate::replica::intent::DirtySet;
-use crate::store::fill::history::{History as HistoryFiles, Seen};
-use crate::store::quarantine::Quarantine;
-use crate::store::site::Site;
+use crate::store::fill::history::Seen;
 use crate::store::{Arrival, Fork};
-use crate::types::{ReplicaId, Timestamp};
+use crate::types::ReplicaId;
 
 use super::Volume;
-use foreign::Foreign;
 pub use foreign::ForeignReport;
 pub use gauge::Extent;
 use gauge::Gauge;
-use mirror::Mirror;
 use places::Places;
+use rounds::Rounds;
 
 /// How long after a failure a replica is looked at again; each further failure doubles it.
 const RETRY_FIRST: Duration = Duration::from_secs(30);
 /// The longest time between two looks.
 const RETRY_MAX: Duration = Duration::from_secs(600);
-/// What was in flight when a replica left was at most so much later than its last commit.
-const IN_FLIGHT_NANOS: i64 = 2_000_000_000;
-/// How often it is looked whether the mount answers.
-const MOUNT_POLL: Duration = Duration::from_millis(20);
 /// How long a disk may take to answer the look.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
-/// A round that dirtied no more objects than this is short enough to be followed by the last one.
-const LAST_OBJECTS: usize = 64;
-/// Likewise in bytes copied.
-const LAST_BYTES: u64 = 16 << 20;
-/// After so many rounds the last one comes, however much is dirtied meanwhile.
-const ROUNDS_MAX: usize = 12;
-
 /// The resyncs of a mounted store.
 pub(super) struct Resyncs {
     jobs: Mutex<BTreeMap<ReplicaId, Job>>,
@@ -184,135 +173,6 @@ impl Volume {
         }
     }
 
-    /// Takes a replica out of use until it is brought back by hand.
-    pub fn replica_offline(&self, name: &str) -> Result<ReplicaId> {
-        let id = self.store.named(name)?;
-        self.refuse_last(id, "taken offline")?;
-        self.stop_resync(id);
-        if self.replicas().is_online(id) {
-            self.replicas().eject(id, Fault::by_hand());
-        }
-        let (stop, wait) = (Arc::default(), RETRY_FIRST);
-        let job = Job { stage: Stage::Parked, stop, wait, fork: Fork::Refuse };
-        self.resyncs.jobs.lock().insert(id, job);
-        Ok(id)
-    }
-
-    fn refuse_last(&self, id: ReplicaId, what: &str) -> Result<()> {
-        let others = self.replicas().online().any(|other| other != id);
-        if others || !self.replicas().is_online(id) {
-            return Ok(());
-        }
-        Err(Error::Refused(format!(
-            "{} is the last current replica and cannot be {what}",
-            self.replicas().get(id).path.display()
-        )))
-    }
-
-    fn stop_resync(&self, id: ReplicaId) {
-        let stop = self.resyncs.jobs.lock().get(&id).map(|job| job.stop.clone());
-        let Some(stop) = stop else { return };
-        stop.store(true, Ordering::Relaxed);
-        let running = || {
-            let jobs = self.resyncs.jobs.lock();
-            matches!(jobs.get(&id).map(|job| &job.stage), Some(Stage::Running(_)))
-        };
-        while running() {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// Brings a replica back: one of this mount by its name or path, or an absent one by its path.
-    pub fn replica_online(&self, name: &str, fork: Fork) -> Result<ReplicaId> {
-        let known = match self.store.named(name) {
-            Ok(id) => Some(id),
-            Err(Error::NotFound(text)) => match Path::new(name).is_dir() {
-                true => None,
-                false => return Err(Error::NotFound(text)),
-            },
-            Err(error) => return Err(error),
-        };
-        if let Some(id) = known
-            && self.replicas().is_online(id)
-        {
-            return Ok(id);
-        }
-        let arrival = match known {
-            Some(id) => {
-                self.stop_resync(id);
-                self.store.returned(id, fork)?
-            }
-            None if !crate::store::is_replica(Path::new(name))? => {
-                return Err(Error::Refused(format!(
-                    "{} is no replica: to make it one, rearview replica add {}",
-                    crate::types::escape(name.as_bytes()),
-                    crate::types::escape(name.as_bytes())
-                )));
-            }
-            None => self.store.arrived(Path::new(name), None, fork)?,
-        };
-        let id = arrival.id;
-        self.enter(arrival, fork);
-        Ok(id)
-    }
-
-    /// Adds an empty directory as a replica.
-    pub fn replica_add(&self, path: &Path) -> Result<ReplicaId> {
-        let arrival = self.store.arrived(path, None, Fork::Refuse)?;
-        let id = arrival.id;
-        self.enter(arrival, Fork::Refuse);
-        Ok(id)
-    }
-
-    /// Fills an empty directory in the place of a replica, which is given up.
-    pub fn replica_replace(&self, old: &str, path: &Path) -> Result<ReplicaId> {
-        let id = match self.store.named(old) {
-            Ok(id) => id,
-            Err(Error::NotFound(text)) => {
-                // One that is not here has no place in this mount.
-                if !self.store.forget_absent(old)? {
-                    return Err(Error::NotFound(text));
-                }
-                return self.replica_add(path);
-            }
-            Err(error) => return Err(error),
-        };
-        self.refuse_last(id, "replaced: add the new one first, then remove the old one")?;
-        crate::store::check_empty(path)?;
-        self.replica_offline(old)?;
-        let arrival = self.store.arrived(path, Some(id), Fork::Refuse)?;
-        self.enter(arrival, Fork::Refuse);
-        Ok(id)
-    }
-
-    /// Gives a replica up. Its files stay where they are.
-    pub fn replica_remove(&self, name: &str) -> Result<()> {
-        match self.store.named(name) {
-            Ok(id) => {
-                self.refuse_last(id, "removed")?;
-                self.replica_offline(name)?;
-                self.store.remove(id)?;
-                self.resyncs.jobs.lock().remove(&id);
-                Ok(())
-            }
-            Err(Error::NotFound(text)) => match self.store.forget_absent(name)? {
-                true => Ok(()),
-                false => Err(Error::NotFound(text)),
-            },
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Has every replica that failed looked at now.
-    pub fn resync_now(&self) {
-        for job in self.resyncs.jobs.lock().values_mut() {
-            if let Stage::Failed(at) = &mut job.stage {
-                *at = Instant::now();
-            }
-        }
-        self.resyncs.wake();
-    }
-
     /// Notes replicas that went out of use since the last look.
     fn enter_failed(&self) {
         let mut jobs = self.resyncs.jobs.lock();
@@ -422,15 +282,18 @@ impl Volume {
             true => Catalog::open_read_only(&self.store.catalog_file(id)).ok(),
             false => None,
         };
+        let mut touched = DirtySet::default();
         if arrival.was_whole && (own.is_some() || fork == Fork::Take) {
-            self.take_foreign(arrival, own.as_ref(), fork, &target, progress)?;
+            touched = self.take_foreign(arrival, own.as_ref(), fork, &target, progress)?;
         }
         self.store.begin_resync(arrival)?;
         // A fork's catalog tells nothing of this store.
         let own = own.filter(|_| fork == Fork::Refuse);
         if fork == Fork::Take {
-            set_history_aside(&target)?;
+            taking::set_history_aside(&target)?;
         }
+        // What is dirtied from here on is none of the first round's.
+        let dirty = self.track_dirty();
         let mut places = Places::default();
         match &own {
             Some(own) => {
@@ -438,199 +301,32 @@ impl Volume {
             }
             None => places::find_aside(&target, &mut places)?,
         }
-        let totals = self.catalog().totals()?;
-        progress.begin("", totals.live_nodes, totals.live_bytes + totals.history_bytes());
+        let mut differing = None;
+        if arrival.was_clean && own.is_some() {
+            // Its catalog tells its tree exactly: only where the store's differs is to be looked.
+            let found = self.catalog().differing(&self.store.catalog_file(id))?;
+            places.all_done();
+            progress.begin("", (found.files.len() + found.dirs.len()) as u64, found.bytes);
+            touched.files.extend(found.files);
+            touched.dirs.extend(found.dirs);
+            differing = Some(touched);
+        } else {
+            let totals = self.catalog().totals()?;
+            progress.begin("", totals.live_nodes, totals.live_bytes + totals.history_bytes());
+        }
         let mut rounds = Rounds {
             volume: self,
             arrival,
             target,
             places,
             own,
+            differing,
             gauge,
             progress,
-            dirty: Some(self.track_dirty()),
+            dirty,
             history_seen: Seen::new(),
         };
         rounds.run()
-    }
-}
-
-impl Volume {
-    /// What others had changed on a replica that came back in this mount.
-    pub fn foreign_report(&self, id: ReplicaId) -> Option<ForeignReport> {
-        self.resyncs.reports.lock().get(&id).cloned()
-    }
-
-    /// Takes in what others changed on a replica while it was away.
-    fn take_foreign(
-        &self,
-        arrival: &Arrival,
-        own: Option<&Catalog>,
-        fork: Fork,
-        target: &Site,
-        progress: &Progress,
-    ) -> Result<()> {
-        let take = fork == Fork::Take;
-        let known = match own {
-            Some(own) if !take => own,
-            _ => self.catalog(),
-        };
-        let left = match arrival.was_clean || take {
-            true => None,
-            // What was in flight when it left came soon after the last that its catalog has.
-            false => {
-                let last = known.time_of(known.generation())?.as_nanos();
-                Some(Timestamp::from_nanos(last.saturating_add(IN_FLIGHT_NANOS)))
-            }
-        };
-        // A fork may have been changed at any time.
-        let since = if take { Timestamp::from_nanos(i64::MIN) } else { arrival.apart_since };
-        let Some(mount) = self.mount_site(progress)? else { return Ok(()) };
-        let mut foreign =
-            Foreign::new(self, known, (target, &mount), progress, (since, left, take));
-        foreign.run()?;
-        if foreign.report.count > 0 {
-            self.resyncs.reports.lock().insert(arrival.id, foreign.report);
-        }
-        Ok(())
-    }
-
-    /// The mount, as something to work in; `None` for a volume that is not mounted.
-    fn mount_site(&self, progress: &Progress) -> Result<Option<Site>> {
-        if !self.options.mounted {
-            return Ok(None);
-        }
-        loop {
-            let mount = self.resyncs.mount.lock().clone();
-            if let Some(mount) = mount {
-                return Site::open(&mount).map(Some);
-            }
-            progress.advance(0, 0)?;
-            std::thread::sleep(MOUNT_POLL);
-        }
-    }
-}
-
-/// Moves a fork's history to quarantine: its ids mean other things than the store's.
-fn set_history_aside(target: &Site) -> Result<()> {
-    let mut quarantine = Quarantine::new(target);
-    let path = crate::store::site::private("");
-    let dir = target.dir(&path)?;
-    for entry in target.backing.list(&dir).map_err(Error::from_io)? {
-        let name = entry.name.as_bytes();
-        let history = matches!(name, b"preserved" | b"undo" | b"packs");
-        if history || name.starts_with(b"catalog.db") {
-            quarantine.take(&dir, &path, &entry.name)?;
-        }
-    }
-    target.make_private()?;
-    if let Some(place) = quarantine.place() {
-        log::warn!("{}: its own history was moved to {}", target.path.display(), place.display());
-    }
-    Ok(())
-}
-
-/// What lasts over the rounds of one resync.
-struct Rounds<'a> {
-    volume: &'a Volume,
-    arrival: &'a Arrival,
-    target: Site,
-    places: Places,
-    own: Option<Catalog>,
-    gauge: &'a Arc<Gauge>,
-    progress: &'a Progress,
-    dirty: Option<super::intend::Tracker<'a>>,
-    history_seen: Seen,
-}
-
-impl Rounds<'_> {
-    fn run(&mut self) -> Result<()> {
-        self.round(None)?;
-        self.history(true)?;
-        // The copy of the catalog takes its time as well: what it makes dirty comes after it.
-        let mut round = 0;
-        loop {
-            let set = self.next_set();
-            let objects = set.files.len() + set.dirs.len();
-            let copied = self.round(Some(&set))?;
-            round += 1;
-            if objects <= LAST_OBJECTS && copied <= LAST_BYTES || round >= ROUNDS_MAX {
-                break;
-            }
-        }
-        // What the target's catalog told is used up, and the catalog is replaced.
-        self.own = None;
-        let file = self.volume.store.catalog_file(self.arrival.id);
-        let progress = self.progress.clone();
-        let mut joining = self.volume.catalog().copy_live(&file, &mut || progress.advance(0, 0))?;
-        self.history(true)?;
-        let set = self.next_set();
-        self.round(Some(&set))?;
-        self.sync_all()?;
-        joining.catch_up()?;
-        self.finish(joining)
-    }
-
-    /// The replica that is copied from: one in use.
-    fn source(&self) -> Result<Site> {
-        let id = self.volume.replicas().primary().ok_or(Error::Posix(Errno::IO))?;
-        Ok(self.volume.store.site(id))
-    }
-
-    /// What was dirtied since the last call, and what is not settled yet.
-    fn next_set(&mut self) -> DirtySet {
-        let mut set = self.dirty.as_mut().map(super::intend::Tracker::next).unwrap_or_default();
-        set.files.extend(self.volume.unsealed.lock().keys());
-        set.dirs.extend(self.volume.stale_dirs.lock().iter());
-        set
-    }
-
-    /// One round over a set, or over everything. Returns how many bytes were copied.
-    fn round(&mut self, set: Option<&DirtySet>) -> Result<u64> {
-        let source = self.source()?;
-        let since = self.arrival.apart_since;
-        let sides = (&source, &self.target);
-        let mut mirror = Mirror::new(self.volume, sides, &mut self.places, self.progress, since)?;
-        mirror.own = self.own.as_ref();
-        match set {
-            Some(set) => mirror.set(set)?,
-            None => mirror.tree()?,
-        }
-        let copied = mirror.copier.bytes_written();
-        if let Some(place) = mirror.quarantine.place() {
-            log::warn!(
-                "{}: {} files or folders that the store did not know were moved to {}",
-                self.target.path.display(),
-                mirror.quarantine.count(),
-                place.display()
-            );
-        }
-        self.gauge.copied.fetch_add(copied, Ordering::Relaxed);
-        Ok(copied)
-    }
-
-    fn history(&mut self, changing: bool) -> Result<()> {
-        let source = self.source()?;
-        let mut copier =
-            crate::store::copy::Copier::new(&source, &self.target, self.progress)?.of_changing();
-        let mut quarantine = Quarantine::new(&self.target);
-        let catalog = Some(self.volume.catalog());
-        let mut files = HistoryFiles {
-            source: &source,
-            target: &self.target,
-            catalog,
-            changing,
-            bounds: None,
-            seen: &mut self.history_seen,
-        };
-        files.fill(&mut copier, &mut quarantine)?;
-        self.gauge.copied.fetch_add(copier.bytes_written(), Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn sync_all(&self) -> Result<()> {
-        use crate::error::IoContext;
-        self.target.backing.sync_all().context("make durable", &self.target.path)
     }
 }
 

@@ -16,8 +16,8 @@ use crate::store::quarantine::Quarantine;
 use crate::types::{ContentId, EntryName};
 
 use super::super::nodes::{Node, State};
-use super::Rounds;
 use super::mirror::Mirror;
+use super::rounds::Rounds;
 use crate::replica::PrivateDir;
 
 /// How long the last round waits for running operations before it lets others pass again.

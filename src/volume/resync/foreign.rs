@@ -11,12 +11,12 @@
 //! here stays live, and all that differs there becomes versions.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use crate::catalog::{Catalog, Listed, NodeRow};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::replica::backing::{Access, Handle, Stat};
+use crate::replica::intent::DirtySet;
 use crate::store::copy::Copier;
 use crate::store::site::{Object, Site, is_other_mount, own_creds};
 use crate::types::{EntryName, Kind, NodeId, RelPath, Timestamp};
@@ -80,6 +80,8 @@ pub(super) struct Foreign<'a> {
     /// What was made in the mount only to become history.
     passing: Vec<(RelPath, EntryName, Kind)>,
     pub report: ForeignReport,
+    /// Where something was found: the two sides may differ there.
+    pub touched: DirtySet,
 }
 
 impl<'a> Foreign<'a> {
@@ -103,6 +105,7 @@ impl<'a> Foreign<'a> {
             gone: Vec::new(),
             passing: Vec::new(),
             report: ForeignReport::default(),
+            touched: DirtySet::default(),
         }
     }
 
@@ -162,6 +165,7 @@ impl<'a> Foreign<'a> {
             match known.remove(name) {
                 Some(one) if one.kind == object.stat.kind => {
                     if self.is_late(object.stat.ctime) {
+                        self.touch(node, &one);
                         self.compare(&found, node, one.node)?;
                     }
                     if one.kind == Kind::Dir {
@@ -169,6 +173,7 @@ impl<'a> Foreign<'a> {
                     }
                 }
                 other => {
+                    self.touched.dirs.insert(node);
                     if self.is_late(object.stat.ctime) {
                         if let Some(one) = other.filter(|_| !self.fork) {
                             let earlier = self.gone.len();
@@ -184,12 +189,25 @@ impl<'a> Foreign<'a> {
             self.progress.advance(0, 0)?;
         }
         let stat = self.replica.backing.stat(&dir).map_err(Error::from_io)?;
+        if !known.is_empty() {
+            self.touched.dirs.insert(node);
+        }
         if self.is_late(stat.ctime) && !self.fork {
             for (name, one) in known {
                 self.note_gone(node, path, name, &one)?;
             }
         }
         Ok(())
+    }
+
+    fn touch(&mut self, parent: NodeId, one: &Listed) {
+        match one.kind {
+            Kind::Dir => self.touched.dirs.extend([parent, one.node]),
+            _ => {
+                self.touched.dirs.insert(parent);
+                self.touched.files.insert(one.node);
+            }
+        }
     }
 
     /// A name is gone, with all that was below it.
@@ -484,12 +502,4 @@ fn same_state(row: &NodeRow, stat: &Stat) -> bool {
         == (stat.kind, mode(stat.mode), stat.uid, stat.gid, stat.rdev)
         && (row.kind == Kind::Dir
             || row.mtime == stat.mtime && (row.kind != Kind::File || row.size == stat.size))
-}
-
-impl Volume {
-    /// Tells where the mount is, once it answers: what others changed on a replica is taken in by
-    /// way of it.
-    pub fn serving_at(&self, mountpoint: PathBuf) {
-        *self.resyncs.mount.lock() = Some(mountpoint);
-    }
 }

@@ -52,6 +52,11 @@ impl Places {
         }
     }
 
+    /// Whatever is known of directories holds for all that is in them.
+    pub fn all_done(&mut self) {
+        self.done = self.dirs.keys().copied().chain([NodeId::ROOT]).collect();
+    }
+
     /// Whether a directory lies under this name.
     pub fn is_at(&self, node: NodeId, parent: NodeId, name: &EntryName) -> bool {
         self.dirs.get(&node).is_some_and(|(own, known)| *own == parent && known == name)

@@ -1,0 +1,137 @@
+//! The rounds of one resync.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::io::Errno;
+
+use super::super::Volume;
+use super::super::intend::Tracker;
+use super::gauge::Gauge;
+use super::mirror::Mirror;
+use super::places::Places;
+use crate::catalog::Catalog;
+use crate::error::{Error, IoContext, Result};
+use crate::progress::Progress;
+use crate::replica::intent::DirtySet;
+use crate::store::Arrival;
+use crate::store::copy::Copier;
+use crate::store::fill::history::{History as HistoryFiles, Seen};
+use crate::store::quarantine::Quarantine;
+use crate::store::site::Site;
+
+/// A round that dirtied no more objects than this is short enough to be followed by the last one.
+const LAST_OBJECTS: usize = 64;
+/// Likewise in bytes copied.
+const LAST_BYTES: u64 = 16 << 20;
+/// After so many rounds the last one comes, however much is dirtied meanwhile.
+const ROUNDS_MAX: usize = 12;
+
+/// What lasts over the rounds of one resync.
+pub(super) struct Rounds<'a> {
+    pub volume: &'a Volume,
+    pub arrival: &'a Arrival,
+    pub target: Site,
+    pub places: Places,
+    /// What the replica's own catalog tells, while that is believed.
+    pub own: Option<Catalog>,
+    /// All that can differ, if that is known.
+    pub differing: Option<DirtySet>,
+    pub gauge: &'a Arc<Gauge>,
+    pub progress: &'a Progress,
+    pub dirty: Tracker<'a>,
+    pub history_seen: Seen,
+}
+
+impl Rounds<'_> {
+    /// Does all of them.
+    pub fn run(&mut self) -> Result<()> {
+        let differing = self.differing.take();
+        self.round(differing.as_ref())?;
+        self.history(true)?;
+        // The copy of the catalog takes its time as well: what it makes dirty comes after it.
+        let mut round = 0;
+        loop {
+            let set = self.next_set();
+            let objects = set.files.len() + set.dirs.len();
+            let copied = self.round(Some(&set))?;
+            round += 1;
+            if objects <= LAST_OBJECTS && copied <= LAST_BYTES || round >= ROUNDS_MAX {
+                break;
+            }
+        }
+        // What the target's catalog told is used up, and the catalog is replaced.
+        self.own = None;
+        let file = self.volume.store.catalog_file(self.arrival.id);
+        let progress = self.progress.clone();
+        let mut joining = self.volume.catalog().copy_live(&file, &mut || progress.advance(0, 0))?;
+        self.history(true)?;
+        let set = self.next_set();
+        self.round(Some(&set))?;
+        self.sync_all()?;
+        joining.catch_up()?;
+        self.finish(joining)
+    }
+
+    /// The replica that is copied from: one in use.
+    pub fn source(&self) -> Result<Site> {
+        let id = self.volume.replicas().primary().ok_or(Error::Posix(Errno::IO))?;
+        Ok(self.volume.store.site(id))
+    }
+
+    /// What was dirtied since the last call, and what is not settled yet.
+    pub fn next_set(&mut self) -> DirtySet {
+        let mut set = self.dirty.next();
+        set.files.extend(self.volume.unsealed.lock().keys());
+        set.dirs.extend(self.volume.stale_dirs.lock().iter());
+        set
+    }
+
+    /// One round over a set, or over everything. Returns how many bytes were copied.
+    pub fn round(&mut self, set: Option<&DirtySet>) -> Result<u64> {
+        let source = self.source()?;
+        let since = self.arrival.apart_since;
+        let sides = (&source, &self.target);
+        let mut mirror = Mirror::new(self.volume, sides, &mut self.places, self.progress, since)?;
+        mirror.own = self.own.as_ref();
+        match set {
+            Some(set) => mirror.set(set)?,
+            None => mirror.tree()?,
+        }
+        let copied = mirror.copier.bytes_written();
+        if let Some(place) = mirror.quarantine.place() {
+            log::warn!(
+                "{}: {} files or folders that the store did not know were moved to {}",
+                self.target.path.display(),
+                mirror.quarantine.count(),
+                place.display()
+            );
+        }
+        self.gauge.copied.fetch_add(copied, Ordering::Relaxed);
+        Ok(copied)
+    }
+
+    /// Makes the history files equal.
+    pub fn history(&mut self, changing: bool) -> Result<()> {
+        let source = self.source()?;
+        let mut copier = Copier::new(&source, &self.target, self.progress)?.of_changing();
+        let mut quarantine = Quarantine::new(&self.target);
+        let catalog = Some(self.volume.catalog());
+        let mut files = HistoryFiles {
+            source: &source,
+            target: &self.target,
+            catalog,
+            changing,
+            bounds: None,
+            seen: &mut self.history_seen,
+        };
+        files.fill(&mut copier, &mut quarantine)?;
+        self.gauge.copied.fetch_add(copier.bytes_written(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Makes all of the replica durable.
+    pub fn sync_all(&self) -> Result<()> {
+        self.target.backing.sync_all().context("make durable", &self.target.path)
+    }
+}
