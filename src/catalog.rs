@@ -511,6 +511,10 @@ struct Shared {
     read_only: bool,
     /// Counts changes of what is visible of history, and of where it lies.
     epoch: AtomicU64,
+    /// Counts changes of the snapshots.
+    snapshot_changes: AtomicU64,
+    /// All snapshots, as of a count of their changes.
+    snapshot_list: Mutex<Option<(u64, Arc<Vec<Snapshot>>)>>,
     /// The wall clock.
     now: Box<dyn Fn() -> Timestamp + Send + Sync>,
 }

@@ -482,7 +482,7 @@ pub fn snapshots(catalog: &Catalog, time: Duration) -> Result<SnapshotList> {
             false => Ok(None),
         })
         .collect::<Result<Vec<_>>>()?;
-    Ok(SnapshotList::new(snapshots, freed, catalog.totals()?))
+    Ok(SnapshotList::new(&snapshots, freed, catalog.totals()?))
 }
 
 /// Snapshots with the totals of the store. There may be a hundred thousand: this is how the control
@@ -510,12 +510,12 @@ pub struct SnapshotLine(
 
 impl SnapshotList {
     /// Snapshots with what deleting each would free.
-    pub fn new(snapshots: Vec<Snapshot>, freed: Vec<Option<u64>>, totals: Totals) -> SnapshotList {
-        let line = |(snapshot, freed): (Snapshot, Option<u64>)| {
-            let Snapshot { name, time, generation, automatic, held, tags, .. } = snapshot;
+    pub fn new(snapshots: &[Snapshot], freed: Vec<Option<u64>>, totals: Totals) -> SnapshotList {
+        let line = |(snapshot, freed): (&Snapshot, Option<u64>)| {
+            let Snapshot { name, time, generation, automatic, held, tags, .. } = snapshot.clone();
             SnapshotLine(name, time, generation, automatic, held, freed, tags)
         };
-        SnapshotList { lines: snapshots.into_iter().zip(freed).map(line).collect(), totals }
+        SnapshotList { lines: snapshots.iter().zip(freed).map(line).collect(), totals }
     }
 }
 

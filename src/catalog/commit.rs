@@ -322,6 +322,9 @@ impl Shared {
             if matches!(change, Change::Pack(_) | Change::Forget(_) | Change::SnapshotRemove(_)) {
                 self.epoch.fetch_add(1, Ordering::Relaxed);
             }
+            if matches!(change, Change::SnapshotPut(_) | Change::SnapshotRemove(_)) {
+                self.snapshot_changes.fetch_add(1, Ordering::Release);
+            }
             self.ids.reach(&change);
             queue.open.apply(change, at, queue.frozen);
         }

@@ -341,6 +341,8 @@ fn new_shared(
         failures: Mutex::new(Vec::new()),
         read_only,
         epoch: AtomicU64::new(0),
+        snapshot_changes: AtomicU64::new(0),
+        snapshot_list: Mutex::default(),
         now,
     }
 }

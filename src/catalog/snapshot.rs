@@ -1,6 +1,8 @@
 //! Snapshots: named generations.
 
 use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -20,8 +22,23 @@ const DELETED_MAX: usize = 128;
 const COLUMNS: &str = "id, name, g, time, automatic, held, tags";
 
 impl Catalog {
-    /// All snapshots, oldest first (by generation, then id).
-    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
+    /// All snapshots, oldest first (by generation, then id). The list is kept until it changes: a
+    /// hundred thousand of them take longer to read than to show.
+    pub fn snapshots(&self) -> Result<Arc<Vec<Snapshot>>> {
+        // Counted before the list is read: what changes meanwhile makes it an old one.
+        let changes = self.shared.snapshot_changes.load(Ordering::Acquire);
+        if let Some((at, list)) = &*self.shared.snapshot_list.lock()
+            && *at == changes
+            && !self.shared.read_only
+        {
+            return Ok(list.clone());
+        }
+        let list = Arc::new(self.read_snapshots()?);
+        *self.shared.snapshot_list.lock() = Some((changes, list.clone()));
+        Ok(list)
+    }
+
+    fn read_snapshots(&self) -> Result<Vec<Snapshot>> {
         self.settle_snapshots()?;
         self.shared.read(|db| {
             // In the order of the table, which is nearly theirs: by an index each would be looked
@@ -216,8 +233,8 @@ impl Catalog {
         }
         let mut near: Vec<_> = self
             .snapshots()?
-            .into_iter()
-            .map(|other| (strsim::damerau_levenshtein(name, &other.name), other.name))
+            .iter()
+            .map(|other| (strsim::damerau_levenshtein(name, &other.name), other.name.clone()))
             .collect();
         near.sort();
         let near: Vec<_> =

@@ -149,7 +149,7 @@ impl Handler for Service {
                 let snapshots = catalog.snapshots()?;
                 let freed = self.fs.volume().freed_by(&snapshots, LIST_TIME)?;
                 let totals = catalog.totals()?;
-                Response::Snapshots(SnapshotList::new(snapshots, freed, totals))
+                Response::Snapshots(SnapshotList::new(&snapshots, freed, totals))
             }
             Request::SnapshotDelete { name } => {
                 Response::Snapshot((&catalog.delete_snapshot(&name)?).into())

@@ -33,10 +33,11 @@ impl Past {
                 Target::Latest(dir)
             }
             _ if text.starts_with(GMT_PREFIX) => {
-                let mut snapshots = self.catalog().snapshots()?.into_iter().rev();
-                let snapshot = snapshots.find(|s| gmt_name(s.time) == text).ok_or(Errno::NOENT)?;
-                self.remember(&snapshot);
-                return self.enter_view(view(dir, &snapshot, Way::Gmt(snapshot.id)));
+                let snapshots = self.catalog().snapshots()?;
+                let mut newest = snapshots.iter().rev();
+                let snapshot = newest.find(|s| gmt_name(s.time) == text).ok_or(Errno::NOENT)?;
+                self.remember(snapshot);
+                return self.enter_view(view(dir, snapshot, Way::Gmt(snapshot.id)));
             }
             _ => {
                 let snapshot = self.catalog().snapshot(text)?.ok_or(Errno::NOENT)?;

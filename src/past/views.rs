@@ -120,7 +120,7 @@ impl Past {
         {
             return Ok(Some(snapshot));
         }
-        let found = self.catalog().snapshots()?.into_iter().find(|snapshot| snapshot.id == id);
+        let found = self.catalog().snapshots()?.iter().find(|snapshot| snapshot.id == id).cloned();
         let mut tables = self.tables.lock();
         match &found {
             Some(snapshot) => tables.snapshot_names.put(id, snapshot.name.clone()),

@@ -76,7 +76,8 @@ pub fn plan(catalog: &Catalog, paths: &[RelPath], now: Timestamp) -> Result<Plan
         }
         ends.push(found.order.len());
     }
-    let held: Vec<_> = catalog.snapshots()?.into_iter().filter(|snapshot| snapshot.held).collect();
+    let snapshots = catalog.snapshots()?;
+    let held: Vec<_> = snapshots.iter().filter(|snapshot| snapshot.held).collect();
     let mut shows: BTreeSet<String> = BTreeSet::new();
     let mut items = Vec::new();
     for node in &found.order {

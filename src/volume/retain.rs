@@ -102,33 +102,30 @@ impl Volume {
         let epoch = self.catalog().history_epoch();
         let horizon = self.catalog().horizon()?;
         let deleted_since = self.deleted_since()?;
-        {
+        // What is continuous shows all of it without the snapshot.
+        let nothing = |snapshot: &Snapshot| (snapshot.generation >= horizon).then_some(0);
+        let mut freed: Vec<Option<u64>> = {
             let mut book = self.space.lock();
             if book.epoch != epoch {
                 book.epoch = epoch;
                 book.freed.clear();
                 book.counted = false;
             }
-        }
-        let count = |snapshot: &Snapshot| {
-            // What is continuous shows all of it without the snapshot.
-            if snapshot.generation >= horizon {
-                return Ok(Some(0));
-            }
-            if let Some(bytes) = self.space.lock().freed.get(&snapshot.id) {
-                return Ok(Some(*bytes));
-            }
+            let known = |one: &Snapshot| nothing(one).or_else(|| book.freed.get(&one.id).copied());
+            snapshots.iter().map(known).collect()
+        };
+        let uncounted = snapshots.iter().zip(&mut freed).filter(|(_, freed)| freed.is_none());
+        for (snapshot, freed) in uncounted {
             if begin.elapsed() >= time {
-                return Ok(None);
+                break;
             }
             let bytes = self.catalog().freed_without(snapshot, deleted_since)?;
             let mut book = self.space.lock();
             if book.epoch == epoch {
                 book.freed.insert(snapshot.id, bytes);
             }
-            Ok(Some(bytes))
-        };
-        let freed = snapshots.iter().map(count).collect::<Result<Vec<_>>>()?;
+            *freed = Some(bytes);
+        }
         let mut book = self.space.lock();
         book.counted = book.epoch == epoch && freed.iter().all(Option::is_some);
         Ok(freed)

@@ -348,7 +348,7 @@ fn many_snapshots_are_deleted_at_once() {
     assert!(Catalog::inspect(&scratch.files[0]).unwrap().sequence <= before + 2);
     let failed: Vec<_> = outcomes.iter().filter_map(|one| one.as_ref().err()).collect();
     assert!(matches!(failed[..], [Error::InUse(_), Error::NotFound(_)]), "{failed:?}");
-    let left: Vec<_> = catalog.snapshots().unwrap().into_iter().map(|one| one.name).collect();
+    let left: Vec<_> = catalog.snapshots().unwrap().iter().map(|one| one.name.clone()).collect();
     assert_eq!(left, ["s0", "s9", "s19"]);
     assert_eq!(count(&scratch, "sweep"), 2);
 }
