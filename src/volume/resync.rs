@@ -146,7 +146,7 @@ impl Volume {
         Ok(())
     }
 
-    fn enter(&self, arrival: Arrival, fork: Fork) {
+    pub(super) fn enter(&self, arrival: Arrival, fork: Fork) {
         self.replicas().resyncing(arrival.id);
         let mut jobs = self.resyncs.jobs.lock();
         let wait = jobs.get(&arrival.id).map_or(RETRY_FIRST, |job| job.wait);
@@ -165,6 +165,7 @@ impl Volume {
                 extent: gauge.extent(),
                 elapsed: gauge.begun.elapsed(),
             }),
+            Stage::Failed(at) if *at <= Instant::now() => Some(Progressing::Waiting),
             Stage::Failed(at) => {
                 Some(Progressing::Retry(at.saturating_duration_since(Instant::now())))
             }
@@ -174,7 +175,7 @@ impl Volume {
     }
 
     /// Notes replicas that went out of use since the last look.
-    fn enter_failed(&self) {
+    pub(super) fn enter_failed(&self) {
         let mut jobs = self.resyncs.jobs.lock();
         for id in self.replicas().ids() {
             if !matches!(self.replicas().health(id).state, State::Offline { .. }) {
