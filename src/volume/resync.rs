@@ -51,6 +51,10 @@ use rounds::Rounds;
 const RETRY_FIRST: Duration = Duration::from_secs(30);
 /// The longest time between two looks.
 const RETRY_MAX: Duration = Duration::from_secs(600);
+/// A resync that takes no longer is waited for at the end of a mount.
+const SHORT_RESYNC: Duration = Duration::from_secs(3);
+/// How often it is looked whether it has ended.
+const SHORT_POLL: Duration = Duration::from_millis(5);
 /// How long a disk may take to answer the look.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The resyncs of a mounted store.
@@ -126,6 +130,16 @@ impl Resyncs {
         if let Some(kick) = &*self.kick.lock() {
             // If it is not waiting it looks anyway before it waits again.
             let _ = kick.try_send(());
+        }
+    }
+
+    /// The mount is over: a resync that needs no longer than a moment more ends well.
+    pub fn finish_short(&self) {
+        *self.mount.lock() = None;
+        let begun = Instant::now();
+        let is_busy = |job: &Job| matches!(job.stage, Stage::Ready(_) | Stage::Running(_));
+        while self.jobs.lock().values().any(is_busy) && begun.elapsed() < SHORT_RESYNC {
+            std::thread::sleep(SHORT_POLL);
         }
     }
 
@@ -219,7 +233,13 @@ impl Volume {
     }
 
     fn put_off(&self, id: ReplicaId, error: &Error) {
-        log::warn!("{}: not brought back: {error}", self.replicas().get(id).path.display());
+        let path = self.replicas().get(id).path.clone();
+        match error {
+            Error::Interrupted => {
+                log::info!("{}: its resync was stopped and goes on later", path.display());
+            }
+            error => log::warn!("{}: not brought back: {error}", path.display()),
+        }
         let mut jobs = self.resyncs.jobs.lock();
         if let Some(job) = jobs.get_mut(&id) {
             job.stage = Stage::Failed(Instant::now() + job.wait);
