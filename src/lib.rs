@@ -39,8 +39,14 @@
 //!
 //! **A backing dies.** A [`replica::backing::Backing`] call fails → the verdict in
 //! [`replica::ReplicaSet::apply`] ejects that replica and the operation succeeds on the others →
-//! the survivors' markers and `status` say so, and the next mount makes the replica equal again
-//! ([`store`]).
+//! the survivors' markers and `status` say so.
+//!
+//! **A backing returns.** It is recognised by its marker ([`store::Store::returned`]); what others
+//! changed on it is taken in; then [`volume`] makes it equal in rounds, while the mount is in use:
+//! first where the catalogs differ, or everything, then what was dirtied meanwhile
+//! ([`replica::intent`]), and at last, with operations stopped for an instant, the rest. Its catalog
+//! joins the others ([`catalog::Joining`]), and it is admitted. A mount does not wait for replicas
+//! that are behind: they are resynced the same way.
 
 pub mod catalog;
 pub mod cli;

@@ -260,6 +260,7 @@ impl Volume {
     /// Seals and commits everything, durably, and marks the store clean. The volume is of no use
     /// after.
     pub fn close(&self) -> Result<()> {
+        self.resyncs.finish_short();
         self.stopping.store(true, Ordering::Relaxed);
         self.resyncs.stop();
         for housekeeper in std::mem::take(&mut *self.housekeepers.lock()) {

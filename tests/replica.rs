@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use common::disk::LoopFs;
 use common::mounted::word;
 use common::{Mounted, run, wait_until};
 
@@ -469,5 +470,30 @@ fn two_that_were_used_apart_are_joined_only_on_request() {
     assert!(versions(&store, "d", "a").contains(&"there\n".to_owned()));
     assert!(!store.path("d/new").exists() && !store.path("sub").exists());
     assert_eq!(fs::read_to_string(store.path("d/.snapshots/.deleted/new")).unwrap(), "there\n");
+    finish_equal(store);
+}
+
+#[test]
+fn a_disk_that_failed_is_brought_back_once_it_takes_changes_again() {
+    let disk = LoopFs::ext4(64);
+    let scratch = common::scratch();
+    let steady = scratch.path().join("steady");
+    fs::create_dir(&steady).unwrap();
+    let flaky = disk.root().join("flaky");
+    let store = Mounted::over(vec![steady, flaky.clone()]);
+    sh(&store, BEFORE.replace("3000000", "300000").replace("2000000", "200000").as_str());
+    let immutable = |how: &str| {
+        run(Command::new("chattr").arg(how).arg(flaky.join("gone"))).ok();
+    };
+    immutable("+i");
+    sh(&store, "echo missed > missed; mv keep kept; rm -r gone");
+    let status = store.rearview(&["status"]);
+    assert_eq!(status.code, 20, "{}", status.told());
+    assert!(status.stdout.contains("OFFLINE"), "{}", status.told());
+    // The disk answers, but takes no change yet.
+    assert_eq!(store.rearview(&["resync", "--wait"]).code, 20);
+    immutable("-i");
+    let done = store.rearview(&["resync", "--wait"]);
+    assert_eq!(done.code, 0, "{}", done.told());
     finish_equal(store);
 }

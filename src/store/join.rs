@@ -369,7 +369,8 @@ impl Store {
         let member = &mut members[id.index()];
         member.marker.phase = Phase::Ok;
         member.marker.clean = None;
-        member.marker.opened = Some(Timestamp::now().as_nanos());
+        // The mount that it belongs to from here on, by which its intent log is known.
+        member.marker.opened = marker.opened;
         member.marker.policy = marker.policy;
         member.marker.policy_changed = marker.policy_changed;
         member.marker.peers = marker.peers;

@@ -249,9 +249,8 @@ fn settle_by(
         Verdict::Fork(a, b) => {
             return Err(Error::Refused(format!(
                 "{} and {} were used separately and both changed: neither can replace the other \
-                 unasked. Nothing was touched. Mount the one to keep alone; for the other, move \
-                 all that is in it, .rearview too, elsewhere, and mount both with --init: the \
-                 empty directory is then filled",
+                 unasked. Nothing was touched. Mount the one to keep live alone, then bring in the \
+                 other, whose changes become versions: rearview replica online --take BACKING",
                 shown(a),
                 shown(b)
             )));

@@ -51,6 +51,10 @@ use rounds::Rounds;
 const RETRY_FIRST: Duration = Duration::from_secs(30);
 /// The longest time between two looks.
 const RETRY_MAX: Duration = Duration::from_secs(600);
+/// A resync that takes no longer is waited for at the end of a mount.
+const SHORT_RESYNC: Duration = Duration::from_secs(3);
+/// How often it is looked whether it has ended.
+const SHORT_POLL: Duration = Duration::from_millis(5);
 /// How long a disk may take to answer the look.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The resyncs of a mounted store.
@@ -129,6 +133,16 @@ impl Resyncs {
         }
     }
 
+    /// The mount is over: a resync that needs no longer than a moment more ends well.
+    pub fn finish_short(&self) {
+        *self.mount.lock() = None;
+        let begun = Instant::now();
+        let is_busy = |job: &Job| matches!(job.stage, Stage::Ready(_) | Stage::Running(_));
+        while self.jobs.lock().values().any(is_busy) && begun.elapsed() < SHORT_RESYNC {
+            std::thread::sleep(SHORT_POLL);
+        }
+    }
+
     /// Ends what runs.
     pub fn stop(&self) {
         self.jobs.lock().values().for_each(|job| job.stop.store(true, Ordering::Relaxed));
@@ -146,7 +160,7 @@ impl Volume {
         Ok(())
     }
 
-    fn enter(&self, arrival: Arrival, fork: Fork) {
+    pub(super) fn enter(&self, arrival: Arrival, fork: Fork) {
         self.replicas().resyncing(arrival.id);
         let mut jobs = self.resyncs.jobs.lock();
         let wait = jobs.get(&arrival.id).map_or(RETRY_FIRST, |job| job.wait);
@@ -165,6 +179,7 @@ impl Volume {
                 extent: gauge.extent(),
                 elapsed: gauge.begun.elapsed(),
             }),
+            Stage::Failed(at) if *at <= Instant::now() => Some(Progressing::Waiting),
             Stage::Failed(at) => {
                 Some(Progressing::Retry(at.saturating_duration_since(Instant::now())))
             }
@@ -174,7 +189,7 @@ impl Volume {
     }
 
     /// Notes replicas that went out of use since the last look.
-    fn enter_failed(&self) {
+    pub(super) fn enter_failed(&self) {
         let mut jobs = self.resyncs.jobs.lock();
         for id in self.replicas().ids() {
             if !matches!(self.replicas().health(id).state, State::Offline { .. }) {
@@ -218,7 +233,13 @@ impl Volume {
     }
 
     fn put_off(&self, id: ReplicaId, error: &Error) {
-        log::warn!("{}: not brought back: {error}", self.replicas().get(id).path.display());
+        let path = self.replicas().get(id).path.clone();
+        match error {
+            Error::Interrupted => {
+                log::info!("{}: its resync was stopped and goes on later", path.display());
+            }
+            error => log::warn!("{}: not brought back: {error}", path.display()),
+        }
         let mut jobs = self.resyncs.jobs.lock();
         if let Some(job) = jobs.get_mut(&id) {
             job.stage = Stage::Failed(Instant::now() + job.wait);

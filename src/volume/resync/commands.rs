@@ -158,6 +158,7 @@ impl Volume {
 
     /// Has every replica that failed looked at now.
     pub fn resync_now(&self) {
+        self.enter_failed();
         for job in self.resyncs.jobs.lock().values_mut() {
             if let Stage::Failed(at) = &mut job.stage {
                 *at = Instant::now();

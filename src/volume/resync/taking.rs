@@ -16,6 +16,8 @@ use crate::types::{ReplicaId, Timestamp};
 
 /// What was in flight when a replica left was at most so much later than its last commit.
 const IN_FLIGHT_NANOS: i64 = 2_000_000_000;
+/// `FUSE_SUPER_MAGIC` of statfs(2).
+const FUSE_MAGIC: i64 = 0x6573_5546;
 /// How often it is looked whether the mount answers.
 const MOUNT_POLL: Duration = Duration::from_millis(20);
 
@@ -71,9 +73,18 @@ impl Volume {
             return Ok(None);
         }
         loop {
-            let mount = self.resyncs.mount.lock().clone();
-            if let Some(mount) = mount {
-                return Site::open(&mount).map(Some);
+            {
+                // Held, so that the end of the mount is not missed; what is open keeps it from
+                // ending.
+                let mount = self.resyncs.mount.lock();
+                if let Some(mount) = &*mount {
+                    let site = Site::open(mount)?;
+                    let kind = rustix::fs::statfs(mount).map_err(Error::Posix)?.f_type;
+                    // What lies below the mountpoint is not ours.
+                    if kind == FUSE_MAGIC {
+                        return Ok(Some(site));
+                    }
+                }
             }
             progress.advance(0, 0)?;
             std::thread::sleep(MOUNT_POLL);
