@@ -8,8 +8,7 @@ use std::sync::Arc;
 use super::failures::Failures;
 use super::methods;
 use crate::replica::backing::{
-    Access, Backing, Creds, DirEntry, Handle, Keeper, RenameMode, Seek, SetTime,
-    Space, Stat,
+    Access, Backing, Creds, DirEntry, Handle, Keeper, RenameMode, Seek, SetTime, Space, Stat,
 };
 use crate::replica::handles::not_open;
 use crate::sys::device::Device;
