@@ -20,6 +20,7 @@ mod actor;
 mod apply;
 mod commit;
 mod diff;
+pub mod digest;
 mod freed;
 mod live;
 mod open;
@@ -120,6 +121,9 @@ pub enum Change {
     ContentPreserved { id: ContentId, cloned: bool },
     /// A before-image: bytes of `content` that the live file no longer has.
     UndoAdd(UndoRow),
+    /// A content's bytes have this digest.
+    #[allow(missing_docs)]
+    DigestAdd { content: ContentId, digest: digest::Digest },
     /// A set of extended attributes got its id.
     #[allow(missing_docs)]
     XattrSetAdd { id: XattrSetId, set: Arc<Xattrs> },

@@ -27,11 +27,13 @@
 //! | `purged` | paths removed from all history on request |
 //! | `xattr_set` | interned sets: count, then names and values, each as length (LE u32) and bytes |
 //! | `touched` | per batch (its last generation): nodes whose state, names or entries changed |
+//! | `digest` | the first 16 bytes of the BLAKE3 of a content's bytes: see [`super::digest`] |
 //!
 //! What history does not show is in `node` and `entry` with a `born` of 2^62 and never comes into
 //! their siblings.
 //!
-//! Version 1 had none of the tables from `recipe` on; opening it for writing adds them.
+//! Version 1 had none of the tables from `recipe` on, version 2 no `digest`; opening an older one
+//! for writing adds what it lacks.
 //!
 //! Times are nanoseconds since 1970 as an integer where that is exact, else 12 bytes: seconds (BE
 //! i64), nanoseconds (BE u32). `ctime` and `btime` are NULL where they equal `mtime`.
@@ -49,7 +51,7 @@ use crate::types::{ContentId, Generation, NodeId, Timestamp, escape};
 /// `application_id`: "RVFS".
 const APPLICATION_ID: i32 = 0x5256_4653;
 /// `user_version`: the version of the tables.
-pub(super) const FORMAT: i32 = 2;
+pub(super) const FORMAT: i32 = 3;
 /// The oldest version that is taken over.
 const FORMAT_MIN: i32 = 1;
 /// Prepared statements kept per connection: all that the catalog has.
@@ -129,8 +131,14 @@ CREATE TABLE act(g INTEGER PRIMARY KEY, actor INTEGER NOT NULL);
 CREATE TABLE purged(id INTEGER PRIMARY KEY, time NOT NULL, path BLOB NOT NULL,
     versions INTEGER NOT NULL, bytes INTEGER NOT NULL);
 ";
+/// What version 3 added: the digests of contents.
+const DIGEST_TABLE: &str = "
+CREATE TABLE digest(content INTEGER PRIMARY KEY, hash BLOB NOT NULL);
+";
+/// What each version added, from the first one on.
+const VERSIONS: [&[&str]; 3] = [&[TABLES], &[TABLES_2], &[DIGEST_TABLE]];
 /// How many tables each version has: fewer in a file means that it is not whole.
-const TABLE_COUNTS: [i64; 2] = [13, 22];
+const TABLE_COUNTS: [i64; 3] = [13, 22, 23];
 
 /// The columns of a node's state in `node` and `node_h`, as [`node_row`] takes them; `born` is the
 /// next.
@@ -235,15 +243,18 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
         return Err(damaged(file, format!("it has {tables} of {expected} tables")));
     }
     if format < FORMAT && for_use == Use::Write {
-        upgrade(&mut db)?;
+        upgrade(&mut db, format)?;
     }
     Ok(db)
 }
 
-/// Makes a catalog of version 1 one of version 2, in one transaction.
-fn upgrade(db: &mut Connection) -> rusqlite::Result<()> {
+/// Adds what the versions after `format` have, in one transaction.
+fn upgrade(db: &mut Connection, format: i32) -> rusqlite::Result<()> {
     let transaction = db.transaction()?;
-    transaction.execute_batch(TABLES_2)?;
+    let added = usize::try_from(format).ok().and_then(|known| VERSIONS.get(known..));
+    for tables in added.unwrap_or_default().iter().copied().flatten() {
+        transaction.execute_batch(tables)?;
+    }
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.commit()
 }
@@ -295,8 +306,9 @@ pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<(
          PRAGMA synchronous = FULL;"
     ))?;
     let transaction = db.transaction()?;
-    transaction.execute_batch(TABLES)?;
-    transaction.execute_batch(TABLES_2)?;
+    for tables in VERSIONS.iter().copied().flatten() {
+        transaction.execute_batch(tables)?;
+    }
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.execute(
         "INSERT INTO head VALUES(1, ?1, 0, ?2, 0, 2, 1, 1, 1, 0, 0, 0, 0, 0)",
