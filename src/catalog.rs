@@ -18,6 +18,7 @@
 
 mod actor;
 mod apply;
+mod audit;
 mod commit;
 mod diff;
 pub mod digest;
@@ -26,6 +27,7 @@ mod live;
 mod open;
 mod overlay;
 mod packed;
+mod places;
 mod query;
 mod reader;
 mod report;
@@ -38,7 +40,9 @@ mod tests;
 mod xattr;
 
 pub use self::actor::Actor;
+pub use self::audit::Audit;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
+pub use self::places::LiveNode;
 pub use self::retain::Sweep;
 pub use self::sweep::SweepStep;
 

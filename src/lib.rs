@@ -9,6 +9,7 @@
 //! | 8 | [`fuse`], [`control`] | the edge: translates, never decides |
 //! | 7 | [`mountpoint`] | mounting and unmounting |
 //! | 6 | [`fs`], [`report`] | live tree and past as one filesystem; what commands show |
+//! | 6 | [`check`] | whether an unmounted store holds what it promises |
 //! | 5 | [`past`] | the past as folders |
 //! | 4 | [`volume`] | the live tree: every operation mirrored, preserved, recorded |
 //! | 3 | [`store`] | opening, adopting and filling a store |
@@ -43,6 +44,7 @@
 //! ([`store`]).
 
 pub mod catalog;
+pub mod check;
 pub mod cli;
 pub mod control;
 pub mod daemon;

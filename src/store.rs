@@ -35,16 +35,17 @@ use site::Site;
 
 pub mod compare;
 mod copy;
-mod fill;
+pub mod fill;
 mod identify;
 mod idset;
 mod import;
 mod lineage;
-mod lock;
+pub mod lock;
 pub mod marker;
 mod quarantine;
+pub mod record;
 mod settle;
-mod site;
+pub mod site;
 #[cfg(test)]
 mod tests;
 
@@ -468,6 +469,24 @@ impl Store {
             Some(error) if !noted => Err(error),
             _ => Ok(()),
         }
+    }
+
+    /// Reads the markers of all replicas in use and writes those anew that are not what we wrote.
+    /// Returns those, and how that went.
+    pub fn check_markers(&self) -> Vec<(ReplicaId, PathBuf, Result<()>)> {
+        let members = self.members.lock();
+        let mut found = Vec::new();
+        for id in self.replicas.ids() {
+            let Some(member) = members.get(id.index()).filter(|member| !member.stale) else {
+                continue;
+            };
+            let written = Marker::read(&member.site);
+            if !written.is_ok_and(|written| written.as_ref() == Some(&member.marker)) {
+                let path = member.site.private_path(marker::MARKER_FILE);
+                found.push((id, path, member.write_marker()));
+            }
+        }
+        found
     }
 
     /// Notes, durably in the markers of the others, that the store goes on without this replica.

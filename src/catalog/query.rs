@@ -224,7 +224,7 @@ impl Catalog {
 const SAME_MAX: usize = 64;
 
 /// See [`Catalog::sources`]. `seen` gets every content whose chain was followed.
-fn sources(
+pub(super) fn sources(
     db: &Connection,
     node: NodeId,
     content: ContentId,
