@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, Result};
 
+mod check;
 mod history;
 mod locate;
 mod mount;
@@ -19,6 +20,7 @@ mod progress;
 mod prune;
 mod purge;
 mod restore;
+mod scrub;
 mod shell;
 mod snapshot;
 mod status;
@@ -126,6 +128,12 @@ pub enum Command {
     /// Remove files and directories from all history, for ever; what is live stays as it is
     #[command(after_help = purge::EXAMPLES)]
     Purge(purge::PurgeArgs),
+    /// Read every copy of everything, and heal what is damaged
+    #[command(after_help = scrub::EXAMPLES)]
+    Scrub(scrub::ScrubArgs),
+    /// Look whether an unmounted store holds what it promises
+    #[command(after_help = check::EXAMPLES)]
+    Check(check::CheckArgs),
     /// Take back what one program changed, and nothing else
     #[command(after_help = undo::EXAMPLES)]
     Undo(undo::UndoArgs),
@@ -465,6 +473,8 @@ fn run(cli: Cli) -> Result<Exit> {
         Command::Undelete(args) => restore::undelete(&args),
         Command::Prune(args) => prune::prune(*args),
         Command::Purge(args) => purge::purge(&args),
+        Command::Scrub(args) => scrub::scrub(&args),
+        Command::Check(args) => check::check(&args),
         Command::Undo(args) => undo::undo(&args),
         Command::Completions(args) => shell::completions(&args),
         Command::Man(args) => shell::man(&args),

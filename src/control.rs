@@ -22,6 +22,7 @@ use crate::report::{
     DiffReport, MomentText, PathText, SnapshotReport, SnapshotsReport, StatusReport,
 };
 use crate::retention::Policy;
+use crate::volume::scrub::{ScrubOptions, ScrubStatus};
 
 pub mod client;
 mod prune;
@@ -132,6 +133,8 @@ pub enum Request {
         /// Root-relative.
         path: PathText,
     },
+    /// Begins, steers or shows the scrub.
+    Scrub(ScrubRequest),
     /// Removes paths from all history, or tells what that would do.
     Purge {
         /// Root-relative.
@@ -141,6 +144,22 @@ pub enum Request {
         /// Also what held snapshots show.
         even_held: bool,
     },
+}
+
+/// What is asked of the scrub.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "scrub", rename_all = "snake_case")]
+pub enum ScrubRequest {
+    /// Begin.
+    Start(ScrubOptions),
+    /// Stop for a while.
+    Pause,
+    /// Go on.
+    Resume,
+    /// End.
+    Stop,
+    /// Tell how it stands.
+    Status,
 }
 
 impl Request {
@@ -155,6 +174,7 @@ impl Request {
             | Request::SnapshotLastSeen { .. } => true,
             Request::Prune { dry_run, .. } => !dry_run,
             Request::Purge { dry_run, .. } => !dry_run,
+            Request::Scrub(request) => *request != ScrubRequest::Status,
             Request::Ping
             | Request::Status
             | Request::SnapshotList
@@ -188,6 +208,8 @@ pub enum Response {
     UndoPlan(UndoPlan),
     /// To [`Request::Moment`].
     Moment(crate::report::MomentReport),
+    /// To [`Request::Scrub`].
+    Scrub(ScrubStatus),
     /// To [`Request::Purge`].
     Purge(PurgeReport),
     /// The request failed.

@@ -363,6 +363,11 @@ impl ReplicaSet {
         self.room.forget();
     }
 
+    /// Counts an object that was found damaged on a replica.
+    pub fn count_damage(&self, id: ReplicaId) {
+        self.records[id].count_checksum_error();
+    }
+
     /// A replica's condition at this moment.
     pub fn health(&self, id: ReplicaId) -> Health {
         self.records[id].snapshot()

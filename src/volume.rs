@@ -16,6 +16,7 @@
 mod actors;
 mod attributes;
 mod content;
+mod digest;
 mod excludes;
 mod files;
 mod maintain;
@@ -24,6 +25,7 @@ pub mod nodes;
 mod purge;
 mod retain;
 mod same;
+pub mod scrub;
 mod seal;
 
 use std::collections::{HashMap, HashSet};
@@ -67,6 +69,8 @@ pub struct VolumeOptions {
     pub pack_after: Duration,
     /// How often the store's own policy is applied.
     pub policy_every: Duration,
+    /// A file gets its digest when it was not changed for this long.
+    pub digest_after: Duration,
     /// Patterns of what is to have no history, counted from the root.
     pub exclude: Arc<Patterns>,
 }
@@ -78,6 +82,7 @@ impl Default for VolumeOptions {
             housekeeping: Duration::from_secs(1),
             pack_after: Duration::from_secs(60),
             policy_every: Duration::from_secs(300),
+            digest_after: Duration::from_secs(5),
             exclude: Arc::default(),
         }
     }
@@ -114,6 +119,9 @@ pub struct Volume {
     urgent: AtomicUsize,
     /// What status says of space.
     space: Mutex<retain::SpaceBook>,
+    /// Files that have no digest yet.
+    undigested: Mutex<digest::Waiting>,
+    scrub: scrub::Scrub,
 }
 
 struct Housekeeper {
@@ -175,6 +183,8 @@ impl Volume {
             stopping: AtomicBool::new(false),
             urgent: AtomicUsize::new(0),
             space: Mutex::default(),
+            undigested: Mutex::default(),
+            scrub: scrub::Scrub::default(),
             store,
         });
         // Before a change that a replica missed is acknowledged, the others have it on record that
@@ -194,6 +204,7 @@ impl Volume {
         let housekeepers = [
             Housekeeper::start(&volume, "rv-housekeeping", housekeep)?,
             Housekeeper::start(&volume, "rv-maintenance", maintain::run)?,
+            Housekeeper::start(&volume, "rv-scrub", scrub::run)?,
         ];
         volume.housekeepers.lock().extend(housekeepers);
         Ok(volume)

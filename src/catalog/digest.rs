@@ -26,6 +26,14 @@ pub fn digest_of(hasher: &blake3::Hasher) -> Digest {
     digest
 }
 
+/// The digest in a whole hash.
+pub fn first_half(hash: &[u8; 32]) -> Digest {
+    let mut digest = Digest::default();
+    let length = digest.len();
+    digest.copy_from_slice(&hash[..length]);
+    digest
+}
+
 /// A live file's content without a digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Undigested {

@@ -20,7 +20,7 @@ use super::xattr::Interned;
 use super::{Catalog, Change, Durability, Head, PackChange, Shared};
 use crate::error::{Error, IoContext, Result};
 use crate::types::{
-    ChunkId, ContentId, NodeId, PackId, ReplicaMap, SnapshotId, Timestamp, XattrSetId,
+    ChunkId, ContentId, NodeId, PackId, ReplicaId, ReplicaMap, SnapshotId, Timestamp, XattrSetId,
 };
 
 /// Ids skipped after an unclean end. Far more are never handed out between two commits: the queue
@@ -156,6 +156,38 @@ impl Catalog {
         fs::rename(&new, to).context("rename", &new)?;
         remove_if_there(&beside(&new, "-shm"))?;
         sync_parent(to)
+    }
+
+    /// The file of a replica's catalog, if it has one.
+    pub fn file(&self, replica: ReplicaId) -> Option<PathBuf> {
+        self.shared.readers.file(replica)
+    }
+
+    /// Replaces a replica's catalog by a copy of another's while both are in use. Nothing is
+    /// committed meanwhile.
+    pub fn replace(&self, replica: ReplicaId, from: ReplicaId) -> Result<()> {
+        let files = (self.file(replica), self.file(from));
+        let (Some(to), Some(source)) = files else {
+            return Err(Error::Refused("a replica has no catalog".into()));
+        };
+        let mut writers = self.shared.writers.lock();
+        if self.shared.is_detached(replica) || writers[from].is_none() {
+            return Err(Error::Refused("a replica is out of use".into()));
+        }
+        self.shared.readers.close_on(replica);
+        // If we die in between, the file is whole, the old one or the new.
+        writers[replica] = None;
+        let copied = Catalog::copy(&source, &to).and_then(|()| connect(&to, Use::Write));
+        match copied {
+            Ok(db) => {
+                writers[replica] = Some(Writer { db, full: false, in_wal: 0, dirty: true });
+                Ok(())
+            }
+            Err(error) => {
+                self.shared.detach(replica, Some(error.to_string()));
+                Err(error)
+            }
+        }
     }
 
     /// Opens the replicas' catalogs for a mount; `None` for a replica that has none. All must have

@@ -36,6 +36,16 @@ impl Readers {
         self.idle.lock().clear();
     }
 
+    /// The file of a replica.
+    pub fn file(&self, replica: ReplicaId) -> Option<PathBuf> {
+        self.files[replica].clone()
+    }
+
+    /// Closes the idle connections to a replica's file, which is replaced.
+    pub fn close_on(&self, replica: ReplicaId) {
+        self.idle.lock().retain(|(id, _)| *id != replica);
+    }
+
     fn take(&self) -> Result<(ReplicaId, Connection)> {
         let id = self.gone.iter().find(|(_, gone)| !gone.load(Ordering::Acquire)).map(|(id, _)| id);
         let (id, file) =

@@ -68,6 +68,8 @@ pub struct Health {
     pub state: State,
     /// Reads that failed by the device's fault, since the mount.
     pub read_errors: u64,
+    /// Objects that were found damaged on it, since the mount.
+    pub checksum_errors: u64,
     /// Changes that failed on this replica and not on another, since the mount.
     pub write_errors: u64,
 }
@@ -78,6 +80,7 @@ pub(super) struct Record {
     state: Mutex<State>,
     read_errors: AtomicU64,
     write_errors: AtomicU64,
+    checksum_errors: AtomicU64,
 }
 
 impl Record {
@@ -86,6 +89,7 @@ impl Record {
             state: self.state.lock().clone(),
             read_errors: self.read_errors.load(Ordering::Relaxed),
             write_errors: self.write_errors.load(Ordering::Relaxed),
+            checksum_errors: self.checksum_errors.load(Ordering::Relaxed),
         }
     }
 
@@ -96,6 +100,10 @@ impl Record {
     /// Counts a failed read and returns how many there have been.
     pub(super) fn count_read_error(&self) -> u64 {
         self.read_errors.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    pub(super) fn count_checksum_error(&self) {
+        self.checksum_errors.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn count_write_error(&self) {

@@ -1,0 +1,155 @@
+//! Digests of settled files, taken in the background once a file has been quiet for a while.
+//!
+//! What was written last is read first: it is still in the kernel's cache. After a mount, and
+//! whenever nothing newer waits, the files that have none yet follow.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use crate::catalog::Change;
+use crate::catalog::digest::{Digest, digest_of};
+use crate::error::Result;
+use crate::replica::backing::{Access, Backing, Handle};
+use crate::types::{ContentId, NodeId};
+
+use super::Volume;
+use super::nodes::State;
+
+/// Files are read in pieces of this size.
+pub(super) const PIECE_BYTES: usize = 1 << 20;
+/// Files without a digest that one look into the catalog finds.
+const FOUND_MAX: usize = 256;
+
+/// The files that wait for a digest.
+pub(super) struct Waiting {
+    /// Sealed in this mount, and when.
+    fresh: BTreeMap<NodeId, Instant>,
+    /// Up to where the catalog was looked through; `None` when it was to its end.
+    after: Option<NodeId>,
+}
+
+impl Default for Waiting {
+    fn default() -> Waiting {
+        Waiting { fresh: BTreeMap::new(), after: Some(NodeId(0)) }
+    }
+}
+
+impl Volume {
+    /// A file got a content that has no digest.
+    pub(super) fn want_digest(&self, node: NodeId) {
+        self.undigested.lock().fresh.insert(node, Instant::now());
+    }
+
+    /// Takes the digests of files that have been quiet, for about as long as `time` allows.
+    pub(super) fn take_digests(&self, time: Duration, stop: &dyn Fn() -> Result<()>) -> Result<()> {
+        let begin = Instant::now();
+        let quiet = self.options.digest_after;
+        let due: Vec<NodeId> = {
+            let mut waiting = self.undigested.lock();
+            let due = |at: &Instant| at.elapsed() >= quiet;
+            let mut ready: Vec<_> = waiting.fresh.iter().filter(|(_, at)| due(at)).collect();
+            ready.sort_by_key(|(_, at)| **at);
+            let ready: Vec<NodeId> = ready.into_iter().rev().map(|(node, _)| *node).collect();
+            ready.iter().for_each(|node| _ = waiting.fresh.remove(node));
+            ready
+        };
+        let mut due = due.into_iter();
+        while let Some(node) = due.next() {
+            let taken = stop().and_then(|()| self.take_digest(node));
+            let late = begin.elapsed() >= time;
+            if taken.is_err() || late {
+                // What was not come to waits on, as if it were sealed just now.
+                due.for_each(|node| self.want_digest(node));
+                return taken;
+            }
+        }
+        let after = self.undigested.lock().after;
+        let Some(mut after) = after else { return Ok(()) };
+        loop {
+            let found = self.catalog().undigested(after, FOUND_MAX)?;
+            for file in &found {
+                stop()?;
+                self.take_digest(file.node)?;
+                after = file.node;
+                self.undigested.lock().after = Some(after);
+                if begin.elapsed() >= time {
+                    return Ok(());
+                }
+            }
+            if found.len() < FOUND_MAX {
+                self.undigested.lock().after = None;
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes the digest of a file unless it is being changed: then its next seal asks again.
+    fn take_digest(&self, id: NodeId) -> Result<()> {
+        let Ok(node) = self.node(id) else { return Ok(()) };
+        let taken = (|| -> Result<Option<(ContentId, Digest)>> {
+            let (dir, name, content, stamp) = {
+                let state = node.lock();
+                let Some(content) = self.settled_content(id, &state)? else { return Ok(None) };
+                if self.catalog().digest(content)?.is_some() {
+                    return Ok(None);
+                }
+                let Ok((dir, name)) = self.location(&node, &state) else { return Ok(None) };
+                (dir, name, content, state.stamp)
+            };
+            let row = self.catalog().node(id)?;
+            let read = self.replicas().read("read", |replica, b| {
+                let file = b.open_file(dir.get(replica)?, &name, Access::Read)?;
+                let before = b.stat(&file)?;
+                let hasher = hash(b, &file)?;
+                let after = b.stat(&file)?;
+                let still = (before.size, before.mtime, before.ctime)
+                    == (after.size, after.mtime, after.ctime);
+                let recorded = row
+                    .as_ref()
+                    .is_some_and(|row| (row.size, row.mtime) == (after.size, after.mtime));
+                Ok((still && recorded).then(|| digest_of(&hasher)))
+            });
+            let Ok(Some(digest)) = read else { return Ok(None) };
+            let state = node.lock();
+            let same = state.stamp == stamp && self.settled_content(id, &state)? == Some(content);
+            Ok(same.then_some((content, digest)))
+        })();
+        drop(node);
+        self.nodes.drop_unused(id);
+        if let Some((content, digest)) = taken? {
+            self.record_digest(content, digest)?;
+        }
+        Ok(())
+    }
+
+    /// Records the digest of a content.
+    pub(super) fn record_digest(&self, content: ContentId, digest: Digest) -> Result<()> {
+        self.catalog().push(vec![Change::DigestAdd { content, digest }])?;
+        Ok(())
+    }
+
+    /// The content of a file that is as it was sealed; `None` for one that is being changed, has no
+    /// content, or is gone.
+    pub(super) fn settled_content(&self, id: NodeId, state: &State) -> Result<Option<ContentId>> {
+        if state.orphan || state.open.as_ref().is_some_and(|open| open.dirty) {
+            return Ok(None);
+        }
+        let content = self.catalog().node(id)?.map(|row| row.content);
+        Ok(content.filter(|content| *content != ContentId::EMPTY))
+    }
+}
+
+/// Hashes an open file.
+fn hash(b: &dyn Backing, file: &Handle) -> std::io::Result<blake3::Hasher> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; PIECE_BYTES];
+    let mut at = 0;
+    loop {
+        let count = b.read_at(file, &mut buffer, at)?;
+        hasher.update(&buffer[..count]);
+        if count < buffer.len() {
+            return Ok(hasher);
+        }
+        at += count as u64;
+    }
+}
