@@ -180,11 +180,11 @@ impl Work<'_> {
             set_attributes(b, &node, &standing.record)?;
             return Ok(Some(kept));
         }
+        let times = b.stat(&dir)?;
         let kept = match &copy.object {
             Some(_) => Some(self.set_aside(copy.on, &dir, name)?),
             None => None,
         };
-        let times = b.stat(&dir)?;
         let tmp = volume.replicas().private(PrivateDir::Tmp)?;
         let tmp = tmp.get(copy.on)?;
         let made = self.quarantine_name(name);
