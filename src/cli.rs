@@ -233,6 +233,9 @@ pub struct MountArgs {
     /// [default at first: 1h]
     #[arg(long, value_name = "DURATION")]
     pub snapshot_every: Option<String>,
+    /// Scrub a part of the store so often; 0 for never; noted in the store [default at first: 7d]
+    #[arg(long, value_name = "DURATION")]
+    pub scrub_every: Option<String>,
     /// The backing directories (also as one argument a:b:c; '\:' is a colon) and the mountpoint
     #[arg(required = true, num_args = 2.., value_names = ["BACKING", "MOUNTPOINT"])]
     pub paths: Vec<PathBuf>,

@@ -124,7 +124,10 @@ impl Files<'_> {
                     self.report.leftover(place, "no content lies in it");
                     continue;
                 };
-                if size != wanted {
+                // An orphan that was changed while it was open is its own preserved file: what its
+                // content had lies in before-images, and the file may be another.
+                let own = !self.catalog.has_images(node, content)?;
+                if own && size != wanted {
                     let what = format!("it has {size} bytes, {wanted} are recorded");
                     self.report.damage(place, what);
                     continue;
@@ -132,9 +135,6 @@ impl Files<'_> {
                 if self.options.read_data {
                     let (hash, bytes) = hash_named(self.site, &dir, &name)?;
                     self.report.bytes += bytes;
-                    // A before-image of an orphan that was changed while it was open counts first:
-                    // then the file itself may be another.
-                    let own = !self.catalog.has_images(node, content)?;
                     let key = format!("preserved/{name}");
                     if own && !has_digest(self.catalog, content, &hash)? {
                         self.report.damage(place, "its bytes are not those that were recorded");
@@ -243,7 +243,7 @@ impl Files<'_> {
                 continue;
             };
             if !wanted.remove(&segment) {
-                self.report.leftover(place, "no before-image lies in it");
+                // The packer takes it away when it is next at work.
                 continue;
             }
             let bytes = self.bytes(&dir, &name, size)?;

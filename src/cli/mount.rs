@@ -72,6 +72,7 @@ fn parse_helper(arguments: &[OsString]) -> Result<MountArgs> {
         free_limit: None,
         history_limit: None,
         snapshot_every: None,
+        scrub_every: None,
         paths,
         serve_in_background: false,
     })
@@ -111,6 +112,9 @@ fn plan(args: MountArgs) -> Result<MountPlan> {
     }
     if let Some(every) = args.snapshot_every {
         options.snapshot_every = Some(every.parse()?);
+    }
+    if let Some(every) = args.scrub_every {
+        options.scrub_every = Some(every.parse()?);
     }
     Patterns::of_globs(&options.exclude)?;
     let mut paths = args.paths;

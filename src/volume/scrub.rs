@@ -52,6 +52,8 @@ const YOUNG: Duration = Duration::from_secs(10 * 24 * 3600);
 const OBJECT_BYTES: u64 = 4096;
 /// Objects that are fetched from the catalog at a time.
 const BATCH: usize = 256;
+/// How often it is looked whether the policy asks for a run.
+const LOOK_EVERY: Duration = Duration::from_secs(60);
 /// How often the position is saved.
 const SAVE_EVERY: Duration = Duration::from_secs(10);
 /// How often objects that were being changed are looked at again before they are given up.
@@ -74,6 +76,8 @@ struct Inner {
     halt: bool,
     /// The thread works on a run.
     working: bool,
+    /// When it was last looked whether a run is due.
+    looked: Option<Instant>,
 }
 
 impl Volume {
@@ -192,8 +196,33 @@ impl Volume {
         Ok((u128::from(all) * u128::from(percent) / 100) as u64)
     }
 
+    /// Begins a run if the store's policy asks for one.
+    fn scrub_by_policy(&self) -> Result<()> {
+        let every = self.policy().scrub;
+        {
+            let mut inner = self.scrub.inner.lock();
+            if inner.looked.is_some_and(|at| at.elapsed() < LOOK_EVERY) || every.is_zero() {
+                return Ok(());
+            }
+            inner.looked = Some(Instant::now());
+            let now = Timestamp::now().as_nanos();
+            let plan = self.plan(&mut inner)?;
+            if plan.since == 0 {
+                plan.since = now;
+                return self.save(&inner);
+            }
+            let due = every.even_before(Timestamp::from_nanos(now)).as_nanos();
+            if plan.run.is_some() || plan.last_began() > due {
+                return Ok(());
+            }
+        }
+        log::info!("scrub: begun by the store's policy");
+        self.scrub_start(ScrubOptions::default(), true)
+    }
+
     /// One look of the thread: suspects first, then the run that is under way.
     fn scrub_due(&self) -> Result<()> {
+        self.scrub_by_policy()?;
         let suspects = std::mem::take(&mut *self.scrub.suspects.lock());
         if !suspects.is_empty() {
             let mut work = Work::new(self, ScrubRun::default());

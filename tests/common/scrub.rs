@@ -278,7 +278,8 @@ impl Damager {
         });
         let file = fs::OpenOptions::new().read(true).write(true).open(target).unwrap();
         let pages = file.metadata().unwrap().len() / 4096;
-        let free = free_pages(&file);
+        let mut free = free_pages(&file);
+        free.extend(written_pages(target));
         loop {
             let page = self.random(pages);
             let mut first = [0];
@@ -291,6 +292,20 @@ impl Damager {
             return (target.to_owned(), format!("page {page}"));
         }
     }
+}
+
+/// The root pages of tables that every commit writes: a damaged page that is written anew before
+/// anybody reads it is none.
+fn written_pages(target: &Path) -> Vec<u64> {
+    let db = rusqlite::Connection::open(target).unwrap();
+    let mut roots = db
+        .prepare(
+            "SELECT rootpage - 1 FROM sqlite_schema WHERE tbl_name IN \
+             ('meta', 'head', 'tally', 'tick', 'touched', 'act', 'digest')",
+        )
+        .unwrap();
+    let pages = roots.query_map([], |row| row.get::<_, i64>(0)).unwrap();
+    pages.map(|page| page.unwrap() as u64).collect()
 }
 
 /// The free pages of an SQLite database, from 0 (<https://sqlite.org/fileformat2.html>, 1.5).

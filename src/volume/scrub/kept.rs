@@ -161,7 +161,7 @@ impl Work<'_> {
         let digest = if own { volume.catalog().digest(content.id)? } else { None };
         let is_good = |copy: &Kept| match digest {
             Some(digest) => copy.digest == Some(digest),
-            None => copy.size == Some(content.size) && copy.digest.is_some(),
+            None => (!own || copy.size == Some(content.size)) && copy.digest.is_some(),
         };
         let good: Vec<&Kept> = copies.iter().filter(|copy| is_good(copy)).collect();
         let agree = good.windows(2).all(|pair| pair[0].digest == pair[1].digest);
@@ -313,6 +313,10 @@ impl Work<'_> {
     pub(super) fn segments(&mut self) -> Result<()> {
         let volume = self.volume;
         let _alone = volume.maintenance.lock();
+        if volume.history.undo().open_bytes() > 0 {
+            // So that what was appended up to now is looked at as well.
+            volume.history.undo().rotate(volume.replicas())?;
+        }
         let complete = volume.history.undo().complete(volume.replicas())?;
         let mut segments = volume.catalog().segments()?;
         let open_from = complete.last().copied().unwrap_or(0);

@@ -176,6 +176,8 @@ pub(super) struct Plan {
     pub position: NodeId,
     /// When the nodes before it were begun with, in nanoseconds since 1970.
     pub lap_began: i64,
+    /// Since when the store looks whether a run is due, in nanoseconds since 1970.
+    pub since: i64,
     /// The run that is under way, or paused.
     pub run: Option<ScrubRun>,
     /// The last one that ended.
@@ -183,6 +185,11 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// When the last run began; if there was none, since when one could.
+    pub fn last_began(&self) -> i64 {
+        self.last.as_ref().map_or(self.since, |run| run.began)
+    }
+
     /// Ends the run.
     pub fn end_run(&mut self, stopped: bool) {
         if let Some(run) = self.run.take() {
