@@ -42,7 +42,7 @@ mod xattr;
 pub use self::actor::Actor;
 pub use self::audit::Audit;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
-pub use self::places::LiveNode;
+pub use self::places::{LiveNode, VersionRecord};
 pub use self::retain::Sweep;
 pub use self::sweep::SweepStep;
 

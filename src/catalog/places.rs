@@ -2,10 +2,12 @@
 
 use rusqlite::{OptionalExtension, params};
 
-use super::schema::{Time, unsigned};
-use super::{Catalog, WaitingContent};
+use super::digest::Digest;
+use super::query::{path_at, time_of};
+use super::schema::{NODE_COLUMNS, Time, node_row, unsigned};
+use super::{Catalog, NodeRow, WaitingContent};
 use crate::error::Result;
-use crate::types::{ContentId, Kind, NodeId, Timestamp};
+use crate::types::{ContentId, Generation, Kind, NodeId, RelPath, Timestamp};
 
 /// A live object, as whoever goes through all of them needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +18,33 @@ pub struct LiveNode {
     pub size: u64,
     /// When its content or its attributes changed last.
     pub changed: Timestamp,
+}
+
+/// One version of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VersionRecord {
+    /// The file.
+    pub node: NodeId,
+    /// Its content.
+    pub content: ContentId,
+    /// Bytes of it.
+    pub size: u64,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Last change of content.
+    pub mtime: Timestamp,
+    /// When it became the file's content.
+    pub born: Timestamp,
+    /// When it was that no more; `None` while it is.
+    pub died: Option<Timestamp>,
+    /// Of its bytes, if known.
+    pub digest: Option<Digest>,
+    /// Where the file was then.
+    pub path: RelPath,
 }
 
 impl Catalog {
@@ -73,6 +102,52 @@ impl Catalog {
         self.shared.read(|db| {
             db.prepare_cached("SELECT 1 FROM undo WHERE node = ?1 AND content = ?2 LIMIT 1")?
                 .exists(params![node, content])
+        })
+    }
+
+    /// Whether there is a recipe of this id.
+    pub fn has_recipe(&self, id: ContentId) -> Result<bool> {
+        self.settle_pending()?;
+        self.shared
+            .read(|db| db.prepare_cached("SELECT 1 FROM recipe WHERE id = ?1")?.exists(params![id]))
+    }
+
+    /// What a journal says of a content: the newest state that shows it, and where it was then.
+    /// `None` if no state does, or it had no path.
+    pub fn version_record(
+        &self,
+        node: NodeId,
+        content: ContentId,
+    ) -> Result<Option<VersionRecord>> {
+        self.settle_pending()?;
+        let digest = self.digest(content)?;
+        self.shared.read_at_once(|db| {
+            let past: Option<(NodeRow, Generation, Generation)> = db
+                .prepare_cached(&format!(
+                    "SELECT {NODE_COLUMNS}, (SELECT min(born) FROM node_h WHERE id = ?1 \
+                     AND content = ?2), died FROM node_h WHERE id = ?1 AND content = ?2 \
+                     ORDER BY died DESC LIMIT 1"
+                ))?
+                .query_row(params![node, content], |row| {
+                    Ok((node_row(row, 0)?, row.get(13)?, row.get(14)?))
+                })
+                .optional()?;
+            let Some((row, born, died)) = past else { return Ok(None) };
+            let last = Generation(died.0.saturating_sub(1));
+            let Some(path) = path_at(db, last, node)? else { return Ok(None) };
+            Ok(Some(VersionRecord {
+                node,
+                content,
+                size: row.size,
+                mode: row.mode,
+                uid: row.uid,
+                gid: row.gid,
+                mtime: row.mtime,
+                born: time_of(db, born)?,
+                died: Some(time_of(db, died)?),
+                digest,
+                path,
+            }))
         })
     }
 
