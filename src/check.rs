@@ -24,7 +24,10 @@ use crate::store::{CATALOG_FILE, inspect};
 use crate::types::{ContentId, NodeId};
 
 mod history;
+mod rebuild;
 mod tree;
+
+pub use rebuild::{RebuildReport, UNNAMED, rebuild};
 
 /// How thoroughly is looked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -52,6 +52,7 @@ mod tests;
 pub use fill::FillReport;
 pub use import::{ImportReport, row_of};
 pub use lock::Owner;
+pub use settle::import_tree;
 
 /// The catalog's file name in the private directory.
 pub const CATALOG_FILE: &str = "catalog.db";

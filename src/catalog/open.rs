@@ -118,11 +118,16 @@ impl Catalog {
 
     /// Makes an empty catalog in `file`: the root directory does not exist yet, generation 0.
     pub fn create(file: &Path, store: uuid::Uuid) -> Result<()> {
+        Catalog::create_at(file, store, Timestamp::now())
+    }
+
+    /// As [`Catalog::create`], at a time of one's own: nothing in it can be older.
+    pub fn create_at(file: &Path, store: uuid::Uuid, time: Timestamp) -> Result<()> {
         if fs::metadata(file).is_ok_and(|meta| meta.len() > 0) {
             let shown = schema::show(file);
             return Err(Error::Refused(format!("there is a catalog at {shown} already")));
         }
-        schema::create(file, store, Timestamp::now())?;
+        schema::create(file, store, time)?;
         sync_parent(file)
     }
 
@@ -181,6 +186,8 @@ impl Catalog {
         match copied {
             Ok(db) => {
                 writers[replica] = Some(Writer { db, full: false, in_wal: 0, dirty: true });
+                // Whoever opened the old file while it was replaced.
+                self.shared.readers.close_on(replica);
                 Ok(())
             }
             Err(error) => {
@@ -198,7 +205,7 @@ impl Catalog {
     }
 
     /// As [`Catalog::open`], with a wall clock of one's own.
-    pub(super) fn open_with_clock(
+    pub fn open_with_clock(
         files: ReplicaMap<Option<PathBuf>>,
         clean: bool,
         now: Box<dyn Fn() -> Timestamp + Send + Sync>,

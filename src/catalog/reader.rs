@@ -4,7 +4,7 @@
 //! is asked again of the next.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use rusqlite::{Connection, ErrorCode};
@@ -22,13 +22,15 @@ pub(super) struct Readers {
     files: ReplicaMap<Option<PathBuf>>,
     gone: ReplicaMap<AtomicBool>,
     idle: Mutex<Vec<(ReplicaId, Connection)>>,
+    /// Counts the files that were replaced: a connection from before is of a file that is gone.
+    replaced: AtomicU64,
 }
 
 impl Readers {
     /// A pool on these files.
     pub fn new(files: ReplicaMap<Option<PathBuf>>) -> Readers {
         let gone = files.map(|_, file| AtomicBool::new(file.is_none()));
-        Readers { files, gone, idle: Mutex::new(Vec::new()) }
+        Readers { files, gone, idle: Mutex::new(Vec::new()), replaced: AtomicU64::new(0) }
     }
 
     /// Closes all idle connections.
@@ -43,7 +45,9 @@ impl Readers {
 
     /// Closes the idle connections to a replica's file, which is replaced.
     pub fn close_on(&self, replica: ReplicaId) {
-        self.idle.lock().retain(|(id, _)| *id != replica);
+        let mut idle = self.idle.lock();
+        self.replaced.fetch_add(1, Ordering::AcqRel);
+        idle.retain(|(id, _)| *id != replica);
     }
 
     fn take(&self) -> Result<(ReplicaId, Connection)> {
@@ -67,9 +71,10 @@ impl Readers {
         }
     }
 
-    fn give_back(&self, id: ReplicaId, db: Connection) {
+    fn give_back(&self, id: ReplicaId, db: Connection, taken_at: u64) {
         let mut idle = self.idle.lock();
-        if idle.len() < IDLE_MAX && !self.gone[id].load(Ordering::Acquire) {
+        let current = self.replaced.load(Ordering::Acquire) == taken_at;
+        if current && idle.len() < IDLE_MAX && !self.gone[id].load(Ordering::Acquire) {
             idle.push((id, db));
         }
     }
@@ -79,10 +84,11 @@ impl Shared {
     /// Runs a query. It may be run again on another replica if the first one fails.
     pub fn read<T>(&self, mut query: impl FnMut(&Connection) -> rusqlite::Result<T>) -> Result<T> {
         loop {
+            let taken_at = self.readers.replaced.load(Ordering::Acquire);
             let (id, db) = self.readers.take()?;
             match query(&db) {
                 Ok(answer) => {
-                    self.readers.give_back(id, db);
+                    self.readers.give_back(id, db, taken_at);
                     return Ok(answer);
                 }
                 Err(error) if !self.read_only && is_broken(&error) && self.others_than(id) => {

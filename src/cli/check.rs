@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::{Exit, progress, text};
-use crate::check::{CheckOptions, CheckReport, Finding};
+use crate::check::{CheckOptions, CheckReport, Finding, RebuildReport};
 use crate::error::Result;
 
 /// What `--help` shows at its end.
@@ -27,6 +27,10 @@ pub struct CheckArgs {
     /// Read every byte, of the live files too, and compare it with what was recorded
     #[arg(long)]
     pub read_data: bool,
+    /// Make a new catalog on the first backing from live tree, preserved files and packs. Only when
+    /// every backing has lost its own: the others are made equal to the first by the next mount
+    #[arg(long, conflicts_with = "read_data")]
+    pub rebuild_catalog: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -36,6 +40,15 @@ pub struct CheckArgs {
 pub fn check(args: &CheckArgs) -> Result<Exit> {
     let options = CheckOptions { read_data: args.read_data };
     let progress = progress::on_terminal(Arc::default());
+    if args.rebuild_catalog {
+        let report = crate::check::rebuild(&args.backings, &progress)?;
+        if args.json {
+            text::print_json(&report)?;
+        } else {
+            text::print(&rebuild_text(&report))?;
+        }
+        return Ok(Exit::Done);
+    }
     let report = crate::check::check(&args.backings, options, &progress)?;
     if args.json {
         text::print_json(&report)?;
@@ -43,6 +56,20 @@ pub fn check(args: &CheckArgs) -> Result<Exit> {
         text::print(&report_text(&report))?;
     }
     Ok(if report.damage.is_empty() { Exit::Done } else { Exit::Damaged })
+}
+
+fn rebuild_text(report: &RebuildReport) -> String {
+    let mut out = String::new();
+    if !report.unknown.is_empty() {
+        out.push_str("not known any more:\n");
+        report.unknown.iter().for_each(|finding| out.push_str(&format!("  {finding}\n")));
+    }
+    out.push_str(&format!(
+        "a new catalog of {} live objects and {} past versions, from {} packs\n\
+         names of snapshots, and who made a change, are lost with the old one\n",
+        report.live, report.versions, report.packs
+    ));
+    out
 }
 
 fn report_text(report: &CheckReport) -> String {
