@@ -25,9 +25,11 @@ use crate::types::{ContentId, NodeId};
 
 mod history;
 mod rebuild;
+mod repair;
 mod tree;
 
 pub use rebuild::{RebuildReport, UNNAMED, rebuild};
+pub use repair::repair;
 
 /// How thoroughly is looked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

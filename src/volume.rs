@@ -398,10 +398,19 @@ impl Volume {
         Ok(self.nodes.load(id, row.kind))
     }
 
-    /// A replica whose catalog failed is out of use as a whole.
+    /// A catalog that failed is replaced by another replica's. Where that fails too, the replica is
+    /// out of use as a whole.
     fn eject_failed_catalogs(&self) {
         for (replica, reason) in self.catalog().failed_replicas() {
             if self.replicas().is_online(replica) {
+                self.replicas().count_damage(replica);
+                let path = &self.replicas().get(replica).path;
+                // A disk that fails would fail again: only what the file holds is mended so.
+                let corrupt = reason.contains("malformed") || reason.contains("not a database");
+                if corrupt && self.catalog().replace(replica).is_ok() {
+                    log::warn!("{}: its catalog failed and was replaced: {reason}", path.display());
+                    continue;
+                }
                 log::error!("the catalog of a replica failed: {reason}");
                 self.replicas().eject(replica, Fault::new("catalog", Errno::IO));
             }

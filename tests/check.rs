@@ -94,6 +94,20 @@ fn each_kind_of_damage_is_named() {
 }
 
 #[test]
+fn damage_on_one_replica_is_repaired() {
+    let store = store_with_history();
+    let backing = &store.backings[0];
+    fs::remove_file(backing.join("link")).unwrap();
+    fs::set_permissions(backing.join("empty"), fs::Permissions::from_mode(0o777)).unwrap();
+    shell(backing, "for pack in $(find .rearview/packs -type f); do echo x > $pack; done");
+    let mut words = vec!["check".into(), "--read-data".into(), "--repair".into()];
+    words.extend(store.backings.iter().map(|path| path.clone().into_os_string()));
+    let said = rearview(words).ok();
+    assert!(said.contains("no damage found"), "{said}");
+    store.assert_sound();
+}
+
+#[test]
 fn a_mounted_store_is_not_checked() {
     let store = Mounted::new();
     checked(&store).fails(11, &["in use"]);

@@ -168,17 +168,15 @@ impl Catalog {
         self.shared.readers.file(replica)
     }
 
-    /// Replaces a replica's catalog by a copy of another's while both are in use. Nothing is
-    /// committed meanwhile.
-    pub fn replace(&self, replica: ReplicaId, from: ReplicaId) -> Result<()> {
-        let files = (self.file(replica), self.file(from));
-        let (Some(to), Some(source)) = files else {
-            return Err(Error::Refused("a replica has no catalog".into()));
-        };
+    /// Replaces a replica's catalog by a copy of another's while both are in use; one that failed
+    /// is in use again after it. Nothing is committed meanwhile.
+    pub fn replace(&self, replica: ReplicaId) -> Result<()> {
         let mut writers = self.shared.writers.lock();
-        if self.shared.is_detached(replica) || writers[from].is_none() {
-            return Err(Error::Refused("a replica is out of use".into()));
-        }
+        let sound = writers.ids().find(|id| *id != replica && writers[*id].is_some());
+        let source = sound.and_then(|id| self.file(id));
+        let (Some(to), Some(source)) = (self.file(replica), source) else {
+            return Err(Error::Refused("no other replica has a catalog in use".into()));
+        };
         self.shared.readers.close_on(replica);
         // If we die in between, the file is whole, the old one or the new.
         writers[replica] = None;
@@ -188,6 +186,7 @@ impl Catalog {
                 writers[replica] = Some(Writer { db, full: false, in_wal: 0, dirty: true });
                 // Whoever opened the old file while it was replaced.
                 self.shared.readers.close_on(replica);
+                self.shared.attach(replica);
                 Ok(())
             }
             Err(error) => {

@@ -50,6 +50,10 @@ impl Readers {
         idle.retain(|(id, _)| *id != replica);
     }
 
+    fn is_replaced(&self, since: u64) -> bool {
+        self.replaced.load(Ordering::Acquire) != since
+    }
+
     fn take(&self) -> Result<(ReplicaId, Connection)> {
         let id = self.gone.iter().find(|(_, gone)| !gone.load(Ordering::Acquire)).map(|(id, _)| id);
         let (id, file) =
@@ -73,8 +77,10 @@ impl Readers {
 
     fn give_back(&self, id: ReplicaId, db: Connection, taken_at: u64) {
         let mut idle = self.idle.lock();
-        let current = self.replaced.load(Ordering::Acquire) == taken_at;
-        if current && idle.len() < IDLE_MAX && !self.gone[id].load(Ordering::Acquire) {
+        if !self.is_replaced(taken_at)
+            && idle.len() < IDLE_MAX
+            && !self.gone[id].load(Ordering::Acquire)
+        {
             idle.push((id, db));
         }
     }
@@ -91,6 +97,8 @@ impl Shared {
                     self.readers.give_back(id, db, taken_at);
                     return Ok(answer);
                 }
+                // The file was replaced meanwhile: the next try reads the new one.
+                Err(error) if is_broken(&error) && self.readers.is_replaced(taken_at) => {}
                 Err(error) if !self.read_only && is_broken(&error) && self.others_than(id) => {
                     self.detach(id, Some(error.to_string()));
                 }
@@ -128,6 +136,12 @@ impl Shared {
             log::error!("the catalog of replica {} failed: {reason}", replica.index());
             self.failures.lock().push((replica, reason));
         }
+    }
+
+    /// Takes a replica in again whose file was replaced.
+    pub fn attach(&self, replica: ReplicaId) {
+        self.failures.lock().retain(|(id, _)| *id != replica);
+        self.readers.gone[replica].store(false, Ordering::Release);
     }
 
     fn others_than(&self, replica: ReplicaId) -> bool {

@@ -125,9 +125,9 @@ impl Files<'_> {
                     continue;
                 };
                 // An orphan that was changed while it was open is its own preserved file: what its
-                // content had lies in before-images, and the file may be another.
+                // content had lies in before-images, and the file may be another, or longer.
                 let own = !self.catalog.has_images(node, content)?;
-                if own && size != wanted {
+                if own && size < wanted {
                     let what = format!("it has {size} bytes, {wanted} are recorded");
                     self.report.damage(place, what);
                     continue;
@@ -136,7 +136,7 @@ impl Files<'_> {
                     let (hash, bytes) = hash_named(self.site, &dir, &name)?;
                     self.report.bytes += bytes;
                     let key = format!("preserved/{name}");
-                    if own && !has_digest(self.catalog, content, &hash)? {
+                    if own && size == wanted && !has_digest(self.catalog, content, &hash)? {
                         self.report.damage(place, "its bytes are not those that were recorded");
                     } else if differs(&mut self.common.history, key, hash) {
                         self.report.damage(place, "its bytes are not those of another replica");

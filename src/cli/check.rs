@@ -14,9 +14,11 @@ pub const EXAMPLES: &str = "\
 Examples:
   rearview check ~/work /mnt/usb/work-copy
   rearview check --read-data --json /a /b
+  rearview check --read-data --repair /a /b
+  rearview check --rebuild-catalog /a /b
 
-Exit code 21 when damage is found. What is damaged on one replica and whole on another is healed by
-'rearview scrub start --all' on the mounted store.";
+Exit code 21 when damage is found and not repaired. A mounted store is looked at, and healed, by
+'rearview scrub start --all'.";
 
 /// Arguments of `check`.
 #[derive(Clone, Debug, Args)]
@@ -27,9 +29,13 @@ pub struct CheckArgs {
     /// Read every byte, of the live files too, and compare it with what was recorded
     #[arg(long)]
     pub read_data: bool,
+    /// Heal what is damaged on one backing and whole on another, as a mount and a scrub do, then
+    /// check anew
+    #[arg(long)]
+    pub repair: bool,
     /// Make a new catalog on the first backing from live tree, preserved files and packs. Only when
     /// every backing has lost its own: the others are made equal to the first by the next mount
-    #[arg(long, conflicts_with = "read_data")]
+    #[arg(long, conflicts_with_all = ["read_data", "repair"])]
     pub rebuild_catalog: bool,
     /// Print JSON
     #[arg(long)]
@@ -49,7 +55,12 @@ pub fn check(args: &CheckArgs) -> Result<Exit> {
         }
         return Ok(Exit::Done);
     }
-    let report = crate::check::check(&args.backings, options, &progress)?;
+    let mut report = crate::check::check(&args.backings, options, &progress)?;
+    if args.repair && !report.damage.is_empty() {
+        let run = crate::check::repair(&args.backings, &progress)?;
+        run.findings.iter().for_each(|finding| eprintln!("rearview: {finding}"));
+        report = crate::check::check(&args.backings, options, &progress)?;
+    }
     if args.json {
         text::print_json(&report)?;
     } else {

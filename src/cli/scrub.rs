@@ -23,8 +23,9 @@ Examples:
   rearview scrub pause
   rearview scrub status --json ~/Rearview
 
-Without --all a run looks at 8 % of the live tree, at nothing that is younger than ten days, and at \
-all catalogs and files of history. Exit code 21 when something was found that could not be healed.";
+Without --all a run looks at 8 % of the live tree, at nothing that is younger than ten days, and \
+at all catalogs and files of history. Exit code 21 when something was found that could not be \
+healed.";
 
 /// How often `--wait` asks.
 const ASK_EVERY: Duration = Duration::from_millis(200);

@@ -215,7 +215,8 @@ mod tests {
 
     #[test]
     fn the_defaults_are_the_documented_ones_and_survive_toml() {
-        let text = "every = \"1h\"\nprotect = \"1h\"\nfree_limit = \"10%\"\nscrub = \"7d\"\n\n[snapshots]\n\
+        let text = "every = \"1h\"\nprotect = \"1h\"\nfree_limit = \"10%\"\nscrub = \"7d\"\n\n\
+                    [snapshots]\n\
                     hourly = 24\ndaily = 30\nmonthly = 12\n\n[versions]\nall = \"24h\"\n\
                     hourly = \"7d\"\ndaily = \"30d\"\ndeleted = \"90d\"\n";
         let policy = StorePolicy::default();

@@ -22,6 +22,7 @@
 mod heal;
 mod kept;
 mod live;
+mod names;
 mod pace;
 mod report;
 

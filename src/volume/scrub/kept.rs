@@ -71,9 +71,9 @@ impl Work<'_> {
             }
         }
         for (on, file, flaw) in damaged {
-            let healed = match sound.first() {
-                Some((from, _)) => volume.catalog().replace(on, *from),
-                None => Err(Error::Refused("no replica has a sound catalog".into())),
+            let healed = match sound.is_empty() {
+                false => volume.catalog().replace(on),
+                true => Err(Error::Refused("no replica has a sound catalog".into())),
             };
             let (outcome, detail) = match healed {
                 Ok(()) => (Outcome::Healed, flaw),
@@ -157,11 +157,13 @@ impl Work<'_> {
         let dir = preserved_dir(content.node);
         let name = preserved_name(content.node, content.id);
         let copies = self.read_kept(dir, &name)?;
+        // The file of an orphan that was changed while it was open may be another, or longer.
         let own = !volume.catalog().has_images(content.node, content.id)?;
-        let digest = if own { volume.catalog().digest(content.id)? } else { None };
+        let whole = copies.iter().any(|copy| copy.size == Some(content.size));
+        let digest = if own && whole { volume.catalog().digest(content.id)? } else { None };
         let is_good = |copy: &Kept| match digest {
             Some(digest) => copy.digest == Some(digest),
-            None => (!own || copy.size == Some(content.size)) && copy.digest.is_some(),
+            None => (!own || copy.size >= Some(content.size)) && copy.digest.is_some(),
         };
         let good: Vec<&Kept> = copies.iter().filter(|copy| is_good(copy)).collect();
         let agree = good.windows(2).all(|pair| pair[0].digest == pair[1].digest);

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::types::{NodeId, Timestamp};
 
 /// Findings of one run that are kept one by one; all of them are in the log.
-const FINDINGS_MAX: usize = 200;
+const FINDINGS_MAX: usize = 100;
 
 /// What a run is to do.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
