@@ -1,13 +1,13 @@
 //! Pack files: many chunks of history in one immutable file, the same on every replica.
 //!
-//! # Format of a pack, version 2
+//! # Format of a pack, versions 1 and 2
 //! `.rearview/packs/<low byte of the id, 2 hex digits>/<id, 16 hex digits>.pack`. Numbers are
 //! little endian. A header, frames, a trailer:
 //!
 //! | bytes of the header | what |
 //! |--|--|
 //! | 0..4 | magic `RVP1` |
-//! | 4..8 | version of the format, 2 |
+//! | 4..8 | version of the format: 1, with a journal 2 |
 //! | 8..24 | UUID of the store |
 //! | 24..32 | id of the pack |
 //!
@@ -35,8 +35,6 @@
 //! | 4..8 | count of frames, those of the journal too |
 //! | 8..40 | BLAKE3 of all bytes of the file before this field |
 //!
-//! Version 1 had no journal frames; it is read as well.
-//!
 //! A chunk is found by its frame's offset in the file and its own in the decoded frame, which a
 //! catalog row holds. A lost catalog learns all of it again by [`scan`].
 //!
@@ -54,9 +52,10 @@ use crate::types::PackId;
 const PACK_MAGIC: [u8; 4] = *b"RVP1";
 const FRAME_MAGIC: [u8; 4] = *b"RVPF";
 const TRAILER_MAGIC: [u8; 4] = *b"RVPE";
-const VERSION: u32 = 2;
-/// The oldest version that is read.
-const VERSION_MIN: u32 = 1;
+/// Of a pack without a journal.
+const VERSION: u32 = 1;
+/// Of one with a journal.
+const VERSION_JOURNAL: u32 = 2;
 const JOURNAL_MAGIC: [u8; 4] = *b"RVPJ";
 /// A journal frame ends at this size, decoded.
 const JOURNAL_BYTES: usize = 256 << 10;
@@ -227,6 +226,7 @@ impl PackBuilder {
         let data = std::mem::take(&mut self.journal);
         let count = std::mem::take(&mut self.records);
         if count > 0 {
+            self.bytes[4..8].copy_from_slice(&VERSION_JOURNAL.to_le_bytes());
             self.put(JOURNAL_MAGIC, &data, count, &[]);
         }
     }
@@ -483,7 +483,7 @@ pub fn scan(bytes: &[u8]) -> Result<Scanned, Flaw> {
     if header[..4] != PACK_MAGIC {
         return Err(Flaw::Magic("pack"));
     }
-    if !(VERSION_MIN..=VERSION).contains(&number(header, 4)) {
+    if !(VERSION..=VERSION_JOURNAL).contains(&number(header, 4)) {
         return Err(Flaw::Version(number(header, 4)));
     }
     let store = uuid::Uuid::from_bytes(header[8..24].try_into().expect("16 bytes"));

@@ -4,6 +4,7 @@
 //! whenever nothing newer waits, the files that have none yet follow.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::catalog::Change;
@@ -13,7 +14,7 @@ use crate::replica::backing::{Access, Backing, Handle};
 use crate::types::{ContentId, NodeId};
 
 use super::Volume;
-use super::nodes::State;
+use super::nodes::{Node, State};
 
 /// Files are read in pieces of this size.
 pub(super) const PIECE_BYTES: usize = 1 << 20;
@@ -42,25 +43,31 @@ impl Volume {
 
     /// Takes the digests of files that have been quiet, for about as long as `time` allows.
     pub(super) fn take_digests(&self, time: Duration, stop: &dyn Fn() -> Result<()>) -> Result<()> {
-        let begin = Instant::now();
-        let quiet = self.options.digest_after;
-        let due: Vec<NodeId> = {
-            let mut waiting = self.undigested.lock();
-            let due = |at: &Instant| at.elapsed() >= quiet;
-            let mut ready: Vec<_> = waiting.fresh.iter().filter(|(_, at)| due(at)).collect();
-            ready.sort_by_key(|(_, at)| **at);
-            let ready: Vec<NodeId> = ready.into_iter().rev().map(|(node, _)| *node).collect();
-            ready.iter().for_each(|node| _ = waiting.fresh.remove(node));
-            ready
-        };
-        let mut due = due.into_iter();
+        let mut taken = Vec::new();
+        let outcome = self.take_until(Instant::now() + time, stop, &mut taken);
+        // All at once: a generation for each would be waste.
+        if !taken.is_empty() {
+            self.catalog().push(taken)?;
+        }
+        outcome
+    }
+
+    fn take_until(
+        &self,
+        end: Instant,
+        stop: &dyn Fn() -> Result<()>,
+        taken: &mut Vec<Change>,
+    ) -> Result<()> {
+        let mut due = self.quiet_files().into_iter();
         while let Some(node) = due.next() {
-            let taken = stop().and_then(|()| self.take_digest(node));
-            let late = begin.elapsed() >= time;
-            if taken.is_err() || late {
+            let outcome = self.take_digest(node, stop, taken);
+            if outcome.is_err() {
+                self.want_digest(node);
+            }
+            if outcome.is_err() || Instant::now() >= end {
                 // What was not come to waits on, as if it were sealed just now.
                 due.for_each(|node| self.want_digest(node));
-                return taken;
+                return outcome;
             }
         }
         let after = self.undigested.lock().after;
@@ -68,11 +75,10 @@ impl Volume {
         loop {
             let found = self.catalog().undigested(after, FOUND_MAX)?;
             for file in &found {
-                stop()?;
-                self.take_digest(file.node)?;
+                self.take_digest(file.node, stop, taken)?;
                 after = file.node;
                 self.undigested.lock().after = Some(after);
-                if begin.elapsed() >= time {
+                if Instant::now() >= end {
                     return Ok(());
                 }
             }
@@ -83,43 +89,71 @@ impl Volume {
         }
     }
 
+    /// The files of this mount that have been quiet, those that were sealed last first.
+    fn quiet_files(&self) -> Vec<NodeId> {
+        let quiet = self.options.digest_after;
+        let mut waiting = self.undigested.lock();
+        let mut due: Vec<(NodeId, Instant)> = waiting
+            .fresh
+            .iter()
+            .filter(|(_, at)| at.elapsed() >= quiet)
+            .map(|(node, at)| (*node, *at))
+            .collect();
+        due.sort_by_key(|(_, at)| std::cmp::Reverse(*at));
+        due.iter().for_each(|(node, _)| _ = waiting.fresh.remove(node));
+        due.into_iter().map(|(node, _)| node).collect()
+    }
+
     /// Takes the digest of a file unless it is being changed: then its next seal asks again.
-    fn take_digest(&self, id: NodeId) -> Result<()> {
+    fn take_digest(
+        &self,
+        id: NodeId,
+        stop: &dyn Fn() -> Result<()>,
+        taken: &mut Vec<Change>,
+    ) -> Result<()> {
+        stop()?;
         let Ok(node) = self.node(id) else { return Ok(()) };
-        let taken = (|| -> Result<Option<(ContentId, Digest)>> {
-            let (dir, name, content, stamp) = {
-                let state = node.lock();
-                let Some(content) = self.settled_content(id, &state)? else { return Ok(None) };
-                if self.catalog().digest(content)?.is_some() {
-                    return Ok(None);
-                }
-                let Ok((dir, name)) = self.location(&node, &state) else { return Ok(None) };
-                (dir, name, content, state.stamp)
-            };
-            let row = self.catalog().node(id)?;
-            let read = self.replicas().read("read", |replica, b| {
-                let file = b.open_file(dir.get(replica)?, &name, Access::Read)?;
-                let before = b.stat(&file)?;
-                let hasher = hash(b, &file)?;
-                let after = b.stat(&file)?;
-                let still = (before.size, before.mtime, before.ctime)
-                    == (after.size, after.mtime, after.ctime);
-                let recorded = row
-                    .as_ref()
-                    .is_some_and(|row| (row.size, row.mtime) == (after.size, after.mtime));
-                Ok((still && recorded).then(|| digest_of(&hasher)))
-            });
-            let Ok(Some(digest)) = read else { return Ok(None) };
-            let state = node.lock();
-            let same = state.stamp == stamp && self.settled_content(id, &state)? == Some(content);
-            Ok(same.then_some((content, digest)))
-        })();
+        let found = self.read_digest(&node, stop);
         drop(node);
         self.nodes.drop_unused(id);
-        if let Some((content, digest)) = taken? {
-            self.record_digest(content, digest)?;
+        if let Some((content, digest)) = found? {
+            taken.push(Change::DigestAdd { content, digest });
         }
         Ok(())
+    }
+
+    fn read_digest(
+        &self,
+        node: &Arc<Node>,
+        stop: &dyn Fn() -> Result<()>,
+    ) -> Result<Option<(ContentId, Digest)>> {
+        let id = node.id;
+        let (dir, name, content, stamp) = {
+            let state = node.lock();
+            let Some(content) = self.settled_content(id, &state)? else { return Ok(None) };
+            if self.catalog().digest(content)?.is_some() {
+                return Ok(None);
+            }
+            let Ok((dir, name)) = self.location(node, &state) else { return Ok(None) };
+            (dir, name, content, state.stamp)
+        };
+        let row = self.catalog().node(id)?;
+        let read = self.replicas().read("read", |replica, b| {
+            let file = b.open_file(dir.get(replica)?, &name, Access::Read)?;
+            let before = b.stat(&file)?;
+            let hasher = hash(b, &file, stop)?;
+            let after = b.stat(&file)?;
+            let still =
+                (before.size, before.mtime, before.ctime) == (after.size, after.mtime, after.ctime);
+            let recorded =
+                row.as_ref().is_some_and(|row| (row.size, row.mtime) == (after.size, after.mtime));
+            Ok((still && recorded).then(|| digest_of(&hasher)))
+        });
+        stop()?;
+        let Ok(Some(digest)) = read else { return Ok(None) };
+        let state = node.lock();
+        let same = state.stamp == stamp && self.settled_content(id, &state)? == Some(content);
+        Ok(same.then_some((content, digest)))
     }
 
     /// Records the digest of a content.
@@ -139,8 +173,12 @@ impl Volume {
     }
 }
 
-/// Hashes an open file.
-fn hash(b: &dyn Backing, file: &Handle) -> std::io::Result<blake3::Hasher> {
+/// Hashes an open file; `EINTR` once the work is to stop.
+fn hash(
+    b: &dyn Backing,
+    file: &Handle,
+    stop: &dyn Fn() -> Result<()>,
+) -> std::io::Result<blake3::Hasher> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; PIECE_BYTES];
     let mut at = 0;
@@ -151,5 +189,8 @@ fn hash(b: &dyn Backing, file: &Handle) -> std::io::Result<blake3::Hasher> {
             return Ok(hasher);
         }
         at += count as u64;
+        if stop().is_err() {
+            return Err(std::io::Error::from_raw_os_error(libc::EINTR));
+        }
     }
 }
