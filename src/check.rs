@@ -136,6 +136,20 @@ pub fn check(
     Ok(report)
 }
 
+/// Checks what can be checked of a store that is mounted: each catalog by itself. The rest is the
+/// scrub's.
+pub fn check_mounted(backings: &[PathBuf]) -> Result<CheckReport> {
+    let mut report = CheckReport::default();
+    for path in backings {
+        let file = inspect(path)?.catalog_file;
+        match Catalog::audit(&file) {
+            Ok(audit) => audit.flaws.into_iter().for_each(|flaw| report.damage(&file, flaw)),
+            Err(error) => report.damage(&file, error.to_string()),
+        }
+    }
+    Ok(report)
+}
+
 /// Locks the backings and reads their markers.
 fn open(backings: &[PathBuf]) -> Result<Vec<Member>> {
     let mut members: Vec<Member> = Vec::new();

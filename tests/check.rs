@@ -108,9 +108,12 @@ fn damage_on_one_replica_is_repaired() {
 }
 
 #[test]
-fn a_mounted_store_is_not_checked() {
+fn of_a_mounted_store_the_catalogs_are_checked() {
     let store = Mounted::new();
+    fs::write(store.path("file"), "bytes").unwrap();
     checked(&store).fails(11, &["in use"]);
+    let said = store.rearview(&["check", "."]).ok();
+    assert!(said.contains("no damage found") && said.contains("scrub"), "{said}");
     store.finish();
 }
 
@@ -247,8 +250,7 @@ fn a_log_of_the_catalog_that_is_lost_with_a_crash_is_made_good() {
     fs::write(store.path("late"), "written before the end").unwrap();
     store.snapshot("late");
     let daemon = store.daemon();
-    shell(&store.mnt, &format!("kill -9 {daemon}"));
-    shell(store.mnt.parent().unwrap(), "fusermount3 -uz mnt");
+    shell(store.mnt.parent().unwrap(), &format!("kill -9 {daemon} && fusermount3 -uz mnt"));
     store.ended_elsewhere();
     fs::remove_file(store.backings[1].join(".rearview/catalog.db-wal")).unwrap();
     store.mount().ok();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
+use super::locate::locate;
 use super::{Exit, progress, text};
 use crate::check::{CheckOptions, CheckReport, Finding, RebuildReport};
 use crate::error::Result;
@@ -23,7 +24,7 @@ Exit code 21 when damage is found and not repaired. A mounted store is looked at
 /// Arguments of `check`.
 #[derive(Clone, Debug, Args)]
 pub struct CheckArgs {
-    /// The backing directories of an unmounted store
+    /// The backing directories of an unmounted store; or a mountpoint, whose catalogs are checked
     #[arg(required = true, value_name = "BACKING")]
     pub backings: Vec<PathBuf>,
     /// Read every byte, of the live files too, and compare it with what was recorded
@@ -44,6 +45,21 @@ pub struct CheckArgs {
 
 /// `rearview check`
 pub fn check(args: &CheckArgs) -> Result<Exit> {
+    if let [path] = args.backings.as_slice()
+        && let Ok(located) = locate(path)
+        && located.mountpoint.is_some()
+    {
+        let report = crate::check::check_mounted(&located.backings)?;
+        if args.json {
+            text::print_json(&report)?;
+        } else {
+            text::print(&report_text(&report))?;
+            let advice = "mounted: only the catalogs were checked; 'rearview scrub start --all' \
+                          looks at everything";
+            text::print_line(advice)?;
+        }
+        return Ok(exit_of(&report));
+    }
     let options = CheckOptions { read_data: args.read_data };
     let progress = progress::on_terminal(Arc::default());
     if args.rebuild_catalog {
@@ -66,7 +82,11 @@ pub fn check(args: &CheckArgs) -> Result<Exit> {
     } else {
         text::print(&report_text(&report))?;
     }
-    Ok(if report.damage.is_empty() { Exit::Done } else { Exit::Damaged })
+    Ok(exit_of(&report))
+}
+
+fn exit_of(report: &CheckReport) -> Exit {
+    if report.damage.is_empty() { Exit::Done } else { Exit::Damaged }
 }
 
 fn rebuild_text(report: &RebuildReport) -> String {
