@@ -19,14 +19,17 @@
 mod actor;
 mod apply;
 mod attach;
+mod audit;
 mod commit;
 mod diff;
+pub mod digest;
 mod freed;
 mod lane;
 mod live;
 mod open;
 mod overlay;
 mod packed;
+mod places;
 mod query;
 mod reader;
 mod report;
@@ -43,7 +46,9 @@ mod xattr;
 
 pub use self::actor::Actor;
 pub use self::attach::{Differing, Joining};
+pub use self::audit::Audit;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
+pub use self::places::{LiveNode, VersionRecord};
 pub use self::sweep::{Sweep, SweepPlace, SweepStep};
 pub use self::unused::Unused;
 
@@ -126,6 +131,9 @@ pub enum Change {
     ContentPreserved { id: ContentId, cloned: bool },
     /// A before-image: bytes of `content` that the live file no longer has.
     UndoAdd(UndoRow),
+    /// A content's bytes have this digest.
+    #[allow(missing_docs)]
+    DigestAdd { content: ContentId, digest: digest::Digest },
     /// A set of extended attributes got its id.
     #[allow(missing_docs)]
     XattrSetAdd { id: XattrSetId, set: Arc<Xattrs> },

@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, Result};
 
+mod check;
 mod history;
 mod locate;
 mod mount;
@@ -20,6 +21,7 @@ mod prune;
 mod purge;
 mod replica;
 mod restore;
+mod scrub;
 mod shell;
 mod snapshot;
 mod status;
@@ -127,6 +129,12 @@ pub enum Command {
     /// Remove files and directories from all history, for ever; what is live stays as it is
     #[command(after_help = purge::EXAMPLES)]
     Purge(purge::PurgeArgs),
+    /// Read every copy of everything, and heal what is damaged
+    #[command(after_help = scrub::EXAMPLES)]
+    Scrub(scrub::ScrubArgs),
+    /// Look whether an unmounted store holds what it promises
+    #[command(after_help = check::EXAMPLES)]
+    Check(check::CheckArgs),
     /// Take back what one program changed, and nothing else
     #[command(after_help = undo::EXAMPLES)]
     Undo(undo::UndoArgs),
@@ -235,6 +243,9 @@ pub struct MountArgs {
     /// Answer writes with an error while fewer replicas than this are in use [default: 1]
     #[arg(long, value_name = "NUMBER")]
     pub min_replicas: Option<String>,
+    /// Scrub a part of the store so often; 0 for never; noted in the store [default at first: 7d]
+    #[arg(long, value_name = "DURATION")]
+    pub scrub_every: Option<String>,
     /// The backing directories (also as one argument a:b:c; '\:' is a colon) and the mountpoint
     #[arg(required = true, num_args = 2.., value_names = ["BACKING", "MOUNTPOINT"])]
     pub paths: Vec<PathBuf>,
@@ -477,6 +488,8 @@ fn run(cli: Cli) -> Result<Exit> {
         Command::Purge(args) => purge::purge(&args),
         Command::Replica(command) => replica::replica(&command),
         Command::Resync(args) => replica::resync(&args),
+        Command::Scrub(args) => scrub::scrub(&args),
+        Command::Check(args) => check::check(&args),
         Command::Undo(args) => undo::undo(&args),
         Command::Completions(args) => shell::completions(&args),
         Command::Man(args) => shell::man(&args),

@@ -20,6 +20,7 @@ use crate::report::undo::UndoPlan;
 use crate::report::who::Who;
 use crate::report::{DiffReport, MomentText, PathText, SnapshotList, SnapshotReport, StatusReport};
 use crate::retention::Policy;
+use crate::volume::scrub::{ScrubOptions, ScrubStatus};
 
 pub mod client;
 mod prune;
@@ -162,6 +163,8 @@ pub enum Request {
     },
     /// Looks now at every replica that failed.
     Resync,
+    /// Begins, steers or shows the scrub.
+    Scrub(ScrubRequest),
     /// Removes paths from all history, or tells what that would do.
     Purge {
         /// Root-relative.
@@ -171,6 +174,22 @@ pub enum Request {
         /// Also what held snapshots show.
         even_held: bool,
     },
+}
+
+/// What is asked of the scrub.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "scrub", rename_all = "snake_case")]
+pub enum ScrubRequest {
+    /// Begin.
+    Start(ScrubOptions),
+    /// Stop for a while.
+    Pause,
+    /// Go on.
+    Resume,
+    /// End.
+    Stop,
+    /// Tell how it stands.
+    Status,
 }
 
 impl Request {
@@ -192,6 +211,7 @@ impl Request {
             | Request::ReplicaAdd { .. }
             | Request::ReplicaRemove { .. }
             | Request::Resync => true,
+            Request::Scrub(request) => *request != ScrubRequest::Status,
             Request::Ping
             | Request::Status
             | Request::SnapshotList
@@ -226,6 +246,8 @@ pub enum Response {
     UndoPlan(UndoPlan),
     /// To [`Request::Moment`].
     Moment(crate::report::MomentReport),
+    /// To [`Request::Scrub`].
+    Scrub(ScrubStatus),
     /// To [`Request::Purge`].
     Purge(PurgeReport),
     /// The request failed.

@@ -12,6 +12,7 @@
 
 pub mod chunker;
 mod extents;
+pub mod journal;
 pub mod pack;
 pub mod packer;
 pub mod packs;

@@ -9,6 +9,7 @@
 //! | 8 | [`fuse`], [`control`] | the edge: translates, never decides |
 //! | 7 | [`mountpoint`] | mounting and unmounting |
 //! | 6 | [`fs`], [`report`] | live tree and past as one filesystem; what commands show |
+//! | 6 | [`check`] | whether an unmounted store holds what it promises; a catalog made anew |
 //! | 5 | [`past`] | the past as folders |
 //! | 4 | [`volume`] | the live tree: every operation mirrored, preserved, recorded |
 //! | 3 | [`store`] | opening, adopting and filling a store |
@@ -18,7 +19,7 @@
 //! | 1 | [`excludes`] | what has no history |
 //! | 0 | [`types`], [`error`], [`sys`], [`time`], [`progress`] | words of the domain |
 //!
-//! # Four walks
+//! # Five walks
 //! **A write.** [`fuse`] unpacks the request → [`fs::Filesystem::write`] finds the node of the
 //! handle → [`volume::Volume::write`] locks the node, asks [`history`] to preserve the sealed bytes
 //! in the range (durable before anything is overwritten), applies the write to every replica
@@ -37,6 +38,11 @@
 //! since. In the background [`history::packer`] turns the first two into packs, and what retention
 //! ([`retention`]) makes invisible is swept out of the catalog.
 //!
+//! **A bit flips.** The background work takes a digest of every settled file
+//! ([`catalog::digest`]). [`volume::scrub`] reads every copy past the page cache, finds that one has
+//! not the recorded digest, looks again under the file's lock, keeps the bad bytes in quarantine and
+//! writes the good ones in their place.
+//!
 //! **A backing dies.** A [`replica::backing::Backing`] call fails → the verdict in
 //! [`replica::ReplicaSet::apply`] ejects that replica and the operation succeeds on the others →
 //! the survivors' markers and `status` say so.
@@ -49,6 +55,7 @@
 //! that are behind: they are resynced the same way.
 
 pub mod catalog;
+pub mod check;
 pub mod cli;
 pub mod control;
 pub mod daemon;

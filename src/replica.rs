@@ -394,7 +394,7 @@ impl ReplicaSet {
         self.get(id).backing.failures()
     }
 
-    /// Counts a piece of data that a replica gave wrong: its checksum differs.
+    /// Counts an object, or a piece of data, that is damaged on a replica: its checksum differs.
     pub fn count_checksum_error(&self, id: ReplicaId) {
         self.records[id].count_checksum_error();
     }

@@ -38,17 +38,18 @@ mod between;
 mod bounds;
 pub mod compare;
 pub(crate) mod copy;
-pub(crate) mod fill;
+pub mod fill;
 mod identify;
 mod idset;
 mod import;
 mod join;
 mod lineage;
-mod lock;
+pub mod lock;
 pub mod marker;
 pub(crate) mod quarantine;
+pub mod record;
 mod settle;
-pub(crate) mod site;
+pub mod site;
 #[cfg(test)]
 mod tests;
 
@@ -57,6 +58,7 @@ pub use fill::FillReport;
 pub use import::{ImportReport, row_of};
 pub use join::{Arrival, Fork, check_empty, is_replica};
 pub use lock::Owner;
+pub use settle::import_tree;
 
 /// The catalog's file name in the private directory.
 pub const CATALOG_FILE: &str = "catalog.db";
@@ -547,6 +549,24 @@ impl Store {
             Some(error) if !noted => Err(error),
             _ => Ok(()),
         }
+    }
+
+    /// Reads the markers of all replicas in use and writes those anew that are not what we wrote.
+    /// Returns those, and how that went.
+    pub fn check_markers(&self) -> Vec<(ReplicaId, PathBuf, Result<()>)> {
+        let members = self.members.lock();
+        let mut found = Vec::new();
+        for id in self.replicas.ids() {
+            let Some(member) = members.get(id.index()).filter(|member| !member.stale) else {
+                continue;
+            };
+            let written = Marker::read(&member.site);
+            if !written.is_ok_and(|written| written.as_ref() == Some(&member.marker)) {
+                let path = member.site.private_path(marker::MARKER_FILE);
+                found.push((id, path, member.write_marker()));
+            }
+        }
+        found
     }
 
     /// Notes, durably in the markers of the others, that the store goes on without this replica.

@@ -18,6 +18,7 @@ mod actors;
 mod attributes;
 mod checkpoint;
 mod content;
+mod digest;
 mod excludes;
 #[cfg(test)]
 mod faults;
@@ -31,6 +32,7 @@ mod resync;
 mod retain;
 mod same;
 mod scratch;
+pub mod scrub;
 mod seal;
 
 use std::collections::{HashMap, HashSet};
@@ -89,6 +91,8 @@ pub struct VolumeOptions {
     pub checkpoint_every: Duration,
     /// A checkpoint is made when nothing has changed for so long.
     pub checkpoint_idle: Duration,
+    /// A file gets its digest when it was not changed for this long.
+    pub digest_after: Duration,
     /// Patterns of what is to have no history, counted from the root.
     pub exclude: Arc<Patterns>,
     /// The fewest replicas in use with which anything is changed.
@@ -108,6 +112,7 @@ impl Default for VolumeOptions {
             policy_every: Duration::from_secs(300),
             checkpoint_every: Duration::from_secs(30),
             checkpoint_idle: Duration::from_secs(5),
+            digest_after: Duration::from_secs(5),
             exclude: Arc::default(),
             replicas_min: 1,
             call_timeout: CALL_TIMEOUT,
@@ -149,6 +154,9 @@ pub struct Volume {
     urgent: AtomicUsize,
     /// What status says of space.
     space: Mutex<retain::SpaceBook>,
+    /// Files that have no digest yet.
+    undigested: Mutex<digest::Waiting>,
+    scrub: scrub::Scrub,
 }
 
 struct Housekeeper {
@@ -224,6 +232,8 @@ impl Volume {
             stopping: AtomicBool::new(false),
             urgent: AtomicUsize::new(0),
             space: Mutex::default(),
+            undigested: Mutex::default(),
+            scrub: scrub::Scrub::default(),
             store,
         });
         // Before a change that a replica missed is acknowledged, the others have it on record that
@@ -248,6 +258,7 @@ impl Volume {
             Housekeeper::start(&volume, "rv-housekeeping", housekeep)?,
             Housekeeper::start(&volume, "rv-maintenance", maintain::run)?,
             Housekeeper::start(&volume, "rv-checkpoint", checkpoint::run)?,
+            Housekeeper::start(&volume, "rv-scrub", scrub::run)?,
         ];
         volume.housekeepers.lock().extend(housekeepers);
         volume.enter_waiting()?;
@@ -476,10 +487,19 @@ impl Volume {
         Ok(self.nodes.load(id, row.kind))
     }
 
-    /// A replica whose catalog failed is out of use as a whole.
+    /// A catalog that failed is replaced by another replica's. Where that fails too, the replica is
+    /// out of use as a whole.
     fn eject_failed_catalogs(&self) {
         for (replica, reason) in self.catalog().failed_replicas() {
             if self.replicas().is_online(replica) {
+                self.replicas().count_checksum_error(replica);
+                let path = &self.replicas().get(replica).path;
+                // A disk that fails would fail again: only what the file holds is mended so.
+                let corrupt = reason.contains("malformed") || reason.contains("not a database");
+                if corrupt && self.catalog().replace(replica).is_ok() {
+                    log::warn!("{}: its catalog failed and was replaced: {reason}", path.display());
+                    continue;
+                }
                 log::error!("the catalog of a replica failed: {reason}");
                 self.replicas().eject(replica, Fault::new("catalog", Errno::IO));
             }

@@ -139,6 +139,18 @@ mod found {
         ]);
     }
 
+    /// The check took the preserved file of an orphan that grew for a damaged one.
+    #[test]
+    fn an_unlinked_file_that_grows_is_sound() {
+        holds(&[
+            Create { dir: 0, name: 0, keep_open: false },
+            Open { file: 0 },
+            Truncate { file: 0, size: 1 },
+            Unlink { dir: 0, name: 0 },
+            WriteOpen { handle: 0, offset: 1, length: 1, fill: 0 },
+        ]);
+    }
+
     /// The second emptying moved an empty file over the content that the first had preserved.
     #[test]
     fn a_file_emptied_twice_while_open_keeps_its_content() {

@@ -18,7 +18,7 @@ const LAYERS: [(u32, &[&str]); 10] = [
     (3, &["store"]),
     (4, &["volume"]),
     (5, &["past"]),
-    (6, &["fs", "report"]),
+    (6, &["fs", "report", "check"]),
     (7, &["mountpoint"]),
     (8, &["fuse", "control"]),
     (9, &["daemon", "cli", "main", "lib"]),

@@ -7,7 +7,7 @@ use rusqlite::{CachedStatement, Connection, OptionalExtension, Row, params};
 
 use super::overlay::{Batch, EntryDelta, Late, NodeDelta, Plan, SnapshotChange};
 use super::schema::{ContentState, HeadRow, Time, place_columns, read_head, write_head};
-use super::{NEVER, NodeRow, UndoRow, packed, retain, xattr};
+use super::{NEVER, NodeRow, UndoRow, digest, packed, retain, xattr};
 use crate::types::{ContentId, EntryName, Generation, Kind, NodeId};
 
 /// What a commit leaves behind.
@@ -303,6 +303,7 @@ fn write_rest(db: &Connection, batch: &Batch, head: &mut HeadRow) -> rusqlite::R
             head.undo_bytes += write_undo(db, row.clone())?;
         }
     }
+    digest::write(db, &batch.digests)?;
     for (id, set) in &batch.xattrs {
         let body = xattr::encode(set);
         db.prepare_cached("INSERT OR REPLACE INTO xattr_set(id, hash, body) VALUES(?1, ?2, ?3)")?

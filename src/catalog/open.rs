@@ -22,7 +22,7 @@ use super::xattr::Interned;
 use super::{Catalog, Change, Durability, Head, PackChange, Shared};
 use crate::error::{Error, IoContext, Result};
 use crate::types::{
-    ChunkId, ContentId, NodeId, PackId, ReplicaMap, SnapshotId, Timestamp, XattrSetId,
+    ChunkId, ContentId, NodeId, PackId, ReplicaId, ReplicaMap, SnapshotId, Timestamp, XattrSetId,
 };
 
 /// Ids skipped after an unclean end. Far more are never handed out between two commits: the queue
@@ -124,11 +124,16 @@ impl Catalog {
 
     /// Makes an empty catalog in `file`: the root directory does not exist yet, generation 0.
     pub fn create(file: &Path, store: uuid::Uuid) -> Result<()> {
+        Catalog::create_at(file, store, Timestamp::now())
+    }
+
+    /// As [`Catalog::create`], at a time of one's own: nothing in it can be older.
+    pub fn create_at(file: &Path, store: uuid::Uuid, time: Timestamp) -> Result<()> {
         if fs::metadata(file).is_ok_and(|meta| meta.len() > 0) {
             let shown = schema::show(file);
             return Err(Error::Refused(format!("there is a catalog at {shown} already")));
         }
-        schema::create(file, store, Timestamp::now())?;
+        schema::create(file, store, time)?;
         sync_parent(file)
     }
 
@@ -147,6 +152,39 @@ impl Catalog {
         put_in_place(&new, to)
     }
 
+    /// The file of a replica's catalog, if it has one.
+    pub fn file(&self, replica: ReplicaId) -> Option<PathBuf> {
+        self.shared.readers.file(replica)
+    }
+
+    /// Replaces a replica's catalog by a copy of another's while both are in use; one that failed
+    /// is in use again after it. Nothing is committed meanwhile.
+    pub fn replace(&self, replica: ReplicaId) -> Result<()> {
+        let mut writers = self.shared.writers.lock();
+        let sound = writers.ids().find(|id| *id != replica && writers[*id].is_some());
+        let source = sound.and_then(|id| self.file(id));
+        let (Some(to), Some(source)) = (self.file(replica), source) else {
+            return Err(Error::Refused("no other replica has a catalog in use".into()));
+        };
+        self.shared.readers.close_on(replica);
+        // If we die in between, the file is whole, the old one or the new.
+        writers[replica] = None;
+        let copied = Catalog::copy(&source, &to).and_then(|()| connect(&to, Use::Write));
+        match copied {
+            Ok(db) => {
+                writers[replica] = Some(Writer::new(db));
+                // Whoever opened the old file while it was replaced.
+                self.shared.readers.close_on(replica);
+                self.shared.attach(replica);
+                Ok(())
+            }
+            Err(error) => {
+                self.shared.detach(replica, Some(error.to_string()));
+                Err(error)
+            }
+        }
+    }
+
     /// Opens the replicas' catalogs for a mount; `None` for a replica that has none. All must have
     /// the same [`Head`]. `clean` tells that the last mount ended with [`Catalog::close`];
     /// otherwise ids that may have been handed out but never committed are skipped.
@@ -155,7 +193,7 @@ impl Catalog {
     }
 
     /// As [`Catalog::open`], with a wall clock of one's own.
-    pub(super) fn open_with_clock(
+    pub fn open_with_clock(
         files: ReplicaMap<Option<PathBuf>>,
         clean: bool,
         now: Box<dyn Fn() -> Timestamp + Send + Sync>,

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::actor::Acts;
+use super::digest::Digest;
 use super::schema::NextIds;
 use super::{
     Change, ForgetChange, NEVER, NodeRow, PackChange, Snapshot, UndoFile, UndoPlace, UndoRow,
@@ -40,6 +41,7 @@ pub(super) struct Batch {
     /// The contents preserved whole, and whether as clones.
     pub preserved: Vec<(ContentId, bool)>,
     pub undo: Vec<UndoRow>,
+    pub digests: BTreeMap<ContentId, Digest>,
     pub xattrs: BTreeMap<XattrSetId, Arc<Xattrs>>,
     pub snapshots: Vec<SnapshotChange>,
     pub meta: BTreeMap<&'static str, String>,
@@ -104,6 +106,7 @@ impl Batch {
             contents: BTreeMap::new(),
             preserved: Vec::new(),
             undo: Vec::new(),
+            digests: BTreeMap::new(),
             xattrs: BTreeMap::new(),
             snapshots: Vec::new(),
             meta: BTreeMap::new(),
@@ -136,6 +139,9 @@ impl Batch {
             }
             Change::ContentPreserved { id, cloned } => self.preserved.push((id, cloned)),
             Change::UndoAdd(row) => self.undo.push(row),
+            Change::DigestAdd { content, digest } => {
+                self.digests.insert(content, digest);
+            }
             Change::XattrSetAdd { id, set } => {
                 self.xattrs.insert(id, set);
             }
@@ -328,6 +334,10 @@ fn digest_rest(batch: &Batch, out: &mut Bytes) {
     for row in &batch.undo {
         out.numbers(&[6]);
         out.undo(row);
+    }
+    for (content, digest) in &batch.digests {
+        out.numbers(&[11, content.0]);
+        out.blob(digest);
     }
     for (id, set) in &batch.xattrs {
         out.numbers(&[7, id.0]);

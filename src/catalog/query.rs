@@ -98,22 +98,7 @@ impl Catalog {
     /// One path of a node (the first by parent and name), root-relative; `None` if it had none.
     pub fn path_at(&self, at: Generation, node: NodeId) -> Result<Option<RelPath>> {
         let at = self.settled(at)?;
-        self.shared.read_at_once(|db| {
-            let mut names = Vec::new();
-            let mut node = node;
-            while node != NodeId::ROOT {
-                let Some((parent, name)) = names_at(db, at, node)?.into_iter().min() else {
-                    return Ok(None);
-                };
-                names.push(name);
-                node = parent;
-                if names.len() > DEPTH_MAX {
-                    return Ok(None);
-                }
-            }
-            names.reverse();
-            Ok(node_at(db, at, NodeId::ROOT)?.map(|_| RelPath::from(names)))
-        })
+        self.shared.read_at_once(|db| path_at(db, at, node))
     }
 
     /// The state of what `path` meant, from the root.
@@ -240,7 +225,7 @@ fn tick_at(db: &Connection, time: Timestamp) -> rusqlite::Result<Option<Generati
 const SAME_MAX: usize = 64;
 
 /// See [`Catalog::sources`]. `seen` gets every content whose chain was followed.
-fn sources(
+pub(super) fn sources(
     db: &Connection,
     node: NodeId,
     content: ContentId,
@@ -365,6 +350,28 @@ pub(super) fn entry_at(
         .query_row(params![parent, name, at], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()?;
     Ok(past.filter(|(_, born)| *born <= at).map(|(node, _)| node))
+}
+
+/// See [`Catalog::path_at`]; at a settled generation.
+pub(super) fn path_at(
+    db: &Connection,
+    at: Generation,
+    node: NodeId,
+) -> rusqlite::Result<Option<RelPath>> {
+    let mut names = Vec::new();
+    let mut node = node;
+    while node != NodeId::ROOT {
+        let Some((parent, name)) = names_at(db, at, node)?.into_iter().min() else {
+            return Ok(None);
+        };
+        names.push(name);
+        node = parent;
+        if names.len() > DEPTH_MAX {
+            return Ok(None);
+        }
+    }
+    names.reverse();
+    Ok(node_at(db, at, NodeId::ROOT)?.map(|_| RelPath::from(names)))
 }
 
 /// The names of a node at a settled generation.

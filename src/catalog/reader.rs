@@ -4,7 +4,7 @@
 //! is asked again of the next.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use rusqlite::{Connection, ErrorCode};
@@ -22,6 +22,8 @@ pub(super) struct Readers {
     files: RwLock<ReplicaMap<Option<PathBuf>>>,
     gone: ReplicaMap<AtomicBool>,
     idle: Mutex<Vec<(ReplicaId, Connection)>>,
+    /// Counts the files that were replaced: a connection from before is of a file that is gone.
+    replaced: AtomicU64,
 }
 
 impl Readers {
@@ -29,7 +31,8 @@ impl Readers {
     pub fn new(files: ReplicaMap<Option<PathBuf>>) -> Readers {
         let files = ReplicaMap::for_all(|id| files.get(id).cloned().flatten());
         let gone = files.map(|_, file| AtomicBool::new(file.is_none()));
-        Readers { files: RwLock::new(files), gone, idle: Mutex::new(Vec::new()) }
+        let files = RwLock::new(files);
+        Readers { files, gone, idle: Mutex::new(Vec::new()), replaced: AtomicU64::new(0) }
     }
 
     /// Closes all idle connections.
@@ -41,6 +44,22 @@ impl Readers {
     pub fn join(&self, id: ReplicaId, file: PathBuf) {
         self.files.write()[id] = Some(file);
         self.gone[id].store(false, Ordering::Release);
+    }
+
+    /// The file of a replica.
+    pub fn file(&self, replica: ReplicaId) -> Option<PathBuf> {
+        self.files.read()[replica].clone()
+    }
+
+    /// Closes the idle connections to a replica's file, which is replaced.
+    pub fn close_on(&self, replica: ReplicaId) {
+        let mut idle = self.idle.lock();
+        self.replaced.fetch_add(1, Ordering::AcqRel);
+        idle.retain(|(id, _)| *id != replica);
+    }
+
+    fn is_replaced(&self, since: u64) -> bool {
+        self.replaced.load(Ordering::Acquire) != since
     }
 
     fn take(&self) -> Result<(ReplicaId, Connection)> {
@@ -64,9 +83,12 @@ impl Readers {
         }
     }
 
-    fn give_back(&self, id: ReplicaId, db: Connection) {
+    fn give_back(&self, id: ReplicaId, db: Connection, taken_at: u64) {
         let mut idle = self.idle.lock();
-        if idle.len() < IDLE_MAX && !self.gone[id].load(Ordering::Acquire) {
+        if !self.is_replaced(taken_at)
+            && idle.len() < IDLE_MAX
+            && !self.gone[id].load(Ordering::Acquire)
+        {
             idle.push((id, db));
         }
     }
@@ -76,12 +98,15 @@ impl Shared {
     /// Runs a query. It may be run again on another replica if the first one fails.
     pub fn read<T>(&self, mut query: impl FnMut(&Connection) -> rusqlite::Result<T>) -> Result<T> {
         loop {
+            let taken_at = self.readers.replaced.load(Ordering::Acquire);
             let (id, db) = self.readers.take()?;
             match query(&db) {
                 Ok(answer) => {
-                    self.readers.give_back(id, db);
+                    self.readers.give_back(id, db, taken_at);
                     return Ok(answer);
                 }
+                // The file was replaced meanwhile: the next try reads the new one.
+                Err(error) if is_broken(&error) && self.readers.is_replaced(taken_at) => {}
                 Err(error) if !self.read_only && is_broken(&error) && self.others_than(id) => {
                     self.detach(id, Some(error.to_string()));
                 }
@@ -124,6 +149,12 @@ impl Shared {
             log::error!("the catalog of replica {} failed: {reason}", replica.index());
             self.failures.lock().push((replica, reason));
         }
+    }
+
+    /// Takes a replica in again whose file was replaced.
+    pub fn attach(&self, replica: ReplicaId) {
+        self.failures.lock().retain(|(id, _)| *id != replica);
+        self.readers.gone[replica].store(false, Ordering::Release);
     }
 
     fn others_than(&self, replica: ReplicaId) -> bool {

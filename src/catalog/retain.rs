@@ -240,6 +240,7 @@ pub(super) fn apply(
             .execute(params![parent, died, name, born])?;
         }
         ForgetChange::Content(id) => {
+            db.prepare_cached("DELETE FROM digest WHERE content = ?1")?.execute(params![id])?;
             let gone: Option<(i64, i64)> = db
                 .prepare_cached("DELETE FROM content WHERE id = ?1 RETURNING state, size")?
                 .query_row(params![id], |row| Ok((row.get(0)?, row.get(1)?)))

@@ -27,13 +27,14 @@
 //! | `purged` | paths removed from all history on request |
 //! | `xattr_set` | interned sets: count, then names and values, each as length (LE u32) and bytes |
 //! | `touched` | generations in which a state or name of a node begins or ends, see [`sweep`] |
+//! | `digest` | the first 16 bytes of the BLAKE3 of a content's bytes: see [`super::digest`] |
 //!
 //! What history does not show is in `node` and `entry` with a `born` of 2^62 and never comes into
 //! their siblings.
 //!
 //! Version 1 had none of the tables from `recipe` on. In version 2 `entry_h` was clustered by
-//! directory, with each name three times, and `chunk` had the first 8 bytes of the hash as `key`.
-//! Opening either for writing makes it one of version 3. Indexes that came later are made whenever
+//! directory, with each name three times, and `chunk` had the first 8 bytes of the hash as `key`,
+//! and there was no `digest`. Opening either for writing makes it one of version 3. Indexes that came later are made whenever
 //! a file that lacks them is opened for writing.
 //!
 //! [`sweep`]: super::sweep
@@ -134,7 +135,7 @@ CREATE TABLE act(g INTEGER PRIMARY KEY, actor INTEGER NOT NULL);
 CREATE TABLE purged(id INTEGER PRIMARY KEY, time NOT NULL, path BLOB NOT NULL,
     versions INTEGER NOT NULL, bytes INTEGER NOT NULL);
 ";
-/// What version 3 stores in less room. Names of the past lie in the order in which they ended, once
+/// What version 3 stores in less room, and the digests of contents that it added. Names of the past lie in the order in which they ended, once
 /// in the table and once in an index.
 const TABLES_3: &str = "
 DROP INDEX entry_h_name;
@@ -151,6 +152,7 @@ CREATE INDEX entry_h_node ON entry_h(node, died);
 DROP INDEX chunk_key;
 ALTER TABLE chunk DROP COLUMN key;
 CREATE INDEX chunk_hash ON chunk(substr(hash, 1, 5));
+CREATE TABLE digest(content INTEGER PRIMARY KEY, hash BLOB NOT NULL);
 ";
 /// What finds that nothing refers to a set of attributes, or an actor, any more.
 const INDEXES: &str = "
@@ -158,8 +160,10 @@ CREATE INDEX IF NOT EXISTS node_xattrs ON node(xattrs) WHERE xattrs > 0;
 CREATE INDEX IF NOT EXISTS node_h_xattrs ON node_h(xattrs) WHERE xattrs > 0;
 CREATE INDEX IF NOT EXISTS act_actor ON act(actor);
 ";
+/// What each version added, from the first one on.
+const VERSIONS: [&str; 3] = [TABLES, TABLES_2, TABLES_3];
 /// How many tables each version has: fewer in a file means that it is not whole.
-const TABLE_COUNTS: [i64; 3] = [13, 22, 22];
+const TABLE_COUNTS: [i64; 3] = [13, 22, 23];
 
 /// The columns of a node's state in `node` and `node_h`, as [`node_row`] takes them; `born` is the
 /// next.
@@ -272,13 +276,13 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
     Ok(db)
 }
 
-/// Makes a catalog of an older version one of this version, in one transaction.
+/// Adds what the versions after `format` have, in one transaction.
 fn upgrade(db: &mut Connection, format: i32) -> rusqlite::Result<()> {
     let transaction = db.transaction()?;
-    if format < 2 {
-        transaction.execute_batch(TABLES_2)?;
+    let added = usize::try_from(format).ok().and_then(|known| VERSIONS.get(known..));
+    for tables in added.unwrap_or_default() {
+        transaction.execute_batch(tables)?;
     }
-    transaction.execute_batch(TABLES_3)?;
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.commit()
 }
@@ -330,9 +334,9 @@ pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<(
          PRAGMA synchronous = FULL;"
     ))?;
     let transaction = db.transaction()?;
-    transaction.execute_batch(TABLES)?;
-    transaction.execute_batch(TABLES_2)?;
-    transaction.execute_batch(TABLES_3)?;
+    for tables in VERSIONS {
+        transaction.execute_batch(tables)?;
+    }
     transaction.execute_batch(INDEXES)?;
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.execute(

@@ -73,6 +73,7 @@ fn parse_helper(arguments: &[OsString]) -> Result<MountArgs> {
         history_limit: None,
         snapshot_every: None,
         min_replicas: None,
+        scrub_every: None,
         paths,
         serve_in_background: false,
     })
@@ -116,6 +117,9 @@ fn plan(args: MountArgs) -> Result<MountPlan> {
     }
     if let Some(count) = args.min_replicas {
         options.replicas_min = parse_replicas_min(&count)?;
+    }
+    if let Some(every) = args.scrub_every {
+        options.scrub_every = Some(every.parse()?);
     }
     Patterns::of_globs(&options.exclude)?;
     let mut paths = args.paths;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::prune::{Wanted, prune};
 use super::server::Handler;
-use super::{DaemonInfo, Request, Response};
+use super::{DaemonInfo, Request, Response, ScrubRequest};
 use crate::error::{Error, Result};
 use crate::fs::Filesystem;
 use crate::replica::health::State;
@@ -16,6 +16,7 @@ use crate::report::{
 };
 use crate::retention::policy::check_tags;
 use crate::types::{Generation, RelPath, Timestamp};
+use crate::volume::scrub::ScrubStatus;
 use crate::volume::{ReplicaStatus, VolumeStatus};
 
 /// How long a list of snapshots counts what deleting them would free; the rest is counted in the
@@ -114,6 +115,18 @@ impl Service {
         Ok(plan.report)
     }
 
+    fn scrub(&self, request: ScrubRequest) -> Result<ScrubStatus> {
+        let volume = self.fs.volume();
+        match request {
+            ScrubRequest::Start(options) => volume.scrub_start(options, false)?,
+            ScrubRequest::Pause => volume.scrub_pause()?,
+            ScrubRequest::Resume => volume.scrub_resume()?,
+            ScrubRequest::Stop => volume.scrub_stop()?,
+            ScrubRequest::Status => {}
+        }
+        volume.scrub_status()
+    }
+
     fn status(&self) -> Result<StatusReport> {
         let status = self.fs.volume().status()?;
         let mut report = status_report(&status, self.info.mountpoint.clone());
@@ -171,6 +184,7 @@ impl Handler for Service {
                 Response::Diff(report::diff(catalog, &a, &b, &path)?)
             }
             Request::Moment { moment } => Response::Moment((&self.moment(&moment)?).into()),
+            Request::Scrub(request) => Response::Scrub(self.scrub(request)?),
             Request::Purge { paths, dry_run, even_held } => {
                 Response::Purge(self.purge(&paths, dry_run, even_held)?)
             }

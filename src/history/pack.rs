@@ -1,13 +1,13 @@
 //! Pack files: many chunks of history in one immutable file, the same on every replica.
 //!
-//! # Format of a pack, version 1
+//! # Format of a pack, versions 1 and 2
 //! `.rearview/packs/<low byte of the id, 2 hex digits>/<id, 16 hex digits>.pack`. Numbers are
 //! little endian. A header, frames, a trailer:
 //!
 //! | bytes of the header | what |
 //! |--|--|
 //! | 0..4 | magic `RVP1` |
-//! | 4..8 | version of the format, 1 |
+//! | 4..8 | version of the format: 1, with a journal 2 |
 //! | 8..24 | UUID of the store |
 //! | 24..32 | id of the pack |
 //!
@@ -21,10 +21,18 @@
 //! | 20.. | of each chunk its length (4 bytes) and the BLAKE3 of its bytes (32 bytes) |
 //! | then | the stored bytes: the chunks one after another, compressed together |
 //!
+//! A journal frame ([`super::journal`]) has no chunks and may come between the others, or alone:
+//!
+//! | bytes of a journal frame | what |
+//! |--|--|
+//! | 0..4 | magic `RVPJ` |
+//! | 4..20 | as a frame has them; the count is that of the records |
+//! | 20.. | the stored bytes: the records one after another |
+//!
 //! | bytes of the trailer | what |
 //! |--|--|
 //! | 0..4 | magic `RVPE` |
-//! | 4..8 | count of frames |
+//! | 4..8 | count of frames, those of the journal too |
 //! | 8..40 | BLAKE3 of all bytes of the file before this field |
 //!
 //! A chunk is found by its frame's offset in the file and its own in the decoded frame, which a
@@ -37,13 +45,20 @@
 //! What is read here is hostile: every length is bounded before anything is allocated, and no byte
 //! is given out whose BLAKE3 was not checked.
 
+use super::journal::Record;
 use crate::catalog::{ChunkPlace, ChunkRow};
 use crate::types::PackId;
 
 const PACK_MAGIC: [u8; 4] = *b"RVP1";
 const FRAME_MAGIC: [u8; 4] = *b"RVPF";
 const TRAILER_MAGIC: [u8; 4] = *b"RVPE";
+/// Of a pack without a journal.
 const VERSION: u32 = 1;
+/// Of one with a journal.
+const VERSION_JOURNAL: u32 = 2;
+const JOURNAL_MAGIC: [u8; 4] = *b"RVPJ";
+/// A journal frame ends at this size, decoded.
+const JOURNAL_BYTES: usize = 256 << 10;
 const CODEC_RAW: u32 = 0;
 const CODEC_ZSTD: u32 = 1;
 const HEADER_BYTES: usize = 32;
@@ -86,7 +101,7 @@ pub enum Flaw {
     #[error("there is no {0} where one should be")]
     Magic(&'static str),
     /// A later version of the format, or garbage.
-    #[error("its format version is {0}, and 1 is known")]
+    #[error("its format version is {0}, and 1 and 2 are known")]
     Version(u32),
     /// It says that it is another pack, or another store's.
     #[error("it is another pack")]
@@ -94,6 +109,9 @@ pub enum Flaw {
     /// Lengths that contradict each other or the format's bounds.
     #[error("the lengths in a frame are wrong")]
     Lengths,
+    /// A journal that is none.
+    #[error("its journal cannot be read")]
+    Journal,
     /// A frame that cannot be decompressed.
     #[error("a frame cannot be decompressed")]
     Compression,
@@ -144,6 +162,9 @@ pub struct PackBuilder {
     /// The shared frame that is being filled: its bytes and which of `chunks` they are.
     shared: Vec<u8>,
     shared_chunks: Vec<usize>,
+    /// The journal frame that is being filled, and its records.
+    journal: Vec<u8>,
+    records: u32,
     /// `None` if zstd could not be set up: all is stored raw then.
     zstd: Option<zstd::bulk::Compressor<'static>>,
 }
@@ -164,6 +185,8 @@ impl PackBuilder {
             chunks: Vec::new(),
             shared: Vec::new(),
             shared_chunks: Vec::new(),
+            journal: Vec::new(),
+            records: 0,
             zstd: zstd::bulk::Compressor::new(ZSTD_LEVEL).ok(),
         }
     }
@@ -190,6 +213,24 @@ impl PackBuilder {
         self.shared_chunks.push(index);
     }
 
+    /// Adds a record to the journal.
+    pub fn note(&mut self, record: &Record) {
+        record.encode(&mut self.journal);
+        self.records += 1;
+        if self.journal.len() >= JOURNAL_BYTES {
+            self.flush_journal();
+        }
+    }
+
+    fn flush_journal(&mut self) {
+        let data = std::mem::take(&mut self.journal);
+        let count = std::mem::take(&mut self.records);
+        if count > 0 {
+            self.bytes[4..8].copy_from_slice(&VERSION_JOURNAL.to_le_bytes());
+            self.put(JOURNAL_MAGIC, &data, count, &[]);
+        }
+    }
+
     /// Bytes of the chunks added so far.
     pub fn decoded_bytes(&self) -> u64 {
         self.decoded_bytes
@@ -208,6 +249,7 @@ impl PackBuilder {
     /// The finished pack.
     pub fn finish(mut self) -> Pack {
         self.flush();
+        self.flush_journal();
         let mut bytes = self.bytes;
         bytes.extend_from_slice(&TRAILER_MAGIC);
         bytes.extend_from_slice(&self.frames.to_le_bytes());
@@ -231,25 +273,13 @@ impl PackBuilder {
     }
 
     fn put_frame(&mut self, data: &[u8], indexes: &[usize]) {
-        let packed = self.zstd.as_mut().and_then(|zstd| zstd.compress(data).ok());
-        let saves = |packed: &Vec<u8>| packed.len() < data.len() - data.len() / SAVING_DIVISOR;
-        let packed = packed.filter(saves);
-        let (codec, stored) = match &packed {
-            Some(packed) => (CODEC_ZSTD, packed.as_slice()),
-            None => (CODEC_RAW, data),
-        };
-        let frame = self.bytes.len();
-        self.bytes.extend_from_slice(&FRAME_MAGIC);
-        for number in [codec, data.len() as u32, stored.len() as u32, indexes.len() as u32] {
-            self.bytes.extend_from_slice(&number.to_le_bytes());
-        }
+        let mut table = Vec::with_capacity(indexes.len() * ENTRY_BYTES);
         for &index in indexes {
             let chunk = &self.chunks[index];
-            self.bytes.extend_from_slice(&chunk.length.to_le_bytes());
-            self.bytes.extend_from_slice(&chunk.hash);
+            table.extend_from_slice(&chunk.length.to_le_bytes());
+            table.extend_from_slice(&chunk.hash);
         }
-        self.bytes.extend_from_slice(stored);
-        self.frames += 1;
+        let frame = self.put(FRAME_MAGIC, data, indexes.len() as u32, &table);
         let mut shares = Shares::new(self.bytes.len() - frame, data.len(), indexes.len());
         let mut at = 0;
         for &index in indexes {
@@ -258,6 +288,26 @@ impl PackBuilder {
             chunk.stored = shares.next(chunk.length);
             at += chunk.length;
         }
+    }
+
+    /// Writes a frame of any kind; where it begins.
+    fn put(&mut self, magic: [u8; 4], data: &[u8], count: u32, table: &[u8]) -> usize {
+        let packed = self.zstd.as_mut().and_then(|zstd| zstd.compress(data).ok());
+        let saves = |packed: &Vec<u8>| packed.len() < data.len() - data.len() / SAVING_DIVISOR;
+        let packed = packed.filter(saves);
+        let (codec, stored) = match &packed {
+            Some(packed) => (CODEC_ZSTD, packed.as_slice()),
+            None => (CODEC_RAW, data),
+        };
+        let frame = self.bytes.len();
+        self.bytes.extend_from_slice(&magic);
+        for number in [codec, data.len() as u32, stored.len() as u32, count] {
+            self.bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        self.bytes.extend_from_slice(table);
+        self.bytes.extend_from_slice(stored);
+        self.frames += 1;
+        frame
     }
 }
 
@@ -294,8 +344,12 @@ struct FrameHeader {
 
 impl FrameHeader {
     fn parse(bytes: &[u8]) -> Result<FrameHeader, Flaw> {
+        FrameHeader::parse_as(FRAME_MAGIC, FRAME_CHUNKS_MAX, bytes)
+    }
+
+    fn parse_as(magic: [u8; 4], count_max: usize, bytes: &[u8]) -> Result<FrameHeader, Flaw> {
         let header = bytes.get(..FRAME_HEADER_BYTES).ok_or(Flaw::Short)?;
-        if header[..4] != FRAME_MAGIC {
+        if header[..4] != magic {
             return Err(Flaw::Magic("frame"));
         }
         let [decoded, stored, count] = [8, 12, 16].map(|at| number(header, at) as usize);
@@ -305,7 +359,7 @@ impl FrameHeader {
             CODEC_ZSTD => stored < decoded,
             _ => false,
         };
-        let fits = decoded <= DECODED_BYTES_MAX && (1..=FRAME_CHUNKS_MAX).contains(&count);
+        let fits = decoded <= DECODED_BYTES_MAX && (1..=count_max).contains(&count);
         if codec_fits && fits { Ok(header) } else { Err(Flaw::Lengths) }
     }
 
@@ -317,6 +371,27 @@ impl FrameHeader {
     fn frame_bytes(&self) -> usize {
         self.table_end() + self.stored
     }
+
+    /// The decoded bytes.
+    fn unpack(&self, stored: &[u8]) -> Result<Vec<u8>, Flaw> {
+        if self.codec == CODEC_RAW {
+            return Ok(stored.to_vec());
+        }
+        // zstd writes no more than the capacity, whatever the bytes say of their size.
+        let mut data = Vec::with_capacity(self.decoded);
+        let got = zstd::bulk::Decompressor::new()
+            .and_then(|mut zstd| zstd.decompress_to_buffer(stored, &mut data));
+        if got.ok() == Some(self.decoded) { Ok(data) } else { Err(Flaw::Compression) }
+    }
+}
+
+/// The records of the journal frame that `bytes` begins with, and how long it is.
+fn journal_frame(bytes: &[u8]) -> Result<(Vec<Record>, usize), Flaw> {
+    let header = FrameHeader::parse_as(JOURNAL_MAGIC, DECODED_BYTES_MAX, bytes)?;
+    let end = FRAME_HEADER_BYTES + header.stored;
+    let stored = bytes.get(FRAME_HEADER_BYTES..end).ok_or(Flaw::Short)?;
+    let records = super::journal::decode(&header.unpack(stored)?).ok_or(Flaw::Journal)?;
+    if records.len() == header.count { Ok((records, end)) } else { Err(Flaw::Journal) }
 }
 
 /// How long the frame is that begins with `bytes`, of which a few suffice.
@@ -357,18 +432,7 @@ impl Frame {
         if end != header.decoded {
             return Err(Flaw::Lengths);
         }
-        let data = if header.codec == CODEC_RAW {
-            stored.to_vec()
-        } else {
-            // zstd writes no more than the capacity, whatever the bytes say of their size.
-            let mut data = Vec::with_capacity(header.decoded);
-            let got = zstd::bulk::Decompressor::new()
-                .and_then(|mut zstd| zstd.decompress_to_buffer(stored, &mut data));
-            if got.ok() != Some(header.decoded) {
-                return Err(Flaw::Compression);
-            }
-            data
-        };
+        let data = header.unpack(stored)?;
         let frame = Frame { data, chunks };
         let intact =
             |chunk: &FrameChunk| *blake3::hash(frame.bytes_of(chunk)).as_bytes() == chunk.hash;
@@ -403,6 +467,8 @@ pub struct Scanned {
     pub id: PackId,
     /// Its chunks in the order in which they lie in it. Every one was decoded and checked.
     pub chunks: Vec<PackedChunk>,
+    /// Its journal.
+    pub records: Vec<Record>,
 }
 
 /// Checks a whole pack, every byte and every chunk. Holds one decoded frame at a time.
@@ -417,7 +483,7 @@ pub fn scan(bytes: &[u8]) -> Result<Scanned, Flaw> {
     if header[..4] != PACK_MAGIC {
         return Err(Flaw::Magic("pack"));
     }
-    if number(header, 4) != VERSION {
+    if !(VERSION..=VERSION_JOURNAL).contains(&number(header, 4)) {
         return Err(Flaw::Version(number(header, 4)));
     }
     let store = uuid::Uuid::from_bytes(header[8..24].try_into().expect("16 bytes"));
@@ -429,9 +495,16 @@ pub fn scan(bytes: &[u8]) -> Result<Scanned, Flaw> {
     if blake3::hash(&bytes[..bytes.len() - 32]).as_bytes() != &trailer[8..] {
         return Err(Flaw::FileHash);
     }
-    let mut chunks = Vec::new();
+    let (mut chunks, mut records) = (Vec::new(), Vec::new());
     let (mut at, mut count) = (0, 0);
     while at < frames.len() {
+        if frames[at..].starts_with(&JOURNAL_MAGIC) {
+            let (more, length) = journal_frame(&frames[at..])?;
+            records.extend(more);
+            at += length;
+            count += 1;
+            continue;
+        }
         let length = frame_bytes(&frames[at..])?;
         let frame = Frame::decode(&frames[at..])?;
         let mut shares = Shares::new(length, frame.data.len(), frame.chunks.len());
@@ -446,7 +519,7 @@ pub fn scan(bytes: &[u8]) -> Result<Scanned, Flaw> {
     if count != number(trailer, 4) {
         return Err(Flaw::Lengths);
     }
-    Ok(Scanned { store, id, chunks })
+    Ok(Scanned { store, id, chunks, records })
 }
 
 #[cfg(test)]

@@ -12,15 +12,17 @@
 use std::collections::{HashMap, HashSet};
 
 use super::chunker::{Chunker, cut_fixed};
-use super::pack::PackBuilder;
+use super::journal::{ImageRecord, PARTS_MAX, Parts, Record};
+use super::pack::{PackBuilder, scan};
 use super::{Extents, History, Place, preserved_dir, preserved_name, run_at};
+use crate::catalog::digest::first_half;
 use crate::catalog::{
     Base, Catalog, Change, ChunkRow, Durability, ForgetChange, PackChange, PackRow, UndoRow,
     WaitingContent,
 };
 use crate::error::{Error, Result};
 use crate::replica::ReplicaSet;
-use crate::types::{ChunkId, ContentId, NodeId};
+use crate::types::{ChunkId, ContentId, NodeId, PackId};
 
 /// Contents are packed in runs of about this many bytes; after each the originals go.
 const RUN_BYTES: u64 = 64 << 20;
@@ -75,6 +77,8 @@ pub struct Packer<'a> {
     builder: Option<PackBuilder>,
     /// The chunks of the pack that is being built, in its order.
     building: Vec<ChunkId>,
+    /// Records for the journal of the next pack.
+    notes: Vec<Record>,
     /// The chunks of this run by their hashes: the catalog may not know them yet.
     fresh: HashMap<[u8; 32], ChunkId>,
 }
@@ -94,6 +98,7 @@ impl<'a> Packer<'a> {
             step,
             builder: None,
             building: Vec::new(),
+            notes: Vec::new(),
             fresh: HashMap::new(),
         }
     }
@@ -185,7 +190,7 @@ impl<'a> Packer<'a> {
                 }
             })
         };
-        let mut parts = Vec::new();
+        let mut parts = Cut::default();
         let mut at = 0;
         while at < extents.size {
             let run = extents.run(at, extents.size);
@@ -198,7 +203,7 @@ impl<'a> Packer<'a> {
                 })?,
             };
             if !data {
-                push_hole(&mut parts, end - at);
+                parts.hole(end - at);
                 at = end;
                 continue;
             }
@@ -215,11 +220,14 @@ impl<'a> Packer<'a> {
             };
             for chunk in Chunker::new(end - at, read) {
                 let (_, bytes) = chunk?;
-                parts.push((self.chunk(&bytes)?, bytes.len() as u32));
+                parts.chunk(self.chunk(&bytes)?, bytes.len() as u32);
             }
             at = end;
         }
-        changes.push(Change::Pack(PackChange::RecipeAdd { id: content.id, chunks: parts }));
+        self.note_version(content.node, content.id)?;
+        self.note_recipe(content.id, &parts);
+        let chunks = parts.chunks;
+        changes.push(Change::Pack(PackChange::RecipeAdd { id: content.id, chunks }));
         changes.push(Change::Pack(PackChange::ContentPacked(content.id)));
         // An orphan that was overwritten while it was open: the recipe has the old bytes.
         changes.extend(own.iter().map(|row| {
@@ -272,17 +280,25 @@ impl<'a> Packer<'a> {
         changes: &mut Vec<Change>,
     ) -> Result<()> {
         let stream = self.catalog.next_content();
-        let mut parts = Vec::new();
+        let mut parts = Cut::default();
         for range in cut_fixed(bytes) {
             let chunk = &bytes[range];
-            parts.push((self.chunk(chunk)?, chunk.len() as u32));
+            parts.chunk(self.chunk(chunk)?, chunk.len() as u32);
         }
-        changes.push(Change::Pack(PackChange::RecipeAdd { id: stream, chunks: parts }));
+        self.note_recipe(stream, &parts);
+        let chunks = parts.chunks;
+        changes.push(Change::Pack(PackChange::RecipeAdd { id: stream, chunks }));
         let mut at = 0;
+        let mut told = None;
         for (row, image) in rows {
             if image.is_none() {
                 continue;
             }
+            let (node, content, offset, length) = (row.node, row.content, row.offset, row.length);
+            if told.replace((node, content)) != Some((node, content)) {
+                self.note_version(node, content)?;
+            }
+            self.note(Record::Image(ImageRecord { stream, node, content, offset, length, at }));
             changes.push(Change::Pack(PackChange::UndoMove {
                 node: row.node,
                 content: row.content,
@@ -295,27 +311,76 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// The id of a chunk with these bytes, new or known.
-    fn chunk(&mut self, bytes: &[u8]) -> Result<ChunkId> {
+    /// The id and hash of a chunk with these bytes, new or known.
+    fn chunk(&mut self, bytes: &[u8]) -> Result<(ChunkId, [u8; 32])> {
         let hash = *blake3::hash(bytes).as_bytes();
         if let Some(id) = self.fresh.get(&hash) {
-            return Ok(*id);
+            return Ok((*id, hash));
         }
         if let Some(row) = self.catalog.chunk(&hash)? {
-            return Ok(row.id);
+            return Ok((row.id, hash));
         }
         let id = self.catalog.next_chunk();
         self.fresh.insert(hash, id);
         self.add(id, hash, bytes)?;
-        Ok(id)
+        Ok((id, hash))
     }
 
-    fn add(&mut self, id: ChunkId, hash: [u8; 32], bytes: &[u8]) -> Result<()> {
+    /// The pack that is being built. Its journal begins with what waits for it.
+    fn builder(&mut self) -> &mut PackBuilder {
         let builder = self
             .builder
             .get_or_insert_with(|| PackBuilder::new(self.history.store, self.catalog.next_pack()));
-        builder.add(hash, bytes);
+        self.notes.drain(..).for_each(|record| builder.note(&record));
+        builder
+    }
+
+    /// Adds a record to the journal: of the pack that is being built, or else of the next one. What
+    /// waits when the work ends is in no journal: all its bytes were stored before.
+    fn note(&mut self, record: Record) {
+        match &mut self.builder {
+            Some(builder) => builder.note(&record),
+            None => self.notes.push(record),
+        }
+    }
+
+    fn note_version(&mut self, node: NodeId, content: ContentId) -> Result<()> {
+        if let Some(version) = self.catalog.version_record(node, content)? {
+            self.note(Record::Version(version));
+        }
+        Ok(())
+    }
+
+    fn note_recipe(&mut self, id: ContentId, cut: &Cut) {
+        for parts in cut.parts.chunks(PARTS_MAX) {
+            self.note(Record::Recipe(id, parts.to_vec()));
+        }
+    }
+
+    /// Notes again what the journal of a pack that is to go has of contents that stay.
+    fn keep_journal(&mut self, pack: PackId) -> Result<()> {
+        let bytes = match self.history.packs.bytes(self.replicas, pack) {
+            Ok(bytes) => bytes,
+            // Whoever reads its chunks hears of the damage.
+            Err(_) => return Ok(()),
+        };
+        let Ok(scanned) = scan(&bytes) else { return Ok(()) };
+        for record in scanned.records {
+            let stays = match &record {
+                Record::Version(version) => self.catalog.content_size(version.content)?.is_some(),
+                _ => self.catalog.has_recipe(record.id())?,
+            };
+            if stays {
+                self.note(record);
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, id: ChunkId, hash: [u8; 32], bytes: &[u8]) -> Result<()> {
         self.building.push(id);
+        let builder = self.builder();
+        builder.add(hash, bytes);
         if builder.is_full() {
             self.finish_pack()?;
         }
@@ -398,6 +463,7 @@ impl<'a> Packer<'a> {
                     self.copy(&row, &bytes, &mut changes)?;
                 }
             }
+            self.keep_journal(pack.id)?;
             removed.push(pack.id);
         }
         if removed.is_empty() {
@@ -419,11 +485,9 @@ impl<'a> Packer<'a> {
     }
 
     fn copy(&mut self, row: &ChunkRow, bytes: &[u8], changes: &mut Vec<Change>) -> Result<()> {
-        let builder = self
-            .builder
-            .get_or_insert_with(|| PackBuilder::new(self.history.store, self.catalog.next_pack()));
-        builder.add(row.hash, bytes);
         self.building.push(row.id);
+        let builder = self.builder();
+        builder.add(row.hash, bytes);
         if builder.is_full() {
             self.finish_copy(changes)?;
         }
@@ -447,12 +511,27 @@ impl<'a> Packer<'a> {
     }
 }
 
-fn push_hole(parts: &mut Vec<(ChunkId, u32)>, length: u64) {
-    let mut left = length;
-    while left > 0 {
-        let part = left.min(HOLE_BYTES_MAX);
-        parts.push((ChunkId::HOLE, part as u32));
-        left -= part;
+/// A content as it is cut: its chunks by their ids, and by their hashes.
+#[derive(Default)]
+struct Cut {
+    chunks: Vec<(ChunkId, u32)>,
+    parts: Parts,
+}
+
+impl Cut {
+    fn chunk(&mut self, (id, hash): (ChunkId, [u8; 32]), length: u32) {
+        self.chunks.push((id, length));
+        self.parts.push((Some(first_half(&hash)), length));
+    }
+
+    fn hole(&mut self, length: u64) {
+        let mut left = length;
+        while left > 0 {
+            let part = left.min(HOLE_BYTES_MAX) as u32;
+            self.chunks.push((ChunkId::HOLE, part));
+            self.parts.push((None, part));
+            left -= u64::from(part);
+        }
     }
 }
 

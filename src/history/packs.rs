@@ -112,12 +112,12 @@ pub struct PackStore {
 }
 
 /// The directory of a pack.
-fn pack_dir(id: PackId) -> PrivateDir {
+pub fn pack_dir(id: PackId) -> PrivateDir {
     PrivateDir::Packs((id.0 & 0xff) as u8)
 }
 
 /// The name of a pack in its directory.
-fn pack_name(id: PackId) -> EntryName {
+pub fn pack_name(id: PackId) -> EntryName {
     EntryName::new(format!("{:016x}.pack", id.0)).expect("hex digits and a suffix")
 }
 
@@ -324,6 +324,11 @@ impl PackStore {
             let Ok(bytes) = self.fetch(replicas, id, row.place) else { return };
             self.prefetcher.decode(claim, bytes, row.clone());
         }
+    }
+
+    /// Forgets what is kept open and known of a pack whose file was replaced.
+    pub fn reopen(&self, id: PackId) {
+        self.forget(id);
     }
 
     /// Forgets all that is known of a pack, which comes or goes.

@@ -79,7 +79,8 @@ struct Synced {
     running: bool,
 }
 
-fn segment_name(segment: u64) -> EntryName {
+/// The name of a segment in its directory.
+pub fn segment_name(segment: u64) -> EntryName {
     EntryName::new(format!("{segment:016x}.seg")).expect("hex digits and a suffix")
 }
 
@@ -384,6 +385,39 @@ fn records(bytes: &[u8]) -> BTreeMap<u64, (u64, UndoRow)> {
         at = (at + used).next_multiple_of(RECORD_ALIGN as usize);
     }
     whole
+}
+
+/// A segment is never longer: it ends at the first record that reaches its size.
+pub const SEGMENT_BYTES_READ_MAX: u64 = SEGMENT_BYTES_MAX + 2 * DATA_BYTES_MAX as u64;
+
+/// Puts whole records of `other` in the place of those that `bytes` lacks for these rows.
+pub fn complete_from(bytes: &mut Vec<u8>, other: &[u8], rows: &[UndoRow]) {
+    let missing = missing(bytes, rows);
+    if missing.is_empty() {
+        return;
+    }
+    let whole = records(other);
+    for row in missing {
+        let Some(at) = row.at else { continue };
+        let Some((&data, &(end, _))) = whole.range(..=at.offset).next_back() else { continue };
+        let (from, to) = (data as usize - HEADER_BYTES, end as usize);
+        if bytes.len() < to {
+            bytes.resize(to, 0);
+        }
+        bytes[from..to].copy_from_slice(&other[from..to]);
+    }
+}
+
+/// The before-images that are in no whole record of a segment's bytes.
+pub fn missing(bytes: &[u8], rows: &[UndoRow]) -> Vec<UndoRow> {
+    let whole = records(bytes);
+    let lies_within = |row: &UndoRow| {
+        let Some(at) = row.at else { return true };
+        let range = ByteRange::new(at.offset, row.length);
+        let record = whole.range(..=range.start).next_back();
+        record.is_some_and(|(_, (end, _))| range.end <= *end)
+    };
+    rows.iter().filter(|row| !lies_within(row)).cloned().collect()
 }
 
 /// Adds the rows of records that no commit knows. A torn record is one whose overwrite never began.

@@ -51,6 +51,8 @@ pub struct MountOptions {
     pub history_limit: Option<Limit>,
     /// How often an automatic snapshot is made from now on; zero for never.
     pub snapshot_every: Option<Span>,
+    /// How often the store scrubs a part of itself, if that is to change.
+    pub scrub_every: Option<Span>,
 }
 
 impl Default for MountOptions {
@@ -73,6 +75,7 @@ impl Default for MountOptions {
             free_limit: None,
             history_limit: None,
             snapshot_every: None,
+            scrub_every: None,
         }
     }
 }
@@ -116,6 +119,7 @@ impl MountOptions {
             ("snapshot_every", Some(value)) => self.snapshot_every = Some(value.parse()?),
             ("min_replicas", Some(value)) => self.replicas_min = parse_replicas_min(value)?,
             ("timeout", Some(value)) => self.timeout = parse_timeout(value)?,
+            ("scrub_every", Some(value)) => self.scrub_every = Some(value.parse()?),
             ("threads", Some(value)) => self.threads = parse_threads(value)?,
             ("remount", None) => {
                 return Err(Error::Refused(
@@ -138,6 +142,7 @@ impl MountOptions {
         policy.free_limit = self.free_limit.unwrap_or(policy.free_limit);
         policy.history_limit = self.history_limit.or(policy.history_limit);
         policy.every = self.snapshot_every.unwrap_or(policy.every);
+        policy.scrub = self.scrub_every.unwrap_or(policy.scrub);
         policy
     }
 
@@ -168,6 +173,9 @@ impl MountOptions {
         parts.extend(limits.iter().filter_map(|(key, limit)| Some(format!("{key}={}", (*limit)?))));
         if let Some(every) = self.snapshot_every {
             parts.push(format!("snapshot_every={every}"));
+        }
+        if let Some(every) = self.scrub_every {
+            parts.push(format!("scrub_every={every}"));
         }
         parts.join(",")
     }

@@ -250,6 +250,9 @@ pub trait Backing: Send + Sync {
 
     /// Reads until `buffer` is full or the file ends; the count tells which.
     fn read_at(&self, file: &Handle, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Drops what memory holds of a file's clean pages, so that what is read next comes from the
+    /// device. A backing that cannot reads from where it will.
+    fn forget_cached(&self, _file: &Handle) {}
     /// Writes all of `data`; on an error an unknown part of it is written.
     fn write_at(&self, file: &Handle, data: &[u8], offset: u64) -> io::Result<()>;
     /// Sets the size of a file that is open for writing.

@@ -467,6 +467,11 @@ impl Backing for DirBacking {
         sys::read_full_at(file.as_fd(), buffer, offset)
     }
 
+    fn forget_cached(&self, file: &Handle) {
+        // Advice: if it is not taken, the page cache answers.
+        let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
+    }
+
     fn write_at(&self, file: &Handle, data: &[u8], offset: u64) -> io::Result<()> {
         sys::write_all_at(file.as_fd(), data, offset)
     }

@@ -100,7 +100,7 @@ impl PrivateDir {
 
 /// Opens one of our directories, making it and what leads to it where missing. A new name is made
 /// durable at once; if we die before that, the next mount makes it again.
-pub(super) fn open_private(backing: &dyn Backing, dir: PrivateDir) -> io::Result<Handle> {
+pub(crate) fn open_private(backing: &dyn Backing, dir: PrivateDir) -> io::Result<Handle> {
     let path = dir.path();
     match backing.open_dir(&path) {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}

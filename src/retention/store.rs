@@ -5,6 +5,7 @@
 //! protect = "1h"          # what is younger is never removed
 //! free_limit = "10%"      # history yields so that this much stays free; or a size: "20GiB"
 //! history_limit = "50%"   # history takes no more than this; without it, no limit
+//! scrub = "7d"            # a scrub of a part of the store so often; "0" for none
 //! [policy.snapshots]      # which automatic snapshots to keep
 //! hourly = 24             # a number, "unlimited", or a length of time
 //! daily = 30
@@ -135,6 +136,8 @@ pub struct StorePolicy {
     /// History takes no more than this on any backing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub history_limit: Option<Limit>,
+    /// How often it scrubs a part of itself; zero for never.
+    pub scrub: Span,
     /// Which automatic snapshots are kept. Those that a person made are not its matter.
     pub snapshots: Policy,
     /// Which versions are kept between the snapshots.
@@ -148,6 +151,7 @@ impl Default for StorePolicy {
             protect: Span::hours(1),
             free_limit: Limit::Percent(10),
             history_limit: None,
+            scrub: Span::days(7),
             snapshots: Policy {
                 hourly: Keep::Count(24),
                 daily: Keep::Count(30),
@@ -168,7 +172,9 @@ impl StorePolicy {
     /// Refuses what cannot be meant.
     pub fn check(&self) -> Result<()> {
         let refuse = |text: String| Err(Error::Refused(text));
-        for (name, span) in [("every", self.every), ("protect", self.protect)] {
+        for (name, span) in
+            [("every", self.every), ("protect", self.protect), ("scrub", self.scrub)]
+        {
             if span.has_months() {
                 return refuse(format!(
                     "{name}: '{span}' counts in months or years; m means months, minutes are \
@@ -209,7 +215,8 @@ mod tests {
 
     #[test]
     fn the_defaults_are_the_documented_ones_and_survive_toml() {
-        let text = "every = \"1h\"\nprotect = \"1h\"\nfree_limit = \"10%\"\n\n[snapshots]\n\
+        let text = "every = \"1h\"\nprotect = \"1h\"\nfree_limit = \"10%\"\nscrub = \"7d\"\n\n\
+                    [snapshots]\n\
                     hourly = 24\ndaily = 30\nmonthly = 12\n\n[versions]\nall = \"24h\"\n\
                     hourly = \"7d\"\ndaily = \"30d\"\ndeleted = \"90d\"\n";
         let policy = StorePolicy::default();

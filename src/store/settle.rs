@@ -268,9 +268,9 @@ fn settle_by(
                 detail:
                     "it is missing or unreadable here, and no other given backing has a good one"
                         .into(),
-                remedy: "Mount with another backing of the store if there is one. The files in the \
-                         backing are whole and can be read without rearview: to begin a new \
-                         history with them, move .rearview elsewhere",
+                remedy: "Mount with another backing of the store if there is one. If all have lost \
+                         theirs, 'rearview check --rebuild-catalog BACKING...' makes a new one \
+                         from the live tree, the preserved files and the packs",
             });
         }
     };
@@ -328,6 +328,16 @@ fn take_in(
     // Closed in any case, so that what was read before an interruption is kept.
     let closed = catalog.close();
     result.and(closed)
+}
+
+/// Takes the live tree of a backing into a catalog that was made anew. Pushed, not flushed.
+pub fn import_tree(
+    site: &Site,
+    catalog: &Catalog,
+    exclude: &Arc<Patterns>,
+    progress: &Progress,
+) -> Result<()> {
+    import::import(site, &[], catalog, exclude, None, progress).map(|_| ())
 }
 
 fn short_id(member: &Member) -> u64 {

@@ -266,6 +266,7 @@ impl Volume {
         }
         let id = self.catalog().next_content();
         changes.push(Change::ContentAdd { id, node: row.id, size: row.size });
+        self.want_digest(row.id);
         id
     }
 

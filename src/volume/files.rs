@@ -161,10 +161,14 @@ impl Volume {
             state.open.as_ref().and_then(|open| open.any().cloned()).expect("opened above")
         };
         let opened = handles.clone();
-        self.replicas().read("read", |id, b| match opened.get(id) {
-            Ok(file) => b.read_at(file, buffer, offset),
-            // The replica that it was open on failed: another one is asked.
-            Err(_) => self.with_other(node, id, b, |file| b.read_at(file, buffer, offset)),
+        self.replicas().read("read", |id, b| {
+            let read = match opened.get(id) {
+                Ok(file) => b.read_at(file, buffer, offset),
+                // The replica that it was open on failed: another one is asked.
+                Err(_) => self.with_other(node, id, b, |file| b.read_at(file, buffer, offset)),
+            };
+            // What is bad here and good elsewhere is healed in the background.
+            read.inspect_err(|_| self.suspect(node.id))
         })
     }
 

@@ -20,6 +20,8 @@ use super::Volume;
 const REPACK_BYTES: u64 = 64 << 20;
 /// How long one pass counts what deleting snapshots would free.
 const COUNT_TIME: Duration = Duration::from_millis(200);
+/// How long one pass takes digests.
+const DIGEST_TIME: Duration = Duration::from_millis(500);
 /// How long one pass sweeps.
 const SWEEP_TIME: Duration = Duration::from_millis(500);
 /// Steps of a sweep between two durable commits, after which files are removed.
@@ -77,6 +79,7 @@ impl Volume {
             self.pack(&|_| self.check_stop())?;
         }
         self.packer(&|_| self.check_stop()).repack(REPACK_BYTES)?;
+        self.take_digests(DIGEST_TIME, &|| self.check_stop())?;
         // So that the list of snapshots finds it counted.
         self.count_freed(COUNT_TIME)?;
         self.history.packs().heal(self.replicas())?;
@@ -229,7 +232,7 @@ impl Volume {
 
     /// Background work ends at the next step once the volume is to be closed, or a write waits for
     /// room.
-    fn check_stop(&self) -> Result<()> {
+    pub(super) fn check_stop(&self) -> Result<()> {
         let urgent = self.urgent.load(Ordering::Relaxed) > 0;
         match urgent || self.stopping.load(Ordering::Relaxed) {
             true => Err(Error::Interrupted),

@@ -11,6 +11,7 @@ pub mod fixture;
 pub mod json;
 pub mod mounted;
 pub mod run;
+pub mod scrub;
 pub mod tree;
 pub mod user;
 

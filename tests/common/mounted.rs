@@ -4,6 +4,9 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rearviewfs::check::{CheckOptions, check};
+use rearviewfs::progress::Progress;
+
 use super::run::{Done, binary, rearview, run, run_within};
 use super::{daemon_of, mounts_at, tree, wait_until};
 
@@ -196,6 +199,15 @@ impl Mounted {
         }
     }
 
+    /// Fails unless the unmounted store holds what it promises: see `rearviewfs::check`.
+    #[track_caller]
+    pub fn assert_sound(&self) {
+        let options = CheckOptions { read_data: true };
+        let report = check(&self.backings, options, &Progress::silent()).expect("can be checked");
+        assert!(report.damage.is_empty(), "damage: {:#?}", report.damage);
+        assert!(report.leftovers.is_empty(), "left over: {:#?}", report.leftovers);
+    }
+
     /// Fails unless the mount shows what the first backing holds, then unmounts and compares all.
     #[track_caller]
     pub fn finish(mut self) {
@@ -203,6 +215,7 @@ impl Mounted {
         self.unmount();
         tree::assert_trees("mount and backing", &live, &tree::read_tree(&self.backings[0]));
         self.assert_replicas_identical();
+        self.assert_sound();
     }
 
     /// Fails if the daemon has more files open each time `work` is done. The first time warms

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rearviewfs::catalog::{Catalog, Durability};
+use rearviewfs::check::{CheckOptions, check};
 use rearviewfs::error::Error;
 use rearviewfs::excludes::Patterns;
 use rearviewfs::fs::{Fh, Filesystem, FsOptions, SnapDir, Wish};
@@ -566,9 +567,14 @@ impl Driver {
         drop(fs);
         let paths = self.paths();
         let differences = store::compare::compare(&paths[0], &paths[1]).or_else(fail("compare"))?;
-        match differences.first() {
+        if let Some(first) = differences.first() {
+            return Err(format!("the replicas differ: {first:?}"));
+        }
+        let options = CheckOptions { read_data: true };
+        let report = check(&paths, options, &Progress::silent()).or_else(fail("check"))?;
+        match report.damage.first() {
             None => Ok(()),
-            Some(first) => Err(format!("the replicas differ: {first:?}")),
+            Some(first) => Err(format!("the check finds damage: {first}")),
         }
     }
 

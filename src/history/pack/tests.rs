@@ -1,7 +1,7 @@
 //! Round trips, the price of small versions, and hostile bytes.
 
 use super::*;
-use crate::types::ChunkId;
+use crate::types::{ChunkId, ContentId};
 use proptest::prelude::*;
 
 const STORE: uuid::Uuid = uuid::Uuid::from_u128(0x1234_5678_9abc_def0_1122_3344_5566_7788);
@@ -124,6 +124,33 @@ fn the_format_does_not_change() {
     let places: Vec<_> = pack.chunks.iter().map(|c| (c.place.frame, c.place.at)).collect();
     assert_eq!(places, [(40_088, 0), (32, 0), (40_088, 3)]);
     assert_eq!(blake3::Hash::from(pack.hash).to_hex().as_str(), GOLDEN);
+}
+
+#[test]
+fn a_journal_comes_back_between_the_chunks() {
+    let record = |id: u64| Record::Recipe(ContentId(id), vec![(Some([id as u8; 16]), 7); 100]);
+    let mut builder = PackBuilder::new(STORE, ID);
+    // More than one frame of records, with chunks before and after.
+    let chunks: Vec<Vec<u8>> = (0..3).map(|seed| noise(seed, 40_000)).collect();
+    for (index, chunk) in chunks.iter().enumerate() {
+        builder.add(*blake3::hash(chunk).as_bytes(), chunk);
+        (0..200).for_each(|id| builder.note(&record(1000 * index as u64 + id)));
+    }
+    let pack = builder.finish();
+    assert_eq!(pack.bytes[4], 2, "the version of packs with a journal");
+    let scanned = scan(&pack.bytes).expect("a good pack");
+    assert_eq!(scanned.chunks, pack.chunks);
+    assert_eq!(scanned.records.len(), 600);
+    assert_eq!(scanned.records[401], record(2001));
+    for (packed, chunk) in pack.chunks.iter().zip(&chunks) {
+        let frame = decode(&pack.bytes, packed.place).expect("a good frame");
+        assert_eq!(frame.chunk(&row(packed)), Ok(chunk.as_slice()));
+    }
+    for at in (0..pack.bytes.len()).step_by(997) {
+        let mut bytes = pack.bytes.clone();
+        bytes[at] ^= 1;
+        assert!(scan(&bytes).is_err(), "a flipped bit at {at}");
+    }
 }
 
 #[test]

@@ -39,6 +39,12 @@ impl PackStore {
         Ok(damaged)
     }
 
+    /// The bytes of a pack, from a replica that has it whole.
+    pub fn bytes(&self, replicas: &ReplicaSet, pack: PackId) -> Result<Vec<u8>> {
+        let whole = replicas.online().find_map(|id| self.check_on(replicas, id, pack, None).ok());
+        whole.ok_or(Error::Posix(rustix::io::Errno::IO))
+    }
+
     /// Replaces the packs that were found damaged by another online replica's, and tells how many.
     /// What cannot be healed now is kept for the next call. The damaged file goes to `quarantine/`.
     /// If we die in between, the pack is missing there, and the next read notes it again.

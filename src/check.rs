@@ -1,0 +1,249 @@
+//! `check`: whether an unmounted store holds what it promises.
+//!
+//! Every invariant that can be seen from outside is looked at: each replica's marker and catalog
+//! ([`crate::catalog::Audit`]), the live tree against the catalog, the files of history against the
+//! catalog, and the replicas against one another. Nothing is changed. The locks of all backings are
+//! held meanwhile, so that no mount comes between.
+//!
+//! **Damage** is what contradicts a promise; a **leftover** is what nothing uses and nothing has
+//! removed yet, as a mount that died leaves it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::digest::first_half;
+use crate::catalog::{Catalog, Head};
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::store::lock::{Owner, StoreLock, acquire};
+use crate::store::marker::{CleanMark, Marker, PeerState, Phase};
+use crate::store::site::Site;
+use crate::store::{CATALOG_FILE, inspect};
+use crate::types::{ContentId, NodeId};
+
+mod history;
+mod rebuild;
+mod repair;
+mod tree;
+
+pub use rebuild::{RebuildReport, UNNAMED, rebuild};
+pub use repair::repair;
+
+/// How thoroughly is looked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CheckOptions {
+    /// Read every byte: live files against their digests, preserved files and packs against theirs.
+    /// Otherwise sizes, times and names count.
+    pub read_data: bool,
+}
+
+/// One finding.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// Where: a path, escaped.
+    pub place: String,
+    /// What is wrong there.
+    pub what: String,
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.place, self.what)
+    }
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckReport {
+    /// What contradicts a promise.
+    pub damage: Vec<Finding>,
+    /// What nothing uses.
+    pub leftovers: Vec<Finding>,
+    /// How many live objects were looked at, on all replicas.
+    pub objects: u64,
+    /// How many files of history.
+    pub history_files: u64,
+    /// How many bytes were read.
+    pub bytes: u64,
+}
+
+impl CheckReport {
+    fn damage(&mut self, place: impl AsRef<Path>, what: impl Into<String>) {
+        self.damage.push(finding(place.as_ref(), what.into()));
+    }
+
+    fn leftover(&mut self, place: impl AsRef<Path>, what: impl Into<String>) {
+        self.leftovers.push(finding(place.as_ref(), what.into()));
+    }
+}
+
+fn finding(place: &Path, what: String) -> Finding {
+    use std::os::unix::ffi::OsStrExt;
+    Finding { place: crate::types::escape(place.as_os_str().as_bytes()), what }
+}
+
+/// One replica under the check.
+struct Member {
+    site: Site,
+    marker: Marker,
+    _lock: StoreLock,
+}
+
+impl Member {
+    fn catalog_file(&self) -> PathBuf {
+        self.site.private_path(CATALOG_FILE)
+    }
+}
+
+/// What the replicas are compared by: what the first one had.
+#[derive(Default)]
+struct Common {
+    /// Digests of the contents of live files.
+    live: BTreeMap<NodeId, [u8; 32]>,
+    /// Digests of the files of history, by their paths below `.rearview`.
+    history: BTreeMap<String, [u8; 32]>,
+}
+
+/// Checks the store in these backings. `NoStore` where there is none, `InUse` while it is mounted.
+pub fn check(
+    backings: &[PathBuf],
+    options: CheckOptions,
+    progress: &Progress,
+) -> Result<CheckReport> {
+    let members = open(backings)?;
+    let mut report = CheckReport::default();
+    let mut heads: Vec<(usize, Head)> = Vec::new();
+    let mut common = Common::default();
+    for (index, member) in members.iter().enumerate() {
+        if let Some(head) = check_catalog(member, &mut report)? {
+            heads.push((index, head));
+        }
+    }
+    check_members(&members, &heads, &mut report)?;
+    for &(index, _) in &heads {
+        let member = &members[index];
+        if member.marker.clean.is_none() {
+            let what = "the last mount did not end cleanly: mount once, then check";
+            report.damage(&member.site.path, what);
+            continue;
+        }
+        let catalog = Catalog::open_read_only(&member.catalog_file())?;
+        tree::check(&member.site, &catalog, options, &mut common, &mut report, progress)?;
+        history::check(member, &catalog, options, &mut common, &mut report, progress)?;
+    }
+    Ok(report)
+}
+
+/// Checks what can be checked of a store that is mounted: each catalog by itself. The rest is the
+/// scrub's.
+pub fn check_mounted(backings: &[PathBuf]) -> Result<CheckReport> {
+    let mut report = CheckReport::default();
+    for path in backings {
+        let file = inspect(path)?.catalog_file;
+        match Catalog::audit(&file) {
+            Ok(audit) => audit.flaws.into_iter().for_each(|flaw| report.damage(&file, flaw)),
+            Err(error) => report.damage(&file, error.to_string()),
+        }
+    }
+    Ok(report)
+}
+
+/// Locks the backings and reads their markers.
+fn open(backings: &[PathBuf]) -> Result<Vec<Member>> {
+    let mut members: Vec<Member> = Vec::new();
+    for path in backings {
+        let path = inspect(path)?.path;
+        let site = Site::open(&path)?;
+        let lock = acquire(&site, &Owner::this(None))?;
+        let Some(marker) = Marker::read(&site)? else {
+            return Err(Error::NoStore(format!("{} holds no store", path.display())));
+        };
+        if let Some(first) = members.first()
+            && first.marker.store != marker.store
+        {
+            return Err(Error::Refused(format!(
+                "{} and {} belong to different stores: check them one after the other",
+                first.site.path.display(),
+                path.display()
+            )));
+        }
+        members.push(Member { site, marker, _lock: lock });
+    }
+    Ok(members)
+}
+
+/// A replica's catalog by itself; its head if it is sound enough to go on with.
+fn check_catalog(member: &Member, report: &mut CheckReport) -> Result<Option<Head>> {
+    let file = member.catalog_file();
+    if member.marker.phase != Phase::Ok {
+        report.damage(&member.site.path, "it is no whole copy yet: its filling was interrupted");
+        return Ok(None);
+    }
+    let audited = Catalog::inspect(&file).and_then(|head| Ok((head, Catalog::audit(&file)?)));
+    let (head, audit) = match audited {
+        Ok(both) => both,
+        Err(error) => {
+            report.damage(&file, error.to_string());
+            return Ok(None);
+        }
+    };
+    let sound = audit.flaws.is_empty();
+    audit.flaws.into_iter().for_each(|flaw| report.damage(&file, flaw));
+    audit.leftovers.into_iter().for_each(|text| report.leftover(&file, text));
+    if head.store != member.marker.store {
+        report.damage(&file, "it is another store's");
+        return Ok(None);
+    }
+    if member.marker.clean.as_ref().is_some_and(|mark| !mark.fits(&head)) {
+        report.damage(&file, "it is not the one that the marker was written for");
+    }
+    Ok(sound.then_some(head))
+}
+
+/// The replicas' marks and catalogs against one another. A replica that the others know to be
+/// behind may differ: it is made equal when it is next mounted with them.
+fn check_members(
+    members: &[Member],
+    heads: &[(usize, Head)],
+    report: &mut CheckReport,
+) -> Result<()> {
+    let stale = |index: usize| {
+        members.iter().any(|other| {
+            let peer = other.marker.peer(members[index].marker.replica);
+            peer.is_some_and(|peer| peer.state == PeerState::Stale)
+        })
+    };
+    let current: Vec<&(usize, Head)> = heads.iter().filter(|(index, _)| !stale(*index)).collect();
+    let Some((first, head)) = current.first() else { return Ok(()) };
+    let mark = members[*first].marker.clean.clone();
+    for (index, other) in &current[1..] {
+        let file = members[*index].catalog_file();
+        if members[*index].marker.clean != mark && mark.as_ref() != Some(&CleanMark::of(other)) {
+            report.damage(&members[*index].site.path, "its marker tells of another end");
+        }
+        if other != head {
+            report.damage(&file, "it differs from the other replicas' catalogs");
+            continue;
+        }
+        let own = Catalog::table_hashes(&file)?;
+        let others = Catalog::table_hashes(&members[*first].catalog_file())?;
+        for (one, other) in own.iter().zip(&others).filter(|(one, other)| one != other) {
+            let what =
+                format!("the table '{}' differs from '{}' of another replica", one.0, other.0);
+            report.damage(&file, what);
+        }
+    }
+    Ok(())
+}
+
+/// Compares a digest with the one that another replica had in the same place.
+fn differs<K: Ord>(known: &mut BTreeMap<K, [u8; 32]>, key: K, digest: [u8; 32]) -> bool {
+    *known.entry(key).or_insert(digest) != digest
+}
+
+/// Whether a content's recorded digest, if it has one, is that of the bytes.
+fn has_digest(catalog: &Catalog, content: ContentId, hash: &[u8; 32]) -> Result<bool> {
+    Ok(catalog.digest(content)?.is_none_or(|digest| digest == first_half(hash)))
+}

@@ -1,0 +1,196 @@
+//! Digests of settled files, taken in the background once a file has been quiet for a while.
+//!
+//! What was written last is read first: it is still in the kernel's cache. After a mount, and
+//! whenever nothing newer waits, the files that have none yet follow.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::catalog::Change;
+use crate::catalog::digest::{Digest, digest_of};
+use crate::error::Result;
+use crate::replica::backing::{Access, Backing, Handle};
+use crate::types::{ContentId, NodeId};
+
+use super::Volume;
+use super::nodes::{Node, State};
+
+/// Files are read in pieces of this size.
+pub(super) const PIECE_BYTES: usize = 1 << 20;
+/// Files without a digest that one look into the catalog finds.
+const FOUND_MAX: usize = 256;
+
+/// The files that wait for a digest.
+pub(super) struct Waiting {
+    /// Sealed in this mount, and when.
+    fresh: BTreeMap<NodeId, Instant>,
+    /// Up to where the catalog was looked through; `None` when it was to its end.
+    after: Option<NodeId>,
+}
+
+impl Default for Waiting {
+    fn default() -> Waiting {
+        Waiting { fresh: BTreeMap::new(), after: Some(NodeId(0)) }
+    }
+}
+
+impl Volume {
+    /// A file got a content that has no digest.
+    pub(super) fn want_digest(&self, node: NodeId) {
+        self.undigested.lock().fresh.insert(node, Instant::now());
+    }
+
+    /// Takes the digests of files that have been quiet, for about as long as `time` allows.
+    pub(super) fn take_digests(&self, time: Duration, stop: &dyn Fn() -> Result<()>) -> Result<()> {
+        let mut taken = Vec::new();
+        let outcome = self.take_until(Instant::now() + time, stop, &mut taken);
+        // All at once: a generation for each would be waste.
+        if !taken.is_empty() {
+            self.catalog().push(taken)?;
+        }
+        outcome
+    }
+
+    fn take_until(
+        &self,
+        end: Instant,
+        stop: &dyn Fn() -> Result<()>,
+        taken: &mut Vec<Change>,
+    ) -> Result<()> {
+        let mut due = self.quiet_files().into_iter();
+        while let Some(node) = due.next() {
+            let outcome = self.take_digest(node, stop, taken);
+            if outcome.is_err() {
+                self.want_digest(node);
+            }
+            if outcome.is_err() || Instant::now() >= end {
+                // What was not come to waits on, as if it were sealed just now.
+                due.for_each(|node| self.want_digest(node));
+                return outcome;
+            }
+        }
+        let after = self.undigested.lock().after;
+        let Some(mut after) = after else { return Ok(()) };
+        loop {
+            let found = self.catalog().undigested(after, FOUND_MAX)?;
+            for file in &found {
+                self.take_digest(file.node, stop, taken)?;
+                after = file.node;
+                self.undigested.lock().after = Some(after);
+                if Instant::now() >= end {
+                    return Ok(());
+                }
+            }
+            if found.len() < FOUND_MAX {
+                self.undigested.lock().after = None;
+                return Ok(());
+            }
+        }
+    }
+
+    /// The files of this mount that have been quiet, those that were sealed last first.
+    fn quiet_files(&self) -> Vec<NodeId> {
+        let quiet = self.options.digest_after;
+        let mut waiting = self.undigested.lock();
+        let mut due: Vec<(NodeId, Instant)> = waiting
+            .fresh
+            .iter()
+            .filter(|(_, at)| at.elapsed() >= quiet)
+            .map(|(node, at)| (*node, *at))
+            .collect();
+        due.sort_by_key(|(_, at)| std::cmp::Reverse(*at));
+        due.iter().for_each(|(node, _)| _ = waiting.fresh.remove(node));
+        due.into_iter().map(|(node, _)| node).collect()
+    }
+
+    /// Takes the digest of a file unless it is being changed: then its next seal asks again.
+    fn take_digest(
+        &self,
+        id: NodeId,
+        stop: &dyn Fn() -> Result<()>,
+        taken: &mut Vec<Change>,
+    ) -> Result<()> {
+        stop()?;
+        let Ok(node) = self.node(id) else { return Ok(()) };
+        let found = self.read_digest(&node, stop);
+        drop(node);
+        self.nodes.drop_unused(id);
+        if let Some((content, digest)) = found? {
+            taken.push(Change::DigestAdd { content, digest });
+        }
+        Ok(())
+    }
+
+    fn read_digest(
+        &self,
+        node: &Arc<Node>,
+        stop: &dyn Fn() -> Result<()>,
+    ) -> Result<Option<(ContentId, Digest)>> {
+        let id = node.id;
+        let (dir, name, content, stamp) = {
+            let state = node.lock();
+            let Some(content) = self.settled_content(id, &state)? else { return Ok(None) };
+            if self.catalog().digest(content)?.is_some() {
+                return Ok(None);
+            }
+            let Ok((dir, name)) = self.location(node, &state) else { return Ok(None) };
+            (dir, name, content, state.stamp)
+        };
+        let row = self.catalog().node(id)?;
+        let read = self.replicas().read("read", |replica, b| {
+            let file = b.open_file(dir.get(replica)?, &name, Access::Read)?;
+            let before = b.stat(&file)?;
+            let hasher = hash(b, &file, stop)?;
+            let after = b.stat(&file)?;
+            let still =
+                (before.size, before.mtime, before.ctime) == (after.size, after.mtime, after.ctime);
+            let recorded =
+                row.as_ref().is_some_and(|row| (row.size, row.mtime) == (after.size, after.mtime));
+            Ok((still && recorded).then(|| digest_of(&hasher)))
+        });
+        stop()?;
+        let Ok(Some(digest)) = read else { return Ok(None) };
+        let state = node.lock();
+        let same = state.stamp == stamp && self.settled_content(id, &state)? == Some(content);
+        Ok(same.then_some((content, digest)))
+    }
+
+    /// Records the digest of a content.
+    pub(super) fn record_digest(&self, content: ContentId, digest: Digest) -> Result<()> {
+        self.catalog().push(vec![Change::DigestAdd { content, digest }])?;
+        Ok(())
+    }
+
+    /// The content of a file that is as it was sealed; `None` for one that is being changed, has no
+    /// content, or is gone.
+    pub(super) fn settled_content(&self, id: NodeId, state: &State) -> Result<Option<ContentId>> {
+        if state.orphan || state.open.as_ref().is_some_and(|open| open.dirty) {
+            return Ok(None);
+        }
+        let content = self.catalog().node(id)?.map(|row| row.content);
+        Ok(content.filter(|content| *content != ContentId::EMPTY))
+    }
+}
+
+/// Hashes an open file; `EINTR` once the work is to stop.
+fn hash(
+    b: &dyn Backing,
+    file: &Handle,
+    stop: &dyn Fn() -> Result<()>,
+) -> std::io::Result<blake3::Hasher> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; PIECE_BYTES];
+    let mut at = 0;
+    loop {
+        let count = b.read_at(file, &mut buffer, at)?;
+        hasher.update(&buffer[..count]);
+        if count < buffer.len() {
+            return Ok(hasher);
+        }
+        at += count as u64;
+        if stop().is_err() {
+            return Err(std::io::Error::from_raw_os_error(libc::EINTR));
+        }
+    }
+}

@@ -1,0 +1,434 @@
+//! Scrub: reading every copy of everything while the store is in use, and healing what is damaged.
+//!
+//! A run looks at the catalogs, the markers and the files of history, then at live objects in the
+//! order of their node ids, going on where the last run ended. So what was looked at longest ago
+//! comes first, without a record for every file. The default plan is SnapRAID's: a part of the live
+//! tree per run, and nothing that is younger than ten days; `all` looks at everything.
+//!
+//! **What is good** is what the catalog says: attributes as recorded, bytes with the recorded
+//! digest. Where no digest is known yet the majority of the replicas counts; of two that differ
+//! neither is touched. Nothing is healed from a copy that is not proven good, and what healing
+//! replaces goes to `quarantine/`. Bytes that differ while the time of change is later than
+//! recorded are no rot but an edit behind our back: they become a version.
+//!
+//! Whatever a run looks at, it looks at without locks first. What seems damaged is looked at again
+//! under the locks of an operation on it, and healed there. What is being changed is passed over
+//! and looked at once more at the end.
+//!
+//! If we die in between, the run goes on from its last saved position when the store is mounted
+//! again; each step of healing leaves either the damage or the good copy, and the replaced bytes in
+//! quarantine.
+
+mod heal;
+mod kept;
+mod live;
+mod names;
+mod pace;
+mod report;
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::catalog::Change;
+use crate::error::{Error, Result};
+use crate::types::{NodeId, Timestamp};
+
+pub use report::{Outcome, ScrubFinding, ScrubOptions, ScrubRun, ScrubStatus, Trouble};
+
+use super::Volume;
+use live::Looked;
+use pace::Pace;
+use report::{Plan, Stage};
+
+/// The plan's place in the catalog.
+const META_KEY: &str = "scrub";
+/// A run looks at so much of the live tree unless told otherwise (SnapRAID's default), in percent.
+const PERCENT_DEFAULT: u8 = 8;
+/// What is younger is left out unless all is asked for (SnapRAID's default).
+const YOUNG: Duration = Duration::from_secs(10 * 24 * 3600);
+/// What looking at an object costs beside its bytes, in bytes: so that small files count.
+const OBJECT_BYTES: u64 = 4096;
+/// Objects that are fetched from the catalog at a time.
+const BATCH: usize = 256;
+/// How often it is looked whether the policy asks for a run.
+const LOOK_EVERY: Duration = Duration::from_secs(60);
+/// How often the position is saved.
+const SAVE_EVERY: Duration = Duration::from_secs(10);
+/// How often objects that were being changed are looked at again before they are given up.
+const BUSY_ROUNDS: usize = 5;
+
+/// The scrub of a volume.
+#[derive(Default)]
+pub(super) struct Scrub {
+    inner: Mutex<Inner>,
+    wake: Condvar,
+    /// Files of which a copy could not be read.
+    suspects: Mutex<BTreeSet<NodeId>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// The plan as it is now; `None` until it was read.
+    plan: Option<Plan>,
+    /// A run is to end or to pause.
+    halt: bool,
+    /// The thread works on a run.
+    working: bool,
+    /// When it was last looked whether a run is due.
+    looked: Option<Instant>,
+}
+
+impl Volume {
+    /// Begins a run, or lets a paused one go on. `InUse` if one is under way.
+    pub fn scrub_start(&self, options: ScrubOptions, automatic: bool) -> Result<()> {
+        let goal = self.scrub_goal(&options)?;
+        self.change_plan(|plan| {
+            if plan.run.as_ref().is_some_and(|run| !run.paused) {
+                return Err(Error::InUse(
+                    "a scrub is under way: 'rearview scrub status' shows it, 'rearview scrub stop' \
+                     ends it"
+                        .into(),
+                ));
+            }
+            if options.all {
+                (plan.position, plan.lap_began) = (NodeId(0), Timestamp::now().as_nanos());
+            }
+            plan.run = Some(ScrubRun::new(options, automatic, goal));
+            Ok(())
+        })
+    }
+
+    /// Pauses the run that is under way; it stays so over a remount.
+    pub fn scrub_pause(&self) -> Result<()> {
+        self.change_run("pause", |plan| {
+            if let Some(run) = &mut plan.run {
+                run.paused = true;
+            }
+        })
+    }
+
+    /// Lets a paused run go on.
+    pub fn scrub_resume(&self) -> Result<()> {
+        self.change_run("resume", |plan| {
+            if let Some(run) = &mut plan.run {
+                run.paused = false;
+            }
+        })
+    }
+
+    /// Ends the run that is under way. The next one goes on from there.
+    pub fn scrub_stop(&self) -> Result<()> {
+        self.change_run("stop", |plan| plan.end_run(true))
+    }
+
+    /// How the scrub stands.
+    pub fn scrub_status(&self) -> Result<ScrubStatus> {
+        let mut inner = self.scrub.inner.lock();
+        Ok(self.plan(&mut inner)?.status())
+    }
+
+    /// Waits until no run is under way, or `time` is over; whether none is.
+    pub fn scrub_wait(&self, time: Duration) -> Result<bool> {
+        let until = Instant::now() + time;
+        let mut inner = self.scrub.inner.lock();
+        loop {
+            let idle = self.plan(&mut inner)?.run.as_ref().is_none_or(|run| run.paused);
+            if idle && !inner.working {
+                return Ok(true);
+            }
+            if self.scrub.wake.wait_until(&mut inner, until).timed_out() {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Notes a file of which a copy could not be read: it is looked at soon.
+    pub(super) fn suspect(&self, node: NodeId) {
+        self.scrub.suspects.lock().insert(node);
+    }
+
+    fn change_run(&self, what: &str, change: impl FnOnce(&mut Plan)) -> Result<()> {
+        self.change_plan(|plan| {
+            if plan.run.is_none() {
+                return Err(Error::NotFound(format!("there is no scrub to {what}")));
+            }
+            change(plan);
+            Ok(())
+        })
+    }
+
+    fn change_plan(&self, change: impl FnOnce(&mut Plan) -> Result<()>) -> Result<()> {
+        let mut inner = self.scrub.inner.lock();
+        change(self.plan(&mut inner)?)?;
+        inner.halt = true;
+        self.save(&inner)?;
+        self.scrub.wake.notify_all();
+        Ok(())
+    }
+
+    fn plan<'a>(&self, inner: &'a mut Inner) -> Result<&'a mut Plan> {
+        if inner.plan.is_none() {
+            let stored = self.catalog().meta(META_KEY)?;
+            let known = stored.and_then(|text| serde_json::from_str(&text).ok());
+            inner.plan = Some(known.unwrap_or_default());
+        }
+        inner.plan.as_mut().ok_or(Error::Interrupted)
+    }
+
+    fn save(&self, inner: &Inner) -> Result<()> {
+        let Some(plan) = &inner.plan else { return Ok(()) };
+        let value = serde_json::to_string(plan)
+            .map_err(|error| Error::Refused(format!("cannot write the scrub's plan: {error}")))?;
+        self.catalog().push(vec![Change::MetaPut { key: META_KEY, value }])?;
+        Ok(())
+    }
+
+    /// What a run has to look at, in bytes.
+    fn scrub_goal(&self, options: &ScrubOptions) -> Result<u64> {
+        let totals = self.catalog().totals()?;
+        let all = totals.live_bytes + totals.live_nodes * OBJECT_BYTES;
+        let percent = match options.all {
+            true => 100,
+            false => options.percent.unwrap_or(PERCENT_DEFAULT).clamp(1, 100),
+        };
+        Ok((u128::from(all) * u128::from(percent) / 100) as u64)
+    }
+
+    /// Begins a run if the store's policy asks for one.
+    fn scrub_by_policy(&self) -> Result<()> {
+        let every = self.policy().scrub;
+        {
+            let mut inner = self.scrub.inner.lock();
+            if inner.looked.is_some_and(|at| at.elapsed() < LOOK_EVERY) || every.is_zero() {
+                return Ok(());
+            }
+            inner.looked = Some(Instant::now());
+            let now = Timestamp::now().as_nanos();
+            let plan = self.plan(&mut inner)?;
+            if plan.since == 0 {
+                plan.since = now;
+                return self.save(&inner);
+            }
+            let due = every.even_before(Timestamp::from_nanos(now)).as_nanos();
+            if plan.run.is_some() || plan.last_began() > due {
+                return Ok(());
+            }
+        }
+        log::info!("scrub: begun by the store's policy");
+        self.scrub_start(ScrubOptions::default(), true)
+    }
+
+    /// One look of the thread: suspects first, then the run that is under way.
+    fn scrub_due(&self) -> Result<()> {
+        self.scrub_by_policy()?;
+        let suspects = std::mem::take(&mut *self.scrub.suspects.lock());
+        if !suspects.is_empty() {
+            let mut work = Work::new(self, ScrubRun::default());
+            for node in suspects {
+                if work.node(node)? == Looked::Busy {
+                    self.suspect(node);
+                }
+            }
+        }
+        let run = {
+            let mut inner = self.scrub.inner.lock();
+            inner.halt = false;
+            let run = self.plan(&mut inner)?.run.clone().filter(|run| !run.paused);
+            inner.working = run.is_some();
+            run
+        };
+        let Some(run) = run else { return Ok(()) };
+        let mut work = Work::new(self, run);
+        let outcome = work.run();
+        let mut inner = self.scrub.inner.lock();
+        inner.working = false;
+        work.merge(self.plan(&mut inner)?, outcome.is_ok());
+        let saved = self.save(&inner);
+        self.scrub.wake.notify_all();
+        drop(inner);
+        match outcome {
+            Err(Error::Interrupted) => saved,
+            outcome => outcome.and(saved),
+        }
+    }
+}
+
+/// One run, or a part of it.
+struct Work<'a> {
+    volume: &'a Volume,
+    run: ScrubRun,
+    position: NodeId,
+    lap_began: i64,
+    pace: Pace,
+    saved: Instant,
+    /// Numbers what goes to quarantine within one nanosecond.
+    quarantined: u64,
+}
+
+impl<'a> Work<'a> {
+    fn new(volume: &'a Volume, run: ScrubRun) -> Work<'a> {
+        let pace = Pace::new(run.options.rate);
+        let (position, lap_began) = volume
+            .scrub
+            .inner
+            .lock()
+            .plan
+            .as_ref()
+            .map_or((NodeId(0), 0), |plan| (plan.position, plan.lap_began));
+        Work { volume, run, position, lap_began, pace, saved: Instant::now(), quarantined: 0 }
+    }
+
+    fn run(&mut self) -> Result<()> {
+        if self.run.stage == Stage::Own {
+            self.catalogs()?;
+            self.markers()?;
+            self.preserved()?;
+            self.segments()?;
+            self.packs()?;
+            self.run.stage = Stage::Live;
+            self.save()?;
+        }
+        self.live()
+    }
+
+    /// Looks at live objects from the position on, until the goal is reached.
+    fn live(&mut self) -> Result<()> {
+        let mut busy = Vec::new();
+        let mut wrapped = false;
+        while self.run.options.all || self.run.units < self.run.goal {
+            let batch = self.volume.catalog().live_nodes(self.position, BATCH)?;
+            if batch.is_empty() {
+                // What is looked at once more before ten days are over teaches nothing.
+                let young = self.is_young(self.lap_began);
+                if self.run.options.all || wrapped || young {
+                    break;
+                }
+                (self.position, self.lap_began, wrapped) =
+                    (NodeId(0), Timestamp::now().as_nanos(), true);
+                continue;
+            }
+            for object in batch {
+                if self.run.options.all || !self.is_young(object.changed.as_nanos()) {
+                    if self.node(object.node)? == Looked::Busy {
+                        busy.push(object.node);
+                    }
+                    self.run.objects += 1;
+                }
+                self.run.units += object.size + OBJECT_BYTES;
+                self.position = object.node;
+                if self.saved.elapsed() >= SAVE_EVERY {
+                    self.save()?;
+                }
+            }
+        }
+        self.look_again(busy)
+    }
+
+    /// What was being changed is looked at once more, and given up where it is changed on and on.
+    fn look_again(&mut self, mut busy: Vec<NodeId>) -> Result<()> {
+        for round in 0..BUSY_ROUNDS {
+            if busy.is_empty() {
+                return Ok(());
+            }
+            if round > 0 {
+                self.pause(self.volume.options.housekeeping)?;
+            }
+            let mut left = Vec::new();
+            for node in busy {
+                if self.node(node)? == Looked::Busy {
+                    left.push(node);
+                }
+            }
+            busy = left;
+        }
+        self.run.busy += busy.len() as u64;
+        Ok(())
+    }
+
+    fn is_young(&self, nanos: i64) -> bool {
+        let age = Timestamp::now().as_nanos().saturating_sub(nanos);
+        age < i64::try_from(YOUNG.as_nanos()).unwrap_or(i64::MAX)
+    }
+
+    /// Makes the run's state known, and durable with the next commit.
+    fn save(&mut self) -> Result<()> {
+        self.saved = Instant::now();
+        let mut inner = self.volume.scrub.inner.lock();
+        let plan = self.volume.plan(&mut inner)?;
+        (plan.position, plan.lap_began) = (self.position, self.lap_began);
+        if let Some(run) = &mut plan.run {
+            let paused = run.paused;
+            run.clone_from(&self.run);
+            run.paused = paused;
+        }
+        self.volume.save(&inner)
+    }
+
+    /// Takes what was done into the plan, which a person may have changed meanwhile.
+    fn merge(&mut self, plan: &mut Plan, done: bool) {
+        (plan.position, plan.lap_began) = (self.position, self.lap_began);
+        let same = |run: &ScrubRun| run.began == self.run.began;
+        if plan.run.as_ref().is_some_and(same) {
+            let paused = plan.run.as_ref().is_some_and(|run| run.paused);
+            self.run.paused = paused;
+            plan.run = Some(self.run.clone());
+            if done {
+                plan.end_run(false);
+            }
+        } else if plan.last.as_ref().is_some_and(same) {
+            let ended = plan.last.as_ref().and_then(|run| run.ended);
+            plan.last = Some(ScrubRun { ended, stopped: true, ..self.run.clone() });
+        }
+    }
+
+    /// Bytes were read: waits as the rate asks for, and ends where the run is to end.
+    fn took(&mut self, bytes: u64) -> Result<()> {
+        self.run.bytes += bytes;
+        let wait = self.pace.took(bytes);
+        if wait.is_zero() { self.check_halt() } else { self.pause(wait) }
+    }
+
+    fn check_halt(&self) -> Result<()> {
+        let halt = self.volume.scrub.inner.lock().halt;
+        if halt { Err(Error::Interrupted) } else { self.volume.check_stop() }
+    }
+
+    /// Sleeps, unless the run is to end.
+    fn pause(&self, time: Duration) -> Result<()> {
+        let until = Instant::now() + time;
+        let mut inner = self.volume.scrub.inner.lock();
+        while !inner.halt && Instant::now() < until {
+            // In steps, for the end of the mount does not wake us.
+            let step = (Instant::now() + Duration::from_millis(100)).min(until);
+            self.volume.scrub.wake.wait_until(&mut inner, step);
+            drop(inner);
+            self.volume.check_stop()?;
+            inner = self.volume.scrub.inner.lock();
+        }
+        drop(inner);
+        self.check_halt()
+    }
+}
+
+/// The thread of the scrub.
+pub(super) fn run(volume: &Weak<Volume>, stopped: &crossbeam_channel::Receiver<()>) {
+    crate::sys::be_idle();
+    let every = volume
+        .upgrade()
+        .map_or(Duration::from_secs(1), |volume: Arc<Volume>| volume.options.housekeeping);
+    let mut told = None;
+    // A disconnect is the signal to stop; nothing is ever sent.
+    while let Err(crossbeam_channel::RecvTimeoutError::Timeout) =
+        stopped.recv_timeout(every.min(Duration::from_millis(200)))
+    {
+        let Some(volume) = volume.upgrade() else { return };
+        let outcome = volume.scrub_due().map_err(|error| error.to_string()).err();
+        if outcome.is_some() && outcome != told {
+            log::error!("scrub: {}", outcome.as_deref().unwrap_or_default());
+        }
+        told = outcome;
+    }
+}

@@ -1,0 +1,442 @@
+//! Looking at what is ours: the replicas' catalogs and markers, preserved contents, undo segments
+//! and packs.
+//!
+//! While files of history are healed no packing and no sweep runs: what is looked at stays.
+
+use std::io;
+
+use rustix::io::Errno;
+
+use crate::catalog::digest::Digest;
+use crate::catalog::{Catalog, WaitingContent};
+use crate::error::{Error, Result};
+use crate::history::packs::{pack_dir, pack_name};
+use crate::history::{OWN, preserved_dir, preserved_name, undo};
+use crate::replica::PrivateDir;
+use crate::replica::backing::{Access, Backing, Handle, RenameMode, SetTime};
+use crate::types::{ContentId, EntryName, ReplicaId};
+
+use super::{Outcome, Trouble, Work};
+
+/// Preserved contents fetched from the catalog at a time.
+const BATCH: usize = 1024;
+/// How often catalogs are compared anew because a commit came between.
+const COMPARES_MAX: usize = 8;
+
+/// A file of ours on one replica.
+struct Kept {
+    on: ReplicaId,
+    size: Option<u64>,
+    digest: Option<Digest>,
+    error: Option<io::Error>,
+}
+
+impl Kept {
+    fn trouble(&self) -> Trouble {
+        match (&self.error, self.size) {
+            (Some(_), _) => Trouble::Unreadable,
+            (None, None) => Trouble::Missing,
+            _ => Trouble::Rot,
+        }
+    }
+}
+
+impl Work<'_> {
+    /// The catalogs: each by itself, then against one another. One that is damaged, or stands alone
+    /// against two, is replaced by a sound one.
+    pub(super) fn catalogs(&mut self) -> Result<()> {
+        let volume = self.volume;
+        let mut sound = Vec::new();
+        let mut damaged = Vec::new();
+        for on in volume.replicas().online() {
+            let Some(file) = volume.catalog().file(on) else { continue };
+            match Catalog::audit(&file) {
+                Ok(audit) if audit.flaws.is_empty() => sound.push((on, file)),
+                Ok(audit) => damaged.push((on, file, audit.flaws.join("; "))),
+                Err(error) => damaged.push((on, file, error.to_string())),
+            }
+            self.check_halt()?;
+        }
+        if sound.len() > 1 {
+            let odd = self.odd_catalogs(&sound)?;
+            if let Some(odd) = odd {
+                for (on, file) in sound.extract_if(.., |(on, _)| odd.contains(on)) {
+                    damaged.push((on, file, "it differs from two other replicas' catalogs".into()));
+                }
+            } else {
+                for (on, file) in &sound {
+                    let detail = "the catalogs differ, and each by itself seems sound";
+                    self.note(*on, file, Trouble::Conflict, Outcome::Unhealed, detail);
+                }
+            }
+        }
+        for (on, file, flaw) in damaged {
+            let healed = match sound.is_empty() {
+                false => volume.catalog().replace(on),
+                true => Err(Error::Refused("no replica has a sound catalog".into())),
+            };
+            let (outcome, detail) = match healed {
+                Ok(()) => (Outcome::Healed, flaw),
+                Err(error) => (Outcome::Unhealed, format!("{flaw}; {error}")),
+            };
+            self.note(on, &file, Trouble::Rot, outcome, detail);
+        }
+        Ok(())
+    }
+
+    /// Which of several catalogs differ from the majority: none, some, or `None` if that cannot be
+    /// told.
+    fn odd_catalogs(
+        &mut self,
+        sound: &[(ReplicaId, std::path::PathBuf)],
+    ) -> Result<Option<Vec<ReplicaId>>> {
+        let catalog = self.volume.catalog();
+        for _ in 0..COMPARES_MAX {
+            catalog.flush(crate::catalog::Durability::Written)?;
+            let mut hashes = Vec::new();
+            for (on, file) in sound {
+                hashes.push((*on, Catalog::table_hashes(file)?));
+            }
+            let head = |hashes: &[(String, [u8; 32])]| {
+                hashes.iter().find(|(name, _)| name == "head").map(|(_, hash)| *hash)
+            };
+            if hashes.iter().any(|(_, other)| head(other) != head(&hashes[0].1)) {
+                // Rot in the head row shows as well: after so many tries it is that.
+                self.check_halt()?;
+            }
+            let agree = |one: &[(String, [u8; 32])]| {
+                hashes.iter().filter(|(_, other)| other == one).count()
+            };
+            let best = hashes.iter().max_by_key(|(_, one)| agree(one)).map(|(_, one)| one.clone());
+            let Some(best) = best else { return Ok(Some(Vec::new())) };
+            let count = agree(&best);
+            if count == hashes.len() {
+                return Ok(Some(Vec::new()));
+            }
+            let same_moment = hashes.iter().all(|(_, other)| head(other) == head(&best));
+            if same_moment {
+                let odd = hashes.iter().filter(|(_, other)| *other != best).map(|(on, _)| *on);
+                return Ok((count * 2 > hashes.len()).then(|| odd.collect()));
+            }
+        }
+        Ok(Some(Vec::new()))
+    }
+
+    /// The markers: what a replica's says is what we wrote.
+    pub(super) fn markers(&mut self) -> Result<()> {
+        for (on, path, healed) in self.volume.store.check_markers() {
+            let (outcome, detail) = match healed {
+                Ok(()) => (Outcome::Healed, String::new()),
+                Err(error) => (Outcome::Unhealed, error.to_string()),
+            };
+            self.note(on, &path, Trouble::Rot, outcome, detail);
+        }
+        Ok(())
+    }
+
+    /// Preserved contents: by their digests, else by the majority.
+    pub(super) fn preserved(&mut self) -> Result<()> {
+        let mut after = ContentId::EMPTY;
+        loop {
+            let batch = self.volume.catalog().preserved_contents(after, BATCH)?;
+            let Some(last) = batch.last() else { return Ok(()) };
+            after = last.id;
+            for content in batch {
+                self.preserved_one(&content)?;
+                self.run.history_files += 1;
+            }
+        }
+    }
+
+    fn preserved_one(&mut self, content: &WaitingContent) -> Result<()> {
+        let volume = self.volume;
+        // The file of an orphan that somebody can still write.
+        if volume.nodes.get(content.node).is_some() {
+            return Ok(());
+        }
+        let dir = preserved_dir(content.node);
+        let name = preserved_name(content.node, content.id);
+        let copies = self.read_kept(dir, &name)?;
+        // The file of an orphan that was changed while it was open may be another, or longer.
+        let own = !volume.catalog().has_images(content.node, content.id)?;
+        let whole = copies.iter().any(|copy| copy.size == Some(content.size));
+        let digest = if own && whole { volume.catalog().digest(content.id)? } else { None };
+        let is_good = |copy: &Kept| match digest {
+            Some(digest) => copy.digest == Some(digest),
+            None => (!own || copy.size >= Some(content.size)) && copy.digest.is_some(),
+        };
+        let good: Vec<&Kept> = copies.iter().filter(|copy| is_good(copy)).collect();
+        let agree = good.windows(2).all(|pair| pair[0].digest == pair[1].digest);
+        if agree && good.len() == copies.len() {
+            return Ok(());
+        }
+        let _alone = volume.maintenance.lock();
+        if !volume.catalog().is_preserved(content.id)? {
+            return Ok(());
+        }
+        let winner = match agree {
+            true => good.first().map(|copy| (copy.on, copy.digest)),
+            // Without a digest more than half of all must agree.
+            false => good
+                .iter()
+                .find(|one| {
+                    let same = good.iter().filter(|other| other.digest == one.digest).count();
+                    same * 2 > copies.len()
+                })
+                .map(|copy| (copy.on, copy.digest)),
+        };
+        for copy in &copies {
+            let place = volume.place_on(copy.on, &dir.path().join(&name));
+            match winner {
+                Some((_, digest)) if copy.digest == digest => {}
+                Some((from, _)) => {
+                    let healed = self.replace_kept(dir, &name, from, copy.on);
+                    self.note_kept(copy.on, &place, copy.trouble(), healed);
+                }
+                None => {
+                    let trouble = if agree { copy.trouble() } else { Trouble::Conflict };
+                    self.note(
+                        copy.on,
+                        &place,
+                        trouble,
+                        Outcome::Unhealed,
+                        "no copy is proven good",
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a file of ours on every replica, past the page cache.
+    fn read_kept(&mut self, dir: PrivateDir, name: &EntryName) -> Result<Vec<Kept>> {
+        let volume = self.volume;
+        let mut copies = Vec::new();
+        for on in volume.replicas().online().collect::<Vec<_>>() {
+            let b_replica = volume.replicas().get(on);
+            let b = b_replica.backing();
+            let mut copy = Kept { on, size: None, digest: None, error: None };
+            match open_kept(b, dir, name) {
+                Ok(None) => {}
+                Ok(Some((dir, size))) => {
+                    copy.size = Some(size);
+                    match self.digest_on(b, &dir, name)? {
+                        Ok(digest) => copy.digest = Some(digest),
+                        Err(error) => copy.error = Some(error),
+                    }
+                }
+                Err(error) => copy.error = Some(error),
+            }
+            copies.push(copy);
+        }
+        Ok(copies)
+    }
+
+    /// Puts another replica's file in the place of one, which goes to quarantine if it is there.
+    fn replace_kept(
+        &mut self,
+        dir: PrivateDir,
+        name: &EntryName,
+        from: ReplicaId,
+        to: ReplicaId,
+    ) -> Result<Option<EntryName>> {
+        let volume = self.volume;
+        let source_replica = volume.replicas().get(from);
+        let source = source_replica.backing();
+        let (handle, size) = open_kept(source, dir, name)?.ok_or(Error::Posix(Errno::IO))?;
+        let file = source.open_file(&handle, name, Access::Read)?;
+        let stat = source.stat(&file)?;
+        self.put_kept(dir, name, to, |b, made| {
+            let mut buffer = vec![0; crate::volume::digest::PIECE_BYTES];
+            let mut at = 0;
+            while at < size {
+                let count = source.read_at(&file, &mut buffer, at)?;
+                if count == 0 {
+                    return Err(Errno::IO.into());
+                }
+                if buffer[..count].iter().any(|byte| *byte != 0) {
+                    b.write_at(made, &buffer[..count], at)?;
+                }
+                at += count as u64;
+            }
+            b.truncate(made, size)?;
+            b.chown(made, Some(stat.uid), Some(stat.gid))?;
+            b.chmod(made, stat.mode)?;
+            b.set_times(made, SetTime::Omit, SetTime::To(stat.mtime))
+        })
+    }
+
+    /// Makes a file of ours anew on one replica. Dead at any step, either the old one is there, or
+    /// it is in quarantine and the next scrub makes the file again.
+    fn put_kept(
+        &mut self,
+        dir: PrivateDir,
+        name: &EntryName,
+        on: ReplicaId,
+        fill: impl FnOnce(&dyn Backing, &Handle) -> io::Result<()>,
+    ) -> Result<Option<EntryName>> {
+        let volume = self.volume;
+        let b_replica = volume.replicas().get(on);
+        let b = b_replica.backing();
+        let tmp = volume.replicas().private(PrivateDir::Tmp)?;
+        let tmp = tmp.get(on)?;
+        let _ = b.unlink(tmp, name);
+        let file = b.create(tmp, name, 0o600, OWN)?;
+        if let Err(error) = fill(b, &file).and_then(|()| b.sync(&file, false)) {
+            let _ = b.unlink(tmp, name);
+            return Err(error.into());
+        }
+        let there = open_kept(b, dir, name)?.is_some();
+        // The kept handle may be of a directory that is gone: by its path, made where missing.
+        let parent = crate::replica::handles::open_private(b, dir)?;
+        let kept = if there { Some(self.set_aside(on, &parent, name)?) } else { None };
+        b.rename(tmp, name, &parent, name, RenameMode::NoReplace)?;
+        b.sync(&parent, false)?;
+        Ok(kept)
+    }
+
+    fn note_kept(
+        &mut self,
+        on: ReplicaId,
+        place: &std::path::Path,
+        trouble: Trouble,
+        healed: Result<Option<EntryName>>,
+    ) {
+        match healed {
+            Ok(None) => self.note(on, place, trouble, Outcome::Healed, ""),
+            Ok(Some(name)) => {
+                let detail = format!("the old one is in quarantine: {name}");
+                self.note(on, place, trouble, Outcome::Healed, detail);
+            }
+            Err(error) => self.note(on, place, trouble, Outcome::Unhealed, error.to_string()),
+        }
+    }
+
+    /// Undo segments that nobody appends to any more: every before-image that the catalog has in
+    /// one lies in a whole record of it, on every replica. Records carry their own hashes, so what
+    /// is damaged here and whole there is put together from both.
+    pub(super) fn segments(&mut self) -> Result<()> {
+        let volume = self.volume;
+        let _alone = volume.maintenance.lock();
+        if volume.history.undo().open_bytes() > 0 {
+            // So that what was appended up to now is looked at as well.
+            volume.history.undo().rotate(volume.replicas())?;
+        }
+        let complete = volume.history.undo().complete(volume.replicas())?;
+        let mut segments = volume.catalog().segments()?;
+        let open_from = complete.last().copied().unwrap_or(0);
+        // A segment that is missing everywhere is in the catalog alone.
+        segments.retain(|segment| *segment <= open_from || !complete.is_empty());
+        segments.retain(|segment| complete.contains(segment) || *segment < open_from);
+        for segment in segments {
+            self.segment(segment)?;
+            self.run.history_files += 1;
+        }
+        Ok(())
+    }
+
+    fn segment(&mut self, segment: u64) -> Result<()> {
+        let volume = self.volume;
+        let rows = volume.catalog().segment_rows(segment)?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let name = undo::segment_name(segment);
+        let mut copies = Vec::new();
+        for on in volume.replicas().online().collect::<Vec<_>>() {
+            let b_replica = volume.replicas().get(on);
+            let b = b_replica.backing();
+            let read = (|| {
+                let Some((dir, size)) = open_kept(b, PrivateDir::Undo, &name)? else {
+                    return Ok(None);
+                };
+                let file = b.open_file(&dir, &name, Access::Read)?;
+                b.forget_cached(&file);
+                let mut bytes = vec![0; size.min(undo::SEGMENT_BYTES_READ_MAX) as usize];
+                let got = b.read_at(&file, &mut bytes, 0)?;
+                bytes.truncate(got);
+                Ok::<_, io::Error>(Some(bytes))
+            })();
+            let (bytes, trouble) = match read {
+                Ok(Some(bytes)) => (bytes, Trouble::Rot),
+                Ok(None) => (Vec::new(), Trouble::Missing),
+                Err(_) => (Vec::new(), Trouble::Unreadable),
+            };
+            self.took(bytes.len() as u64)?;
+            copies.push((on, bytes, trouble));
+        }
+        let count = |bytes: &[u8]| undo::missing(bytes, &rows).len();
+        let best = copies.iter().min_by_key(|(_, bytes, _)| count(bytes));
+        let Some(mut whole) = best.map(|(_, bytes, _)| bytes.clone()) else { return Ok(()) };
+        for (_, bytes, _) in &copies {
+            undo::complete_from(&mut whole, bytes, &rows);
+        }
+        let lost = count(&whole);
+        for (on, bytes, trouble) in &copies {
+            let own = count(bytes);
+            if own == 0 && (lost > 0 || *bytes == whole) {
+                continue;
+            }
+            let place = volume.place_on(*on, &PrivateDir::Undo.path().join(&name));
+            if own == lost && lost > 0 {
+                let detail = format!("{lost} before-images are whole on no replica");
+                self.note(*on, &place, *trouble, Outcome::Unhealed, detail);
+                continue;
+            }
+            let healed =
+                self.put_kept(PrivateDir::Undo, &name, *on, |b, file| b.write_at(file, &whole, 0));
+            self.note_kept(*on, &place, *trouble, healed);
+        }
+        Ok(())
+    }
+
+    /// Packs: every byte, by the recorded hash of the file.
+    pub(super) fn packs(&mut self) -> Result<()> {
+        let volume = self.volume;
+        for row in volume.catalog().packs()? {
+            let (dir, name) = (pack_dir(row.id), pack_name(row.id));
+            let digest = crate::catalog::digest::first_half(&row.hash);
+            let copies = self.read_kept(dir, &name)?;
+            self.run.history_files += 1;
+            if copies.iter().all(|copy| copy.digest == Some(digest)) {
+                continue;
+            }
+            let _alone = volume.maintenance.lock();
+            if !volume.catalog().packs()?.iter().any(|pack| pack.id == row.id) {
+                continue;
+            }
+            let good = copies.iter().find(|copy| copy.digest == Some(digest)).map(|copy| copy.on);
+            for copy in copies.iter().filter(|copy| copy.digest != Some(digest)) {
+                let place = volume.place_on(copy.on, &dir.path().join(&name));
+                match good {
+                    Some(from) => {
+                        let healed = self.replace_kept(dir, &name, from, copy.on);
+                        volume.history.packs().reopen(row.id);
+                        self.note_kept(copy.on, &place, copy.trouble(), healed);
+                    }
+                    None => {
+                        let detail = "no replica has this pack whole";
+                        self.note(copy.on, &place, copy.trouble(), Outcome::Unhealed, detail);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A directory of ours and a file's size in it; `None` where either is not there.
+fn open_kept(
+    b: &dyn Backing,
+    dir: PrivateDir,
+    name: &EntryName,
+) -> io::Result<Option<(Handle, u64)>> {
+    let dir = match b.open_dir(&dir.path()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        dir => dir?,
+    };
+    match b.stat_at(&dir, name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        stat => Ok(Some((dir, stat?.size))),
+    }
+}
