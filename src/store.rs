@@ -509,6 +509,8 @@ impl Store {
             .collect();
         for index in whole {
             members[index].close(&head, &self.opened_at, &behind)?;
+            // At once: a call that hangs on another disk can keep the process from ending.
+            members[index].lock = None;
         }
         Ok(())
     }

@@ -93,6 +93,13 @@ fn a_disk_that_hangs_is_out_of_use_in_time_and_no_operation_waits_longer() {
     work(&store, "before");
     let frozen = disks[0].root().to_path_buf();
     run(Command::new("fsfreeze").arg("-f").arg(&frozen)).ok();
+    // Whatever goes wrong, what is frozen is let go: else not even the test could be ended.
+    let (done, is_done) = std::sync::mpsc::channel::<()>();
+    let thaw = frozen.clone();
+    let thawing = std::thread::spawn(move || {
+        let _ = is_done.recv_timeout(BOUND * 5);
+        run(Command::new("fsfreeze").arg("-u").arg(&thaw)).ok();
+    });
     let begun = Instant::now();
     let outcome = std::panic::catch_unwind(|| {
         work(&store, "during");
@@ -104,17 +111,17 @@ fn a_disk_that_hangs_is_out_of_use_in_time_and_no_operation_waits_longer() {
         work(&store, "after");
         (elapsed, told, again.elapsed(), error)
     });
-    // What hung is let go, else nothing can be taken down.
     let unmounting = Instant::now();
-    if outcome.is_ok() {
-        store.unmount();
-    }
+    let closed = common::run(Command::new(common::run::binary()).arg("umount").arg(&store.mnt));
     let unmounted = unmounting.elapsed();
-    run(Command::new("fsfreeze").arg("-u").arg(&frozen)).ok();
+    drop(done);
+    thawing.join().unwrap();
     let (elapsed, told, again, error) = outcome.unwrap_or_else(|p| std::panic::resume_unwind(p));
     assert!(elapsed < BOUND && told < BOUND * 2, "{elapsed:?}, status after {told:?}");
     assert!(again < BOUND && unmounted < BOUND, "{again:?}, unmounted in {unmounted:?}");
     assert!(error.contains("timed out"), "{error}");
+    assert!(matches!(closed.code, 0 | 3), "{}", closed.told());
+    store.ended_elsewhere();
 }
 
 #[test]

@@ -20,7 +20,9 @@ use crate::types::{PRIVATE_DIR, REPLICAS_MAX};
 const CLOSE_POLL: Duration = Duration::from_millis(10);
 /// After this the user is told what is being waited for.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
-/// After this waiting is given up: a disk hangs.
+/// After so long without another backing closed, those that are left hang.
+const HANG_PATIENCE: Duration = Duration::from_secs(5);
+/// After this waiting is given up: every disk hangs.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// If we were called as mount(8)'s helper (`mount.fuse.rearview SOURCE TARGET [-sfnv] [-o OPTIONS]
@@ -224,29 +226,46 @@ fn busy(target: &Path) -> Error {
 }
 
 /// Waits until the daemon has let go of the store: then every backing is complete, and its disk can
-/// be taken away.
+/// be taken away. A disk on which a call hangs keeps its lock; it is not waited for once the others
+/// are closed.
 fn wait_until_closed(backings: &[PathBuf]) -> Result<Exit> {
     let begun = Instant::now();
     let mut told = false;
-    for backing in backings {
-        let lock = backing.join(PRIVATE_DIR).join("lock");
+    let mut last_closed: Option<Instant> = None;
+    let open = |backing: &PathBuf| {
         // Not ours to look at, or gone: there is nothing to wait for that could be seen.
-        let Ok(file) = std::fs::File::open(&lock) else { continue };
-        while rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err() {
-            if begun.elapsed() > CLOSE_TIMEOUT {
-                return Err(Error::InUse(format!(
-                    "the daemon has not finished writing to {}; do not take the disk away",
-                    show(backing)
-                )));
-            }
-            if !told && begun.elapsed() > CLOSE_PATIENCE {
-                eprintln!("rearview: waiting until all is written to {}", show(backing));
-                told = true;
-            }
-            std::thread::sleep(CLOSE_POLL);
+        let file = std::fs::File::open(backing.join(PRIVATE_DIR).join("lock")).ok()?;
+        Some((backing.clone(), file))
+    };
+    let mut waiting: Vec<_> = backings.iter().filter_map(open).collect();
+    loop {
+        let before = waiting.len();
+        waiting.retain(|(_, file)| {
+            rustix::fs::flock(file, FlockOperation::NonBlockingLockShared).is_err()
+        });
+        if waiting.len() < before {
+            last_closed = Some(Instant::now());
         }
+        let Some((backing, _)) = waiting.first() else { return Ok(Exit::Done) };
+        if last_closed.is_some_and(|at| at.elapsed() > HANG_PATIENCE) {
+            eprintln!(
+                "rearview: {} hangs: it is left as it is, and the store is closed on the others",
+                show(backing)
+            );
+            return Ok(Exit::Incomplete);
+        }
+        if begun.elapsed() > CLOSE_TIMEOUT {
+            return Err(Error::InUse(format!(
+                "the daemon has not finished writing to {}; do not take the disk away",
+                show(backing)
+            )));
+        }
+        if !told && begun.elapsed() > CLOSE_PATIENCE {
+            eprintln!("rearview: waiting until all is written to {}", show(backing));
+            told = true;
+        }
+        std::thread::sleep(CLOSE_POLL);
     }
-    Ok(Exit::Done)
 }
 
 /// The command line on which the background process gets the plan.

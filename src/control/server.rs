@@ -19,6 +19,9 @@ use crate::error::{Error, IoContext, Result};
 use crate::mountpoint::show;
 use crate::types::PRIVATE_DIR;
 
+/// How long the end waits for a socket to be removed.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// How long a client may take to send its request or to take its answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests in work at one time; more are told to come again.
@@ -83,14 +86,27 @@ impl Server {
             if listener.thread.join().is_err() {
                 log::error!("the control server at {} panicked", show(&listener.path));
             }
-            if let Err(error) = std::fs::remove_file(&listener.path) {
-                log::warn!("cannot remove {}: {error}", show(&listener.path));
-            }
+            remove(listener.path);
         }
         for thread in self.conversations.threads.lock().drain(..) {
             // A panic was logged by the panic hook.
             let _ = thread.join();
         }
+    }
+}
+
+/// Removes a socket, without waiting long: its disk may hang.
+fn remove(path: PathBuf) {
+    let (end, ended) = crossbeam_channel::bounded(1);
+    let shown = show(&path);
+    let removing = std::thread::Builder::new().name("control".into()).spawn(move || {
+        if let Err(error) = std::fs::remove_file(&path) {
+            log::warn!("cannot remove {}: {error}", show(&path));
+        }
+        let _ = end.send(());
+    });
+    if removing.is_err() || ended.recv_timeout(REMOVE_TIMEOUT).is_err() {
+        log::warn!("{shown} is left behind");
     }
 }
 

@@ -106,6 +106,7 @@ pub fn serve(
             ::log::error!("{error}");
         }
     }
+    handle.finish();
     std::process::exit(i32::from(failed))
 }
 

@@ -7,13 +7,20 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
+use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
 use crate::types::Timestamp;
 
 /// The log's size at which it is put aside.
 const LOG_BYTES_MAX: u64 = 4 << 20;
+
+/// So many messages wait for the disk at most.
+const LINES_WAITING_MAX: usize = 4096;
+/// How long the end waits for the last messages.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What this module does to the user's folders is told even to those who did not ask for more.
 const NOTICES: &str = "rearviewfs::mountpoint";
@@ -27,7 +34,35 @@ enum Sink {
     Stderr,
     /// For later: with both.
     Stamped,
-    File(CappedFile),
+    File(Writer),
+}
+
+/// The thread that writes the file. It lies in a backing, whose disk can hang: whoever has
+/// something to say must not hang with it.
+struct Writer {
+    lines: Option<Sender<Vec<u8>>>,
+    ended: Receiver<()>,
+}
+
+impl Writer {
+    fn start(mut file: CappedFile) -> io::Result<Writer> {
+        let (lines, texts) = bounded::<Vec<u8>>(LINES_WAITING_MAX);
+        let (end, ended) = bounded(1);
+        std::thread::Builder::new().name("rv-log".into()).spawn(move || {
+            for text in texts {
+                let _ = file.write(&text);
+            }
+            let _ = end.send(());
+        })?;
+        Ok(Writer { lines: Some(lines), ended })
+    }
+
+    /// What does not fit any more is lost: the disk does not take it.
+    fn write(&self, text: &[u8]) {
+        if let Some(lines) = &self.lines {
+            let _ = lines.try_send(text.to_vec());
+        }
+    }
 }
 
 struct CappedFile {
@@ -81,8 +116,20 @@ fn init(level: log::LevelFilter, shown: log::LevelFilter, sink: Sink) -> LogHand
 impl LogHandle {
     /// From here on messages go to the end of this file.
     pub fn to_file(&self, path: &Path) -> io::Result<()> {
-        *self.0.lock() = Sink::File(CappedFile::open(path)?);
+        *self.0.lock() = Sink::File(Writer::start(CappedFile::open(path)?)?);
         Ok(())
+    }
+
+    /// Waits, but not for long, until all is written; later messages are lost. For the end.
+    pub fn finish(&self) {
+        let ended = match &mut *self.0.lock() {
+            Sink::File(writer) => {
+                writer.lines = None;
+                writer.ended.clone()
+            }
+            Sink::Stderr | Sink::Stamped => return,
+        };
+        let _ = ended.recv_timeout(FINISH_TIMEOUT);
     }
 }
 
@@ -90,7 +137,10 @@ impl Write for LogHandle {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         match &mut *self.0.lock() {
             Sink::Stderr | Sink::Stamped => io::stderr().write(text),
-            Sink::File(file) => file.write(text).map(|()| text.len()),
+            Sink::File(writer) => {
+                writer.write(text);
+                Ok(text.len())
+            }
         }
     }
 
