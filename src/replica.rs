@@ -211,7 +211,7 @@ impl ReplicaSet {
         self.slots.read()[id].clone().expect("an id is given out with its replica")
     }
 
-    /// Adds a replica, which is not in use until it is admitted. `None` if there is no place for it.
+    /// Adds a replica, which is not in use until it is admitted. `None` if there is no place left.
     pub fn add(&self, replica: Replica) -> Option<ReplicaId> {
         let _ejecting = self.ejecting.lock();
         let members = self.members.load(Ordering::Acquire);

@@ -20,8 +20,6 @@ mod checkpoint;
 mod content;
 mod digest;
 mod excludes;
-#[cfg(test)]
-mod faults;
 mod files;
 mod intend;
 mod maintain;
@@ -589,3 +587,6 @@ fn housekeep(volume: &Weak<Volume>, stopped: &crossbeam_channel::Receiver<()>) {
 pub fn is_private(parent: NodeId, name: &EntryName) -> bool {
     parent == NodeId::ROOT && name.as_bytes() == PRIVATE_DIR.as_bytes()
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,8 +9,9 @@
 //! process's commits stay; if the machine dies, the database falls back to some earlier commit
 //! after the last barrier.
 //!
-//! **Failure.** A replica whose database fails, or hangs (`lane`), is dropped and remembered. When the last one fails
-//! the queue latches: no push and no flush succeeds any more, and what is pending stays readable.
+//! **Failure.** A replica whose database fails, or hangs (`lane`), is dropped and remembered. When
+//! the last one fails the queue latches: no push and no flush succeeds any more, and what is
+//! pending stays readable.
 //!
 //! Locks: `writers` is taken before `queue`; neither is held while waiting for the other.
 

@@ -240,9 +240,9 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
     if !file.exists() {
         return Err(Error::NoStore(format!("there is no catalog at {}", show(file))));
     }
-    // Whoever writes keeps the index of the WAL in its own memory, where its readers share it. In a
-    // file that is mapped, as others have it, a reader's note in it is a page fault, which on a disk
-    // that hangs, or is frozen, never returns.
+    // Whoever writes keeps the index of the WAL in its own memory, where its readers share it. In
+    // a file that is mapped, as others have it, a reader's note in it is a page fault, which on a
+    // disk that hangs, or is frozen, never returns.
     let vfs = match for_use {
         Use::Write => c"unix-excl",
         Use::Read => c"unix",

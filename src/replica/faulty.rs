@@ -1,5 +1,5 @@
-//! A backing whose calls fail, fall short, take long or lie as a plan says. For tests only: it is the
-//! way to see what a dying disk would do to us.
+//! A backing whose calls fail, fall short, take long or lie as a plan says. For tests only: it is
+//! the way to see what a dying disk would do to us.
 
 use std::ffi::OsStr;
 use std::io;

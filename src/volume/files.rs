@@ -516,7 +516,7 @@ impl Volume {
                 open => open,
             }
         };
-        // All backings and the catalogs at the same time. If we die between, the catalog may know of
+        // All backings and the catalogs at once. If we die between, the catalog may know of
         // bytes that are not there yet, as after any crash: the file's intent tells to look.
         let syncing = handles.as_deref().map(|file| self.replicas().begin_sync(file, data_only));
         let recorded = self.barrier();

@@ -1,8 +1,8 @@
 //! The threads that make a replica's calls.
 //!
-//! A caller takes an idle worker, the one that was used last, whose stack and state are still in the
-//! processor's caches; where none is idle, a new one begins. So there are as many as there ever were
-//! calls at once.
+//! A caller takes an idle worker, the one that was used last, whose stack and state are still in
+//! the processor's caches; where none is idle, a new one begins. So there are as many as there ever
+//! were calls at once.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -249,7 +249,7 @@ impl<T> Pending<T> {
         self.wait_while(timeout, 1, || false)
     }
 
-    /// As [`Pending::wait`]; as long as `moving` says so it waits again, up to `turns` times in all.
+    /// As [`Pending::wait`]; as long as `moving` says so it waits again, `turns` times in all.
     pub(super) fn wait_while(
         self,
         timeout: Duration,

@@ -1,0 +1,5 @@
+//! Tests of the volume that need its insides.
+
+use super::*;
+
+mod faults;
