@@ -160,6 +160,11 @@ pub fn be_idle() {
     let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 19);
 }
 
+/// Gives the calling thread normal priority again, for work that others wait for. Only root may.
+pub fn be_normal() {
+    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 0);
+}
+
 /// Reads at `offset` until `buffer` is full or the file ends; the count tells which.
 pub fn read_full_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;

@@ -60,7 +60,12 @@ fn backing(store: &Mounted, index: usize) -> String {
 
 #[track_caller]
 fn online(store: &Mounted, index: usize) -> String {
-    store.rearview(&["replica", "online", "--wait", &backing(store, index)]).ok()
+    let done = store.rearview(&["replica", "online", "--wait", &backing(store, index)]);
+    if done.code != 0 {
+        let log = fs::read_to_string(store.backings[0].join(".rearview/log")).unwrap_or_default();
+        eprintln!("the log ends with\n{}", &log[log.len().saturating_sub(3000)..]);
+    }
+    done.ok()
 }
 
 #[track_caller]

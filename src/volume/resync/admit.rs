@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::history::{OWN, preserved_dir, preserved_name};
 use crate::replica::Handles;
 use crate::replica::backing::{Access, Backing, Handle};
+use crate::replica::intent::DirtySet;
 use crate::store::copy::Copier;
 use crate::store::fill::history::History as HistoryFiles;
 use crate::store::quarantine::Quarantine;
@@ -26,15 +27,32 @@ const CUT_WAIT: Duration = Duration::from_millis(500);
 const CAUGHT_UP: Duration = Duration::from_millis(30);
 /// So often at most.
 const CATCH_UPS_MAX: usize = 20;
+/// If more objects than this were dirtied meanwhile, operations are let go on once more.
+const LAST_OBJECTS: usize = 16;
+/// That is done so often at most.
+const TRIES_MAX: u32 = 20;
 /// An orphan that no replica's tree has is copied in pieces of this size.
 const ORPHAN_BYTES: usize = 1 << 20;
 
 impl Rounds<'_> {
     /// Does the last round and takes the replica into use.
-    pub(super) fn finish(&mut self, mut joining: Joining<'_>) -> Result<()> {
+    pub(super) fn finish(&mut self, joining: Joining<'_>) -> Result<()> {
         let (volume, id) = (self.volume, self.arrival.id);
         self.gauge.hurry.store(true, Ordering::Relaxed);
-        self.catch_up(CATCH_UPS_MAX)?;
+        crate::sys::be_normal();
+        let finished = self.catch_up(CATCH_UPS_MAX).and_then(|()| self.last_round(joining));
+        crate::sys::be_idle();
+        finished?;
+        // If we die before its marker says so, it is no whole copy and is resynced again.
+        self.sync_all()?;
+        volume.catalog().flush(Durability::Durable)?;
+        volume.store.joined(id)
+    }
+
+    /// Stops operations as soon as little differs, and admits the replica.
+    fn last_round(&mut self, mut joining: Joining<'_>) -> Result<()> {
+        let volume = self.volume;
+        let mut tries = 0;
         loop {
             // Nothing is packed, swept, healed or checkpointed meanwhile. These come before `cut`:
             // who has `cut` waits for them for a while only.
@@ -44,18 +62,22 @@ impl Rounds<'_> {
             self.catch_up(2)?;
             joining.catch_up()?;
             self.progress.advance(0, 0)?;
-            let Some(_cut) = volume.cut.try_write_for(CUT_WAIT) else { continue };
+            let Some(cut) = volume.cut.try_write_for(CUT_WAIT) else { continue };
             let begun = Instant::now();
-            let outcome = self.admit(joining);
-            let stall = begun.elapsed();
-            log::info!("operations waited {} ms for the end of a resync", stall.as_millis());
-            outcome?;
-            break;
+            let (set, dirtied) = self.next_set();
+            tries += 1;
+            if dirtied > LAST_OBJECTS && tries < TRIES_MAX {
+                // Nobody is to wait so long.
+                drop(cut);
+                self.round(Some(&set))?;
+                continue;
+            }
+            let outcome = self.admit(joining, &set);
+            drop(cut);
+            let waited = begun.elapsed().as_millis();
+            log::info!("operations waited {waited} ms for the end of a resync");
+            return outcome;
         }
-        // If we die before its marker says so, it is no whole copy and is resynced again.
-        self.sync_all()?;
-        volume.catalog().flush(Durability::Durable)?;
-        volume.store.joined(id)
     }
 
     /// Makes equal what differs, until so little does that it takes no time, or `most` times.
@@ -63,7 +85,7 @@ impl Rounds<'_> {
         for _ in 0..most {
             let begun = Instant::now();
             self.history(true)?;
-            let set = self.next_set();
+            let (set, _) = self.next_set();
             self.round(Some(&set))?;
             if begun.elapsed() <= CAUGHT_UP {
                 break;
@@ -73,10 +95,9 @@ impl Rounds<'_> {
     }
 
     /// With `cut` and `maintenance` held.
-    fn admit(&mut self, joining: Joining<'_>) -> Result<()> {
+    fn admit(&mut self, joining: Joining<'_>, set: &DirtySet) -> Result<()> {
         let (volume, id) = (self.volume, self.arrival.id);
-        let set = self.next_set();
-        self.last_copy(&set)?;
+        self.last_copy(set)?;
         let opened = volume.open_on_newcomer(id)?;
         volume.history.join(volume.replicas(), id)?;
         volume.join_log(id)?;
@@ -93,7 +114,7 @@ impl Rounds<'_> {
         Ok(())
     }
 
-    fn last_copy(&mut self, set: &crate::replica::intent::DirtySet) -> Result<()> {
+    fn last_copy(&mut self, set: &DirtySet) -> Result<()> {
         let source = self.source()?;
         let sides = (&source, &self.target);
         let since = self.arrival.apart_since;

@@ -12,6 +12,8 @@
 
 use std::collections::BTreeMap;
 
+use rustix::io::Errno;
+
 use crate::catalog::{Catalog, Listed, NodeRow};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -25,6 +27,9 @@ use super::super::Volume;
 
 /// Paths that are told one by one; of the rest their number.
 const TOLD_MAX: usize = 100;
+
+/// How often an object is tried that is being changed meanwhile.
+const TRIES: u32 = 5;
 
 /// What was found, for people.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -166,7 +171,7 @@ impl<'a> Foreign<'a> {
                 Some(one) if one.kind == object.stat.kind => {
                     if self.is_late(object.stat.ctime) {
                         self.touch(node, &one);
-                        self.compare(&found, node, one.node)?;
+                        self.patiently(&found, |own| own.compare(&found, node, one.node))?;
                     }
                     if one.kind == Kind::Dir {
                         waiting.push((one.node, path.join(name)));
@@ -181,8 +186,10 @@ impl<'a> Foreign<'a> {
                             let gone = self.gone.split_off(earlier);
                             self.take_removals(gone)?;
                         }
-                        let to = self.dir_in_mount(node)?;
-                        self.created(&found, &to)?;
+                        self.patiently(&found, |own| {
+                            let to = own.dir_in_mount(node)?;
+                            own.created(&found, &to)
+                        })?;
                     }
                 }
             }
@@ -198,6 +205,21 @@ impl<'a> Foreign<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Does `take`, again if the mount's tree was changed under its hands.
+    fn patiently(
+        &mut self,
+        found: &Found<'_>,
+        mut take: impl FnMut(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        for _ in 0..TRIES {
+            match take(self) {
+                Err(error) if is_moved(&error) => {}
+                outcome => return outcome,
+            }
+        }
+        self.told(&found.path(), "changed here again and again: what differs goes to quarantine")
     }
 
     fn touch(&mut self, parent: NodeId, one: &Listed) {
@@ -309,7 +331,11 @@ impl<'a> Foreign<'a> {
             }
             Ok(false)
         };
-        differs().map_err(Error::from_io)
+        match differs().map_err(Error::from_io) {
+            // It is being changed here: what there is to compare it with is gone.
+            Err(error) if is_moved(&error) => Ok(false),
+            outcome => outcome,
+        }
     }
 
     /// An object that somebody made, with all below it.
@@ -426,7 +452,7 @@ impl<'a> Foreign<'a> {
         let mut at = NodeId::ROOT;
         for name in path.names() {
             let found = self.volume.catalog().lookup(at, name)?;
-            at = found.ok_or(Error::Posix(rustix::io::Errno::NOENT))?.0;
+            at = found.ok_or(Error::Posix(Errno::NOENT))?.0;
         }
         Ok(at)
     }
@@ -492,6 +518,11 @@ impl<'a> Foreign<'a> {
         self.report.tell(path, what);
         Ok(())
     }
+}
+
+/// Whether an error says that what a path led to is elsewhere by now.
+fn is_moved(error: &Error) -> bool {
+    matches!(error.to_errno(), Errno::NOENT | Errno::STALE | Errno::NOTDIR)
 }
 
 /// Whether an object is as it was recorded, by all that a look at its attributes tells. Times of

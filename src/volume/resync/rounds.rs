@@ -52,8 +52,7 @@ impl Rounds<'_> {
         // The copy of the catalog takes its time as well: what it makes dirty comes after it.
         let mut round = 0;
         loop {
-            let set = self.next_set();
-            let objects = set.files.len() + set.dirs.len();
+            let (set, objects) = self.next_set();
             let copied = self.round(Some(&set))?;
             round += 1;
             if objects <= LAST_OBJECTS && copied <= LAST_BYTES || round >= ROUNDS_MAX {
@@ -66,7 +65,7 @@ impl Rounds<'_> {
         let progress = self.progress.clone();
         let mut joining = self.volume.catalog().copy_live(&file, &mut || progress.advance(0, 0))?;
         self.history(true)?;
-        let set = self.next_set();
+        let (set, _) = self.next_set();
         self.round(Some(&set))?;
         self.sync_all()?;
         joining.catch_up()?;
@@ -80,11 +79,13 @@ impl Rounds<'_> {
     }
 
     /// What was dirtied since the last call, and what is not settled yet.
-    pub fn next_set(&mut self) -> DirtySet {
+    /// The number is that of what was dirtied.
+    pub fn next_set(&mut self) -> (DirtySet, usize) {
         let mut set = self.dirty.next();
+        let dirtied = set.files.len() + set.dirs.len();
         set.files.extend(self.volume.unsealed.lock().keys());
         set.dirs.extend(self.volume.stale_dirs.lock().iter());
-        set
+        (set, dirtied)
     }
 
     /// One round over a set, or over everything. Returns how many bytes were copied.
