@@ -24,7 +24,6 @@ use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
 use crate::history;
 use crate::progress::Progress;
-use crate::replica::dir_backing::DirBacking;
 use crate::replica::intent::{Base, Intents};
 use crate::replica::{Replica, ReplicaSet};
 use crate::retention::StorePolicy;
@@ -35,6 +34,7 @@ use lock::StoreLock;
 use marker::{CleanMark, Marker, Peer, PeerState, Phase};
 use site::Site;
 
+mod between;
 mod bounds;
 pub mod compare;
 pub(crate) mod copy;
@@ -52,6 +52,7 @@ pub(crate) mod site;
 #[cfg(test)]
 mod tests;
 
+pub use between::Between;
 pub use fill::FillReport;
 pub use import::{ImportReport, row_of};
 pub use join::{Arrival, Fork, check_empty, is_replica};
@@ -76,6 +77,8 @@ pub struct OpenOptions {
     /// Leave replicas that are new, or missed changes, out of use: they are resynced while the
     /// store is in use. Otherwise they are made equal before it is opened.
     pub resync_later: bool,
+    /// What stands between us and the backings.
+    pub between: Between,
 }
 
 /// Recovers the history files of the replica that goes on, after an unclean end and before the live
@@ -114,8 +117,12 @@ struct Member {
 impl Site {
     /// Opens the backing at `path`, an absolute path without symlinks.
     pub fn open(path: &Path) -> Result<Site> {
-        let backing = Arc::new(DirBacking::open(path)?);
-        Ok(Site { path: path.to_path_buf(), backing })
+        Site::open_between(path, &Between::default())
+    }
+
+    fn open_between(path: &Path, between: &Between) -> Result<Site> {
+        let backing = Arc::from(between.open(path)?);
+        Ok(Site { path: path.to_path_buf(), backing, between: between.clone() })
     }
 }
 
@@ -170,7 +177,7 @@ impl Member {
 
     /// Opens its backing for use.
     fn open_replica(&self) -> Result<Replica> {
-        let backing = Box::new(DirBacking::open(&self.site.path)?);
+        let backing = self.site.between.open(&self.site.path)?;
         let (marker, path) = (&self.marker, &self.site.path);
         Ok(Replica::new(marker.replica, marker.label.clone(), path, backing))
     }
@@ -245,7 +252,7 @@ fn enlist(
     candidate: &Candidate,
     options: &OpenOptions,
 ) -> Result<(Site, StoreLock, Option<Marker>)> {
-    let site = identify::make(candidate)?;
+    let site = Site::open_between(&identify::make(candidate)?.path, &options.between)?;
     let is_new = !matches!(candidate.found, Found::Replica(_));
     site.make_private()?;
     let owner = Owner::this(options.mountpoint.as_deref());
