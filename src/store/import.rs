@@ -25,7 +25,7 @@ use crate::progress::Progress;
 use crate::replica::backing::{Handle, Stat};
 use crate::store::bounds::Bounds;
 use crate::store::idset::IdSet;
-use crate::store::site::{Object, Site, is_other_mount};
+use crate::store::site::{Object, Site, is_other_mount, own_name};
 use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath, Timestamp, XattrSetId};
 
 mod bounded;
@@ -41,6 +41,8 @@ const PUSH_CHANGES: usize = 1000;
 /// The most files kept in memory only because their birth is not the recorded one. On a copy that
 /// is so for all files, and tells nothing.
 const STRANGERS_MAX: usize = 10_000;
+/// What the name of a node begins with that lost its own to another.
+const PARKED: &str = ".rearview-parked-";
 
 /// Makes the catalog's live tree equal to the one on `source`. The changes are pushed, not flushed.
 /// `peers` are other replicas of the store, which may still have what was changed on `source`;
@@ -71,6 +73,7 @@ pub fn import(
         fresh_catalog: false,
         bounds: within.map(|(bounds, _)| bounds.clone()),
         newborn: HashMap::new(),
+        parked: HashMap::new(),
         read: IdSet::default(),
         report: ImportReport::default(),
     };
@@ -177,6 +180,8 @@ struct Import<'a> {
     bounds: Option<Bounds>,
     /// Directories that got their nodes before they were met.
     newborn: HashMap<RelPath, NodeId>,
+    /// Nodes whose name means something else, and what it was.
+    parked: HashMap<NodeId, EntryName>,
     /// Directories whose entries were read.
     read: IdSet,
     report: ImportReport,
@@ -242,6 +247,10 @@ impl Import<'_> {
             self.take_entry(dir, &handle, entry.name, known)?;
         }
         for (name, (node, kind)) in known {
+            if self.parked.contains_key(&node) && name.as_bytes().starts_with(PARKED.as_bytes()) {
+                // It was noted when it was parked.
+                continue;
+            }
             let dir_path = dir.path.clone();
             let missing = Missing { dir: dir_path, parent: dir.node, name, node, kind };
             let all = self.with_descendants(missing)?;
@@ -408,7 +417,23 @@ impl Import<'_> {
     ) -> Result<()> {
         let Some((node, kind)) = known else { return Ok(()) };
         let (dir_path, name) = (dir.path.clone(), name.clone());
-        self.remove(Missing { dir: dir_path, parent: dir.node, name, node, kind })
+        self.park(Missing { dir: dir_path, parent: dir.node, name, node, kind })
+    }
+
+    /// Takes its name from a node that may lie elsewhere. Until that is known it has a name that
+    /// nothing on a backing has, and that history does not show, so that it and all below it are
+    /// never without one.
+    fn park(&mut self, gone: Missing) -> Result<()> {
+        let (parent, name, node) = (gone.parent, gone.name.clone(), gone.node);
+        let mut all = self.with_descendants(gone)?;
+        let parked = own_name(&format!("{PARKED}{:x}", node.0));
+        self.changes.push(Change::EntryRemove { parent, name: name.clone() });
+        self.changes.push(Change::EntryUnversioned { parent, name: parked.clone(), node });
+        self.push()?;
+        all[0].name = parked;
+        self.parked.insert(node, name);
+        self.missing.extend(all.into_iter().map(Some));
+        Ok(())
     }
 
     /// Records a node's present state if the catalog has another.
@@ -477,15 +502,6 @@ impl Import<'_> {
         self.report.added += 1;
     }
 
-    /// Removes a name and all below it from the catalog, children before their directories.
-    fn remove(&mut self, missing: Missing) -> Result<()> {
-        for gone in self.with_descendants(missing)?.into_iter().rev() {
-            self.drop_name(gone.parent, &gone.name, gone.node, &gone.dir)?;
-            self.progress.advance(0, 0)?;
-        }
-        Ok(())
-    }
-
     /// A name with all that the catalog has below it, parents first.
     fn with_descendants(&mut self, missing: Missing) -> Result<Vec<Missing>> {
         let mut all = vec![missing];
@@ -515,6 +531,8 @@ impl Import<'_> {
         self.push()?;
         let last = self.catalog.names(node)?.len() <= 1;
         self.changes.push(Change::EntryRemove { parent, name: name.clone() });
+        let shown = self.parked.get(&node).cloned();
+        let name = shown.as_ref().unwrap_or(name);
         self.report.removed += 1;
         if last {
             if let Some(row) = self.catalog.node(node)?

@@ -85,7 +85,7 @@ impl Import<'_> {
             return Ok(());
         }
         let (dir_path, name) = (path.clone(), name.clone());
-        self.remove(Missing { dir: dir_path, parent: dir, name, node, kind })
+        self.park(Missing { dir: dir_path, parent: dir, name, node, kind })
     }
 
     /// The node of a directory that the catalog does not know, and those above it: added to `adds`
