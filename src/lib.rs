@@ -39,9 +39,9 @@
 //! ([`retention`]) makes invisible is swept out of the catalog.
 //!
 //! **A bit flips.** The background work takes a digest of every settled file
-//! ([`catalog::digest`]). [`volume::scrub`] reads every copy past the page cache, finds that one has
-//! not the recorded digest, looks again under the file's lock, keeps the bad bytes in quarantine and
-//! writes the good ones in their place.
+//! ([`catalog::digest`]). [`volume::scrub`] reads every copy past the page cache, finds that one
+//! has not the recorded digest, looks again under the file's lock, keeps the bad bytes in
+//! quarantine and writes the good ones in their place.
 //!
 //! **A backing dies.** A [`replica::backing::Backing`] call fails → the verdict in
 //! [`replica::ReplicaSet::apply`] ejects that replica and the operation succeeds on the others →
@@ -50,9 +50,9 @@
 //! **A backing returns.** It is recognised by its marker ([`store::Store::returned`]); what others
 //! changed on it is taken in; then [`volume`] makes it equal in rounds, while the mount is in use:
 //! first where the catalogs differ, or everything, then what was dirtied meanwhile
-//! ([`replica::intent`]), and at last, with operations stopped for an instant, the rest. Its catalog
-//! joins the others ([`catalog::Joining`]), and it is admitted. A mount does not wait for replicas
-//! that are behind: they are resynced the same way.
+//! ([`replica::intent`]), and at last, with operations stopped for an instant, the rest. Its
+//! catalog joins the others ([`catalog::Joining`]), and it is admitted. A mount does not wait for
+//! replicas that are behind: they are resynced the same way.
 
 pub mod catalog;
 pub mod check;

@@ -294,7 +294,6 @@ fn dies_at_each_call(op: Op) {
         }
         let dir = volume.lookup(NodeId::ROOT, &name(&path)).unwrap().0;
         let scene = Scene { volume, dir, path };
-        log::debug!("{told}");
         let shown = scene.dump_at(snapshot.generation);
         assert!(shown == before, "{told}: the snapshot shows\n{shown:#?}");
         volume = scene.volume;

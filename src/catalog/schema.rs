@@ -34,8 +34,8 @@
 //!
 //! Version 1 had none of the tables from `recipe` on. In version 2 `entry_h` was clustered by
 //! directory, with each name three times, and `chunk` had the first 8 bytes of the hash as `key`,
-//! and there was no `digest`. Opening either for writing makes it one of version 3. Indexes that came later are made whenever
-//! a file that lacks them is opened for writing.
+//! and there was no `digest`. Opening either for writing makes it one of version 3. Indexes that
+//! came later are made whenever a file that lacks them is opened for writing.
 //!
 //! [`sweep`]: super::sweep
 //!
@@ -135,8 +135,8 @@ CREATE TABLE act(g INTEGER PRIMARY KEY, actor INTEGER NOT NULL);
 CREATE TABLE purged(id INTEGER PRIMARY KEY, time NOT NULL, path BLOB NOT NULL,
     versions INTEGER NOT NULL, bytes INTEGER NOT NULL);
 ";
-/// What version 3 stores in less room, and the digests of contents that it added. Names of the past lie in the order in which they ended, once
-/// in the table and once in an index.
+/// What version 3 stores in less room, and the digests of contents that it added. Names of the past
+/// lie in the order in which they ended, once in the table and once in an index.
 const TABLES_3: &str = "
 DROP INDEX entry_h_name;
 DROP INDEX entry_h_node;

@@ -34,8 +34,8 @@ impl<'a> Quarantine<'a> {
         self.dir.as_ref().map(|dir| self.site.at(dir))
     }
 
-    /// Moves an entry here, with all below it. One of several names of an object is just taken away:
-    /// the object stays, and would show a name too many.
+    /// Moves an entry here, with all below it. One of several names of an object is just taken
+    /// away: the object stays, and would show a name too many.
     pub fn take(&mut self, from: &Handle, dir: &RelPath, name: &EntryName) -> Result<()> {
         let shown = || self.site.at(&dir.join(name));
         let stat = self.site.backing.stat_at(from, name).context("look at", shown())?;

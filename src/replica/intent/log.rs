@@ -315,7 +315,8 @@ fn write(b: &dyn Backing, file: &Handle, records: &[(u64, [u8; RECORD_BYTES])]) 
     b.sync(file, true)
 }
 
-/// Opens the log of a backing, made where it is missing or not whole. Returns the number of its newest header, too.
+/// Opens the log of a backing, made where it is missing or not whole. Returns the number of its
+/// newest header, too.
 fn open(b: &dyn Backing) -> io::Result<(Handle, u64)> {
     let dir = open_private(b, PrivateDir::Root)?;
     match b.open_file(&dir, &log_name(), Access::ReadWrite) {

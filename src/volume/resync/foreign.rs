@@ -2,13 +2,13 @@
 //!
 //! Its live tree is compared with its own catalog: what differs, and was not in flight when it
 //! left, somebody edited. Where the store did not change the same object, the edit is taken over
-//! by the volume's ordinary operations, by way of the mount, so that the kernel knows as well. Where
-//! both sides changed, the newer by its time of modification stays live and the other becomes a
-//! version. Nothing is dropped: what cannot be expressed so is left in the tree, and the resync,
+//! by the volume's ordinary operations, by way of the mount, so that the kernel knows as well.
+//! Where both sides changed, the newer by its time of modification stays live and the other becomes
+//! a version. Nothing is dropped: what cannot be expressed so is left in the tree, and the resync,
 //! which does not know it, moves it to quarantine.
 //!
-//! If the replica was mounted apart and both sides moved on (a fork, taken on request), what is live
-//! here stays live, and all that differs there becomes versions.
+//! If the replica was mounted apart and both sides moved on (a fork, taken on request), what is
+//! live here stays live, and all that differs there becomes versions.
 
 use std::collections::BTreeMap;
 
