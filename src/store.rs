@@ -42,6 +42,7 @@ pub mod fill;
 mod identify;
 mod idset;
 mod import;
+mod inspect;
 mod join;
 mod lineage;
 pub mod lock;
@@ -56,6 +57,7 @@ mod tests;
 pub use between::Between;
 pub use fill::FillReport;
 pub use import::{ImportReport, row_of};
+pub use inspect::{StoreInfo, inspect};
 pub use join::{Arrival, Fork, check_empty, is_replica};
 pub use lock::Owner;
 pub use settle::import_tree;
@@ -595,32 +597,4 @@ impl Store {
             _ => Ok(()),
         }
     }
-}
-
-/// What can be known of a store from one of its backings, without mounting it.
-#[derive(Clone, Debug)]
-pub struct StoreInfo {
-    /// The backing that was looked at.
-    pub path: PathBuf,
-    /// Its marker: identities, labels, peers.
-    pub marker: Marker,
-    /// Its catalog.
-    pub catalog_file: PathBuf,
-    /// Who has it mounted, if anybody has.
-    pub owner: Option<Owner>,
-    /// Whether its last mount ended cleanly.
-    pub clean: bool,
-}
-
-/// Looks at one backing and changes nothing.
-pub fn inspect(path: &Path) -> Result<StoreInfo> {
-    let path = std::fs::canonicalize(path).context("look at the backing", path)?;
-    let site = Site::open(&path)?;
-    let Some(marker) = Marker::read(&site)? else {
-        return Err(Error::NoStore(format!("{} holds no store", path.display())));
-    };
-    let owner = lock::peek(&site)?;
-    let clean = marker.phase == Phase::Ok && marker.clean.is_some();
-    let catalog_file = site.private_path(CATALOG_FILE);
-    Ok(StoreInfo { path, marker, catalog_file, owner, clean })
 }

@@ -16,6 +16,7 @@
 
 mod actors;
 mod attributes;
+mod by_hand;
 mod checkpoint;
 mod content;
 mod digest;

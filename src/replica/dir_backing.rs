@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use parking_lot::Mutex;
 use rustix::fs::{
     AtFlags, CWD, FallocateFlags, FileType, Gid, Mode, OFlags, RawDir, RenameFlags, ResolveFlags,
-    SeekFrom, StatxFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid,
+    SeekFrom, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid,
 };
 use rustix::io::{Errno, retry_on_intr};
 
@@ -26,9 +26,12 @@ use super::backing::{
 };
 use crate::error::{IoContext, Result};
 use crate::sys::{self, device::Device};
-use crate::types::{EntryName, Kind, RelPath, Timestamp, Xattrs};
+use crate::types::{EntryName, Kind, RelPath, Xattrs};
 
+mod stat;
 mod xattrs;
+
+use stat::{stat_fd, stat_path};
 
 /// The most bytes of a path given to one `openat2`; longer ones go in steps (`PATH_MAX` is 4096).
 const PATH_STEP_BYTES_MAX: usize = 4000;
@@ -190,37 +193,6 @@ impl std::ops::Deref for ProcPath {
     fn deref(&self) -> &[u8] {
         &self.text[..self.len]
     }
-}
-
-fn stat_fd(fd: BorrowedFd<'_>) -> io::Result<Stat> {
-    stat_path(fd, OsStr::new(""))
-}
-
-fn stat_path(dir: BorrowedFd<'_>, name: &OsStr) -> io::Result<Stat> {
-    let mut flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-    if name.is_empty() {
-        flags |= AtFlags::EMPTY_PATH;
-    }
-    let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-    let stat = retry_on_intr(|| rustix::fs::statx(dir, name, flags, mask))?;
-    let mode = u32::from(stat.stx_mode);
-    let time = |t: rustix::fs::StatxTimestamp| Timestamp { secs: t.tv_sec, nanos: t.tv_nsec };
-    let born = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
-    Ok(Stat {
-        kind: Kind::from_mode(mode).ok_or(Errno::IO)?,
-        mode: mode & 0o7777,
-        uid: stat.stx_uid,
-        gid: stat.stx_gid,
-        rdev: rustix::fs::makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
-        nlink: stat.stx_nlink,
-        size: stat.stx_size,
-        blocks: stat.stx_blocks,
-        ino: stat.stx_ino,
-        atime: time(stat.stx_atime),
-        mtime: time(stat.stx_mtime),
-        ctime: time(stat.stx_ctime),
-        btime: if born { time(stat.stx_btime) } else { Timestamp::default() },
-    })
 }
 
 fn chmod_fd(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
