@@ -37,6 +37,7 @@ mod snapshot;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod trust;
 mod unused;
 mod wal;
 mod xattr;
