@@ -2,7 +2,7 @@
 //! requests.
 
 use std::collections::VecDeque;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -11,12 +11,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::AtFlags;
+use rustix::io::Errno;
 
 use super::{REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX, Request, Response, SOCKET_NAME};
-use super::{read_frame, write_frame};
+use super::{open_private, read_frame, write_frame};
 use crate::error::{Error, IoContext, Result};
 use crate::mountpoint::show;
+use crate::replica::backing::Handle;
 use crate::types::PRIVATE_DIR;
 
 /// How long a client may take to send its request or to take its answer.
@@ -38,7 +40,10 @@ pub struct Server {
 
 struct Listener {
     socket: UnixListener,
+    /// For texts.
     path: PathBuf,
+    /// The private directory, whatever lies at its path meanwhile.
+    dir: Handle,
     thread: JoinHandle<()>,
 }
 
@@ -83,7 +88,8 @@ impl Server {
             if listener.thread.join().is_err() {
                 log::error!("the control server at {} panicked", show(&listener.path));
             }
-            if let Err(error) = std::fs::remove_file(&listener.path) {
+            let removed = rustix::fs::unlinkat(listener.dir.as_fd(), SOCKET_NAME, AtFlags::empty());
+            if let Err(error) = removed {
                 log::warn!("cannot remove {}: {error}", show(&listener.path));
             }
         }
@@ -100,17 +106,14 @@ impl Listener {
         handler: &Arc<dyn Handler>,
         conversations: &Arc<Conversations>,
     ) -> Result<Listener> {
-        let dir = backing.join(PRIVATE_DIR);
-        let path = dir.join(SOCKET_NAME);
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir_fd = rustix::fs::open(&dir, flags, Mode::empty()).context("open", &dir)?;
+        let path = backing.join(PRIVATE_DIR).join(SOCKET_NAME);
+        let dir = open_private(backing)?;
         // A socket's path must be short; through the directory's descriptor every path is.
-        let short = PathBuf::from(format!("/proc/self/fd/{}/{SOCKET_NAME}", dir_fd.as_raw_fd()));
-        match std::fs::remove_file(&short) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).context("remove the old", path);
-            }
-            _ => {}
+        let short =
+            PathBuf::from(format!("/proc/self/fd/{}/{SOCKET_NAME}", dir.as_fd().as_raw_fd()));
+        match rustix::fs::unlinkat(dir.as_fd(), SOCKET_NAME, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error).context("remove the old", path),
         }
         let socket = UnixListener::bind(&short).context("listen at", &path)?;
         // The directory is 0700 already; the mode is the second lock on the door.
@@ -122,7 +125,7 @@ impl Listener {
             .name("control".into())
             .spawn(move || accept_all(&accepting, &handler, &conversations))
             .context("start a thread for", &path)?;
-        Ok(Listener { socket, path, thread })
+        Ok(Listener { socket, path, dir, thread })
     }
 }
 
