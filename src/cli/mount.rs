@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use super::{Exit, MountArgs, UmountArgs, progress, replica};
+use super::{Exit, MountArgs, UmountArgs, progress, replica, text};
 use crate::daemon::{self, MountPlan};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
@@ -83,7 +83,7 @@ pub fn mount(args: MountArgs, verbose: u8) -> Result<Exit> {
     let plan = match plan(args.clone()) {
         // What the command line alone tells to be wrong.
         Err(error @ Error::Refused(_)) => {
-            eprintln!("rearview: {error}");
+            text::complain(&error.to_string());
             return Ok(Exit::Usage);
         }
         plan => plan?,
@@ -236,7 +236,7 @@ fn wait_until_closed(backings: &[PathBuf]) -> Result<Exit> {
                 )));
             }
             if !told && begun.elapsed() > CLOSE_PATIENCE {
-                eprintln!("rearview: waiting until all is written to {}", show(backing));
+                text::complain(&format!("waiting until all is written to {}", show(backing)));
                 told = true;
             }
             std::thread::sleep(CLOSE_POLL);
