@@ -40,6 +40,7 @@ mod snapshot;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod trust;
 mod unused;
 mod wal;
 mod xattr;

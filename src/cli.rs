@@ -413,7 +413,7 @@ pub fn main() -> ExitCode {
     let parsed = match mount::helper_arguments(&arguments) {
         Some(Ok(args)) => Ok(Cli { verbose: 0, command: Command::Mount(args) }),
         Some(Err(error)) => {
-            eprintln!("rearview: {error}");
+            text::complain(&error.to_string());
             return ExitCode::from(Exit::Usage as u8);
         }
         None => Cli::try_parse_from(arguments),
@@ -466,7 +466,7 @@ fn report(error: &Error) -> ExitCode {
     {
         return ExitCode::from(Exit::Failed as u8);
     }
-    eprintln!("rearview: {error}");
+    text::complain(&error.to_string());
     ExitCode::from(Exit::from(error) as u8)
 }
 

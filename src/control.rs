@@ -8,11 +8,14 @@
 //! never acted upon.
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::error::{Error, IoContext, Result};
+use crate::replica::PrivateDir;
+use crate::replica::backing::{Backing, Handle};
+use crate::replica::dir_backing::DirBacking;
 use crate::report::log::LogReport;
 use crate::report::prune::PruneReport;
 use crate::report::purge::PurgeReport;
@@ -20,6 +23,7 @@ use crate::report::undo::UndoPlan;
 use crate::report::who::Who;
 use crate::report::{DiffReport, MomentText, PathText, SnapshotList, SnapshotReport, StatusReport};
 use crate::retention::Policy;
+use crate::types::PRIVATE_DIR;
 use crate::volume::scrub::{ScrubOptions, ScrubStatus};
 
 pub mod client;
@@ -36,6 +40,13 @@ pub const PROTOCOL_VERSION: u32 = 4;
 pub const REQUEST_BYTES_MAX: u32 = 64 * 1024;
 /// The longest response: a diff of some million paths.
 pub const RESPONSE_BYTES_MAX: u32 = 1 << 30;
+
+/// Opens the private directory of a backing. A symlink in its place is not followed.
+pub fn open_private(backing: &Path) -> Result<Handle> {
+    DirBacking::open(backing)?
+        .open_dir(&PrivateDir::Root.path())
+        .context("open", backing.join(PRIVATE_DIR))
+}
 
 /// What a command asks of the daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

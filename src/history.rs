@@ -80,12 +80,9 @@ pub fn preserved_dir(node: NodeId) -> PrivateDir {
 /// The inverse of [`preserved_name`]; `None` for a name that is not ours.
 pub fn parse_preserved_name(name: &EntryName) -> Option<(NodeId, ContentId)> {
     let (node, content) = std::str::from_utf8(name.as_bytes()).ok()?.split_once('.')?;
-    if node.len() != 16 || content.len() != 16 {
-        return None;
-    }
-    let node = u64::from_str_radix(node, 16).ok()?;
-    let content = u64::from_str_radix(content, 16).ok()?;
-    Some((NodeId(node), ContentId(content)))
+    let node = NodeId(u64::from_str_radix(node, 16).ok()?);
+    let content = ContentId(u64::from_str_radix(content, 16).ok()?);
+    (preserved_name(node, content) == *name).then_some((node, content))
 }
 
 impl History {
@@ -129,7 +126,8 @@ impl History {
         let mut at = range.start;
         while at < range.end {
             let (data, end) = next_run(replicas, file, at, range.end)?;
-            let end = end.min(at + COPY_BYTES);
+            // A hole is one row, however long: a file can be one of exabytes.
+            let end = if data { end.min(at + COPY_BYTES) } else { end };
             let place = if data {
                 let mut bytes = vec![0; (end - at) as usize];
                 let got =

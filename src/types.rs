@@ -333,6 +333,24 @@ pub fn escape(bytes: &[u8]) -> String {
     text
 }
 
+/// The last door before a terminal, behind [`escape`]: text that is made for people, with what no
+/// such text has, control characters other than the ends of lines, written as `\xNN`.
+pub fn printable(text: &str) -> std::borrow::Cow<'_, str> {
+    let harmless = |c: char| c == '\n' || !(c.is_control() || is_format_control(c));
+    if text.chars().all(harmless) {
+        return text.into();
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    let mut utf8 = [0; 4];
+    for c in text.chars() {
+        match harmless(c) {
+            true => shown.push(c),
+            false => shown.push_str(&escape(c.encode_utf8(&mut utf8).as_bytes())),
+        }
+    }
+    shown.into()
+}
+
 /// Bidirectional overrides and line separators: printable to Unicode, harmful to a terminal's
 /// reader.
 fn is_format_control(c: char) -> bool {

@@ -20,7 +20,7 @@ use super::commit::Writer;
 use super::open::{BACKUP_PAGES, beside, finish, put_in_place, remove_database};
 use super::overlay::Batch;
 use super::schema::{Use, connect, name_damage, read_head, read_head_only};
-use super::{Catalog, Durability, Shared};
+use super::{Catalog, Durability, Shared, trust};
 use crate::error::{Error, Result};
 use crate::types::{Kind, NodeId, ReplicaId};
 
@@ -125,7 +125,7 @@ impl Catalog {
                 return Err(rusqlite::Error::InvalidPath(new.clone()));
             }
             joining.sequence = read_head(db)?.head.sequence;
-            let mut target = Connection::open(&new)?;
+            let mut target = trust::open_new(&new)?;
             let backup = Backup::new(db, &mut target)?;
             loop {
                 ended = step();

@@ -17,6 +17,7 @@ use super::lane::Lanes;
 use super::reader::Readers;
 use super::schema::read_head_only;
 use super::schema::{self, HeadRow, NextIds, Use, connect, damaged, name_damage, read_head};
+use super::trust;
 use super::wal::Copies;
 use super::xattr::Interned;
 use super::{Catalog, Change, Durability, Head, PackChange, Shared};
@@ -143,7 +144,7 @@ impl Catalog {
         let new = beside(to, ".new");
         remove_database(&new)?;
         let source = connect(from, Use::Read)?;
-        let mut target = Connection::open(&new)?;
+        let mut target = trust::open_new(&new)?;
         Backup::new(&source, &mut target)?
             .run_to_completion(BACKUP_PAGES, Duration::ZERO, None)
             .map_err(|error| name_damage(from, error))?;

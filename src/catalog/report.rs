@@ -132,14 +132,14 @@ impl Catalog {
                 db.query_row("SELECT count(*) FROM snapshot", [], |row| row.get(0))?;
             let count = |value: i64| value.max(0) as u64;
             Ok(Totals {
-                live_nodes: count(head.live_nodes),
-                live_bytes: count(head.live_bytes),
-                past_versions: count(head.past_versions),
+                live_nodes: count(head.live_nodes.0),
+                live_bytes: count(head.live_bytes.0),
+                past_versions: count(head.past_versions.0),
                 snapshots: count(snapshots),
-                undo_bytes: count(head.undo_bytes),
-                preserved_bytes: count(head.preserved_bytes),
-                cloned_bytes: count(head.cloned_bytes),
-                packed_bytes: count(head.packed_bytes),
+                undo_bytes: count(head.undo_bytes.0),
+                preserved_bytes: count(head.preserved_bytes.0),
+                cloned_bytes: count(head.cloned_bytes.0),
+                packed_bytes: count(head.packed_bytes.0),
             })
         })
     }

@@ -42,11 +42,13 @@
 //! Times are nanoseconds since 1970 as an integer where that is exact, else 12 bytes: seconds (BE
 //! i64), nanoseconds (BE u32). `ctime` and `btime` are NULL where they equal `mtime`.
 
+use std::num::Wrapping;
 use std::path::Path;
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, Row, params};
 
+use super::trust::{self, Pinned};
 use super::{Head, NodeRow, UndoFile, UndoPlace, UndoRow};
 use crate::error::{Error, Result};
 use crate::types::{ContentId, Generation, NodeId, Timestamp, escape};
@@ -163,10 +165,8 @@ CREATE INDEX IF NOT EXISTS node_xattrs ON node(xattrs) WHERE xattrs > 0;
 CREATE INDEX IF NOT EXISTS node_h_xattrs ON node_h(xattrs) WHERE xattrs > 0;
 CREATE INDEX IF NOT EXISTS act_actor ON act(actor);
 ";
-/// What each version added, from the first one on.
-const VERSIONS: [&str; 3] = [TABLES, TABLES_2, TABLES_3];
-/// How many tables each version has: fewer in a file means that it is not whole.
-const TABLE_COUNTS: [i64; 3] = [13, 22, 23];
+/// What makes a catalog of each version from one of the version before.
+const VERSIONS: [&str; FORMAT as usize] = [TABLES, TABLES_2, TABLES_3];
 
 /// The columns of a node's state in `node` and `node_h`, as [`node_row`] takes them; `born` is the
 /// next.
@@ -194,15 +194,16 @@ pub(super) struct HeadRow {
     pub head: Head,
     /// The ids to hand out next: nodes, contents, snapshots, attribute sets.
     pub next: NextIds,
-    /// Totals, kept by the commits.
-    pub live_nodes: i64,
-    pub live_bytes: i64,
-    pub past_versions: i64,
-    pub undo_bytes: i64,
-    pub preserved_bytes: i64,
+    /// Totals, kept by the commits. Two sparse files of exabytes are enough to pass any bound: what
+    /// is added and taken away again leaves no trace all the same.
+    pub live_nodes: Wrapping<i64>,
+    pub live_bytes: Wrapping<i64>,
+    pub past_versions: Wrapping<i64>,
+    pub undo_bytes: Wrapping<i64>,
+    pub preserved_bytes: Wrapping<i64>,
     /// From the row of `tally`.
-    pub packed_bytes: i64,
-    pub cloned_bytes: i64,
+    pub packed_bytes: Wrapping<i64>,
+    pub cloned_bytes: Wrapping<i64>,
     /// From here on every generation is visible.
     pub horizon: Generation,
 }
@@ -240,9 +241,7 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
         Use::Write => OpenFlags::SQLITE_OPEN_READ_WRITE,
         Use::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
     };
-    if !file.exists() {
-        return Err(Error::NoStore(format!("there is no catalog at {}", show(file))));
-    }
+    let pinned = Pinned::at(file)?;
     // Whoever writes keeps the index of the WAL in its own memory, where its readers share it. In
     // a file that is mapped, as others have it, a reader's note in it is a page fault, which on a
     // disk that hangs, or is frozen, never returns.
@@ -250,8 +249,8 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
         Use::Write => c"unix-excl",
         Use::Read => c"unix",
     };
-    let flags = access | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let mut db = Connection::open_with_flags_and_vfs(file, flags, vfs)?;
+    let flags = access | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+    let mut db = Connection::open_with_flags_and_vfs(&pinned.path, flags, vfs)?;
     settle(&db, for_use)?;
     let id: i32 = db.query_row("PRAGMA application_id", [], |row| row.get(0))?;
     let format: i32 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
@@ -266,18 +265,12 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
             show(file)
         )));
     }
-    let tables: i64 = db.query_row(
-        "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'",
-        [],
-        |row| row.get(0),
-    )?;
-    let expected = usize::try_from(format - FORMAT_MIN).ok().and_then(|at| TABLE_COUNTS.get(at));
-    let Some(&expected) = expected else {
+    if format < FORMAT_MIN {
         return Err(damaged(file, format!("its format {format} does not exist")));
-    };
-    if tables < expected {
-        return Err(damaged(file, format!("it has {tables} of {expected} tables")));
     }
+    trust::check_schema(&db, file, format)?;
+    // The files beside it were opened by now as well.
+    pinned.check()?;
     if format < FORMAT && for_use == Use::Write {
         upgrade(&mut db, format)?;
     }
@@ -290,12 +283,20 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
 /// Adds what the versions after `format` have, in one transaction.
 fn upgrade(db: &mut Connection, format: i32) -> rusqlite::Result<()> {
     let transaction = db.transaction()?;
-    let added = usize::try_from(format).ok().and_then(|known| VERSIONS.get(known..));
-    for tables in added.unwrap_or_default() {
-        transaction.execute_batch(tables)?;
-    }
+    add_tables(&transaction, format, FORMAT)?;
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.commit()
+}
+
+/// Makes the tables of version `to` from those of version `from`; 0 has none.
+fn add_tables(db: &Connection, from: i32, to: i32) -> rusqlite::Result<()> {
+    VERSIONS[from as usize..to as usize].iter().try_for_each(|sql| db.execute_batch(sql))
+}
+
+/// Makes all that a catalog of a version has, in an empty database.
+pub(super) fn make_all(db: &Connection, format: i32) -> rusqlite::Result<()> {
+    add_tables(db, 0, format)?;
+    db.execute_batch(INDEXES)
 }
 
 /// Refuses a catalog of an older version, which looking at it cannot upgrade.
@@ -317,6 +318,7 @@ fn settle(db: &Connection, for_use: Use) -> rusqlite::Result<()> {
     db.set_prepared_statement_cache_capacity(STATEMENTS_MAX);
     // Plans do not depend on bound values: otherwise each new generation in a range prepares anew.
     db.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+    trust::restrict(db)?;
     // No mmap: a page that a dying disk cannot give would be a SIGBUS instead of an error.
     db.execute_batch(
         "PRAGMA mmap_size = 0; PRAGMA trusted_schema = OFF; PRAGMA foreign_keys = OFF; \
@@ -338,16 +340,14 @@ fn settle(db: &Connection, for_use: Use) -> rusqlite::Result<()> {
 
 /// Makes an empty catalog. The file may exist only if it is empty.
 pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<()> {
-    let mut db = Connection::open(file)?;
+    let mut db = trust::open_new(file)?;
     db.execute_batch(&format!(
         "PRAGMA page_size = 4096; PRAGMA application_id = {APPLICATION_ID}; \
          PRAGMA journal_mode = WAL; \
          PRAGMA synchronous = FULL;"
     ))?;
     let transaction = db.transaction()?;
-    for tables in VERSIONS {
-        transaction.execute_batch(tables)?;
-    }
+    add_tables(&transaction, 0, FORMAT)?;
     transaction.execute_batch(INDEXES)?;
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
     transaction.execute(
@@ -394,13 +394,13 @@ pub(super) fn read_head(db: &Connection) -> rusqlite::Result<HeadRow> {
                 chunk: unsigned(row, 9)?,
                 pack: unsigned(row, 10)?,
             },
-            live_nodes: row.get(4)?,
-            live_bytes: row.get(5)?,
-            past_versions: row.get(6)?,
-            undo_bytes: row.get(7)?,
-            preserved_bytes: row.get(8)?,
-            packed_bytes: row.get(11)?,
-            cloned_bytes: row.get(12)?,
+            live_nodes: Wrapping(row.get(4)?),
+            live_bytes: Wrapping(row.get(5)?),
+            past_versions: Wrapping(row.get(6)?),
+            undo_bytes: Wrapping(row.get(7)?),
+            preserved_bytes: Wrapping(row.get(8)?),
+            packed_bytes: Wrapping(row.get(11)?),
+            cloned_bytes: Wrapping(row.get(12)?),
             horizon: row.get(13)?,
         })
     })
@@ -422,11 +422,11 @@ pub(super) fn write_head(db: &Connection, row: &HeadRow) -> rusqlite::Result<()>
         row.next.content as i64,
         row.next.snapshot as i64,
         row.next.xattrs as i64,
-        row.live_nodes,
-        row.live_bytes,
-        row.past_versions,
-        row.undo_bytes,
-        row.preserved_bytes,
+        row.live_nodes.0,
+        row.live_bytes.0,
+        row.past_versions.0,
+        row.undo_bytes.0,
+        row.preserved_bytes.0,
     ])?;
     db.prepare_cached(
         "UPDATE tally SET next_chunk = ?1, next_pack = ?2, packed_bytes = ?3, cloned_bytes = ?4, \
@@ -435,8 +435,8 @@ pub(super) fn write_head(db: &Connection, row: &HeadRow) -> rusqlite::Result<()>
     .execute(params![
         row.next.chunk as i64,
         row.next.pack as i64,
-        row.packed_bytes,
-        row.cloned_bytes,
+        row.packed_bytes.0,
+        row.cloned_bytes.0,
         row.horizon,
     ])?;
     Ok(())

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use super::{Exit, MountArgs, UmountArgs, progress, replica};
+use super::{Exit, MountArgs, UmountArgs, progress, replica, text};
 use crate::daemon::{self, MountPlan};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
@@ -86,7 +86,7 @@ pub fn mount(args: MountArgs, verbose: u8) -> Result<Exit> {
     let plan = match plan(args.clone()) {
         // What the command line alone tells to be wrong.
         Err(error @ Error::Refused(_)) => {
-            eprintln!("rearview: {error}");
+            text::complain(&error.to_string());
             return Ok(Exit::Usage);
         }
         plan => plan?,
@@ -248,10 +248,10 @@ fn wait_until_closed(backings: &[PathBuf]) -> Result<Exit> {
         }
         let Some((backing, _)) = waiting.first() else { return Ok(Exit::Done) };
         if last_closed.is_some_and(|at| at.elapsed() > HANG_PATIENCE) {
-            eprintln!(
-                "rearview: {} hangs: it is left as it is, and the store is closed on the others",
+            text::complain(&format!(
+                "{} hangs: it is left as it is, and the store is closed on the others",
                 show(backing)
-            );
+            ));
             return Ok(Exit::Incomplete);
         }
         if begun.elapsed() > CLOSE_TIMEOUT {
@@ -261,7 +261,7 @@ fn wait_until_closed(backings: &[PathBuf]) -> Result<Exit> {
             )));
         }
         if !told && begun.elapsed() > CLOSE_PATIENCE {
-            eprintln!("rearview: waiting until all is written to {}", show(backing));
+            text::complain(&format!("waiting until all is written to {}", show(backing)));
             told = true;
         }
         std::thread::sleep(CLOSE_POLL);

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
 
+use super::text;
 use crate::progress::{Progress, ProgressSink};
+use crate::types::printable;
 
 /// How often work without a known total gives a sign of life.
 const UNKNOWN_EVERY: Duration = Duration::from_secs(10);
@@ -63,7 +65,7 @@ impl ProgressSink for Bar {
         };
         let style = ProgressStyle::with_template(form).expect("the forms above are valid");
         bar.set_style(style);
-        bar.set_message(phase.to_string());
+        bar.set_message(printable(phase).into_owned());
         *self.0.lock() = Some(Drawn { bar, by_bytes });
     }
 
@@ -119,10 +121,10 @@ impl ProgressSink for Lines {
         let mut counted = self.0.lock();
         let Some(counted) = counted.as_mut() else { return };
         if let Some(tenths) = counted.add(items, bytes) {
-            eprintln!("rearview: {}: {} %", counted.phase, tenths * 10);
+            text::complain(&format!("{}: {} %", counted.phase, tenths * 10));
         } else if counted.total == 0 && counted.told_at.elapsed() >= UNKNOWN_EVERY {
             counted.told_at = Instant::now();
-            eprintln!("rearview: {}: {} so far", counted.phase, counted.done);
+            text::complain(&format!("{}: {} so far", counted.phase, counted.done));
         }
     }
 

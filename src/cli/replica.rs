@@ -206,11 +206,11 @@ pub(super) fn after_mount(backings: &[PathBuf]) -> Result<()> {
             return Ok(());
         }
         if begun.elapsed() > SHORT_RESYNC {
-            eprintln!(
-                "rearview: mounted; {} is not current yet and is resynced meanwhile: 'rearview \
+            text::complain(&format!(
+                "mounted; {} is not current yet and is resynced meanwhile: 'rearview \
                  status' tells how far that is",
                 behind.join(", ")
-            );
+            ));
             return Ok(());
         }
         std::thread::sleep(POLL_SHORT);

@@ -297,7 +297,7 @@ fn tell(
         let error = error.to_string();
         // Several paths may fail for one reason, such as a moment that is not known.
         if report.failed.last().is_none_or(|last| last.error != error) {
-            eprintln!("rearview: {error}");
+            text::complain(&error.to_string());
         }
         report.failed.push(Failed { path, error });
     }
@@ -306,7 +306,7 @@ fn tell(
         match &item.outcome {
             Ok(deed) => report.restored.push(Restored { path, deed: *deed }),
             Err(error) => {
-                eprintln!("rearview: {}: {error}", path.shown());
+                text::complain(&format!("{}: {error}", path.shown()));
                 report.failed.push(Failed { path, error: error.clone() });
             }
         }

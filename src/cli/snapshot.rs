@@ -153,7 +153,7 @@ fn each(
             Ok(snapshot) => snapshots.push(snapshot),
             Err(error) if names.len() == 1 => return Err(error),
             Err(error) => {
-                eprintln!("rearview: {}: {error}", escape(name.as_bytes()));
+                text::complain(&format!("{}: {error}", escape(name.as_bytes())));
                 failure = Some(error);
             }
         }

@@ -7,10 +7,20 @@ use serde::Serialize;
 
 use crate::error::{Error, IoContext, Result};
 use crate::report::{OUTPUT_VERSION, time_text};
-use crate::types::Timestamp;
+use crate::types::{Timestamp, printable};
 
-/// Writes to standard output.
+/// Writes to standard output; no control character gets through.
 pub fn print(text: &str) -> Result<()> {
+    write_out(&printable(text))
+}
+
+/// Tells of a failure on standard error, likewise.
+pub fn complain(text: &str) {
+    // There is nobody else to tell.
+    let _ = writeln!(std::io::stderr(), "rearview: {}", printable(text));
+}
+
+fn write_out(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("write to", "standard output")
 }
@@ -39,7 +49,29 @@ pub fn print_json<T: Serialize>(body: &T) -> Result<()> {
     let value = Versioned { output_version: OutputVersion { major, minor }, body };
     let text = serde_json::to_string_pretty(&value)
         .map_err(|error| Error::Refused(format!("cannot write JSON: {error}")))?;
-    print_line(&text)
+    write_out(&json_on_a_terminal(text))
+}
+
+/// JSON that says the same in characters that no terminal obeys. Only strings can hold others.
+fn json_on_a_terminal(mut text: String) -> String {
+    text.push('\n');
+    if printable(&text) == text {
+        return text;
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    let mut utf8 = [0; 4];
+    for c in text.chars() {
+        if printable(c.encode_utf8(&mut utf8)) == *c.encode_utf8(&mut [0; 4]) {
+            shown.push(c);
+        } else {
+            let mut units = [0; 2];
+            for unit in c.encode_utf16(&mut units) {
+                // Writing to a string cannot fail.
+                let _ = write!(shown, "\\u{unit:04x}");
+            }
+        }
+    }
+    shown
 }
 
 /// Bytes for people, in powers of 1024.
@@ -161,6 +193,15 @@ pub fn mode(kind: crate::types::Kind, mode: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_written_out() {
+        let hostile = "a\u{1b}[31m\u{9b}2J\u{7f}\r\u{202e}b\n";
+        assert_eq!(printable(hostile), "a\\x1b[31m\\xc2\\x9b2J\\x7f\\r\\xe2\\x80\\xaeb\n");
+        let json = json_on_a_terminal(serde_json::to_string(hostile).unwrap());
+        assert!(json.chars().all(|c| c == '\n' || (' '..='~').contains(&c)), "{json}");
+        assert_eq!(serde_json::from_str::<String>(&json).unwrap(), hostile);
+    }
 
     #[test]
     fn sizes_are_short() {

@@ -250,10 +250,10 @@ fn tell(
         }
     }
     for Failed { path, error } in &failed {
-        eprintln!("rearview: {}: {error}", path.shown());
+        text::complain(&format!("{}: {error}", path.shown()));
     }
     for conflict in &plan.conflicts {
-        eprintln!("rearview: {}", conflict_text(conflict, users));
+        text::complain(&conflict_text(conflict, users));
     }
     let exit = match (failed.is_empty() && plan.conflicts.is_empty(), !done.iter().any(told)) {
         (true, _) => Exit::Done,

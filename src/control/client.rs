@@ -1,14 +1,13 @@
 //! The commands' side of the control socket.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags};
-
 use super::{
-    REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX, Request, Response, SOCKET_NAME, read_frame, write_frame,
+    REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX, Request, Response, SOCKET_NAME, open_private,
+    read_frame, write_frame,
 };
 use crate::error::{Error, IoContext, Result};
 use crate::types::PRIVATE_DIR;
@@ -20,11 +19,13 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 /// Connects to the daemon that has `backing` mounted. `NotFound` if there is none.
 pub fn connect(backing: &Path) -> Result<UnixStream> {
     let dir = backing.join(PRIVATE_DIR);
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let dir_fd = rustix::fs::open(&dir, flags, Mode::empty())
-        .map_err(|errno| unreachable_daemon(&dir, errno.into()))?;
+    let private = open_private(backing).map_err(|error| match error {
+        Error::Io { source, .. } => unreachable_daemon(&dir, source),
+        other => other,
+    })?;
     // A socket's path must be short; through the directory's descriptor every path is.
-    let path = PathBuf::from(format!("/proc/self/fd/{}/{SOCKET_NAME}", dir_fd.as_raw_fd()));
+    let path =
+        PathBuf::from(format!("/proc/self/fd/{}/{SOCKET_NAME}", private.as_fd().as_raw_fd()));
     let stream = UnixStream::connect(&path)
         .map_err(|error| unreachable_daemon(&dir.join(SOCKET_NAME), error))?;
     stream.set_read_timeout(Some(ANSWER_TIMEOUT)).context("set up", &dir)?;

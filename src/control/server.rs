@@ -2,7 +2,7 @@
 //! requests.
 
 use std::collections::VecDeque;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -11,12 +11,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::AtFlags;
+use rustix::io::Errno;
 
 use super::{REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX, Request, Response, SOCKET_NAME};
-use super::{read_frame, write_frame};
+use super::{open_private, read_frame, write_frame};
 use crate::error::{Error, IoContext, Result};
 use crate::mountpoint::show;
+use crate::replica::backing::Handle;
 use crate::types::PRIVATE_DIR;
 
 /// How long the end waits for a socket to be removed.
@@ -41,7 +43,10 @@ pub struct Server {
 
 struct Listener {
     socket: UnixListener,
+    /// For texts.
     path: PathBuf,
+    /// The private directory, whatever lies at its path meanwhile.
+    dir: Handle,
     thread: JoinHandle<()>,
 }
 
@@ -86,7 +91,7 @@ impl Server {
             if listener.thread.join().is_err() {
                 log::error!("the control server at {} panicked", show(&listener.path));
             }
-            remove(listener.path);
+            remove(listener.dir, listener.path);
         }
         for thread in self.conversations.threads.lock().drain(..) {
             // A panic was logged by the panic hook.
@@ -96,11 +101,11 @@ impl Server {
 }
 
 /// Removes a socket, without waiting long: its disk may hang.
-fn remove(path: PathBuf) {
+fn remove(dir: Handle, path: PathBuf) {
     let (end, ended) = crossbeam_channel::bounded(1);
     let shown = show(&path);
     let removing = std::thread::Builder::new().name("control".into()).spawn(move || {
-        if let Err(error) = std::fs::remove_file(&path) {
+        if let Err(error) = rustix::fs::unlinkat(dir.as_fd(), SOCKET_NAME, AtFlags::empty()) {
             log::warn!("cannot remove {}: {error}", show(&path));
         }
         let _ = end.send(());
@@ -116,17 +121,14 @@ impl Listener {
         handler: &Arc<dyn Handler>,
         conversations: &Arc<Conversations>,
     ) -> Result<Listener> {
-        let dir = backing.join(PRIVATE_DIR);
-        let path = dir.join(SOCKET_NAME);
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir_fd = rustix::fs::open(&dir, flags, Mode::empty()).context("open", &dir)?;
+        let path = backing.join(PRIVATE_DIR).join(SOCKET_NAME);
+        let dir = open_private(backing)?;
         // A socket's path must be short; through the directory's descriptor every path is.
-        let short = PathBuf::from(format!("/proc/self/fd/{}/{SOCKET_NAME}", dir_fd.as_raw_fd()));
-        match std::fs::remove_file(&short) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).context("remove the old", path);
-            }
-            _ => {}
+        let short =
+            PathBuf::from(format!("/proc/self/fd/{}/{SOCKET_NAME}", dir.as_fd().as_raw_fd()));
+        match rustix::fs::unlinkat(dir.as_fd(), SOCKET_NAME, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error).context("remove the old", path),
         }
         let socket = UnixListener::bind(&short).context("listen at", &path)?;
         // The directory is 0700 already; the mode is the second lock on the door.
@@ -138,7 +140,7 @@ impl Listener {
             .name("control".into())
             .spawn(move || accept_all(&accepting, &handler, &conversations))
             .context("start a thread for", &path)?;
-        Ok(Listener { socket, path, thread })
+        Ok(Listener { socket, path, dir, thread })
     }
 }
 

@@ -16,14 +16,14 @@ use std::sync::atomic::AtomicBool;
 use rustix::fs::{Mode, OFlags};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use super::log::LOG_NAME;
 use super::{MountPlan, log};
-use crate::control::{DaemonInfo, REQUEST_BYTES_MAX, Response, read_frame, write_frame};
+use crate::control::{
+    DaemonInfo, REQUEST_BYTES_MAX, Response, open_private, read_frame, write_frame,
+};
 use crate::error::{Error, IoContext, Result};
 use crate::progress::Progress;
 use crate::types::PRIVATE_DIR;
-
-/// The log's name in `.rearview` of the first backing.
-const LOG_NAME: &str = "log";
 
 /// Starts the process that serves the mount, by the words of its command line, and waits until it
 /// is ready. Signals are passed on to it meanwhile.
@@ -88,11 +88,12 @@ pub fn serve(
     let _ = rustix::process::setsid();
     let mut told = false;
     let served = super::serve(plan, progress, |info| {
-        let first = plan.backings.first().map(|backing| backing.join(PRIVATE_DIR).join(LOG_NAME));
-        if let Some(path) = first
-            && let Err(error) = handle.to_file(&path)
-        {
-            ::log::warn!("no log at {}: {error}", crate::mountpoint::show(&path));
+        let opened = plan.backings.first().map(|backing| {
+            let dir = open_private(backing)?;
+            handle.to_file(dir).context("open", backing.join(PRIVATE_DIR).join(LOG_NAME))
+        });
+        if let Some(Err(error)) = opened {
+            ::log::warn!("no log: {error}");
         }
         tell(&Response::Pong(info.clone()))?;
         told = true;

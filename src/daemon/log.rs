@@ -4,15 +4,20 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
+use rustix::fs::{Mode, OFlags};
 
-use crate::types::Timestamp;
+use crate::replica::backing::Handle;
+use crate::types::{Timestamp, printable};
+
+/// The log's name in the private directory, and that of the one before it.
+pub const LOG_NAME: &str = "log";
+const OLD_LOG_NAME: &str = "log.old";
 
 /// The log's size at which it is put aside.
 const LOG_BYTES_MAX: u64 = 4 << 20;
@@ -66,7 +71,7 @@ impl Writer {
 }
 
 struct CappedFile {
-    path: PathBuf,
+    dir: Handle,
     file: File,
     bytes: u64,
 }
@@ -103,10 +108,12 @@ fn init(level: log::LevelFilter, shown: log::LevelFilter, sink: Sink) -> LogHand
             if record.level() > shown && record.target() != NOTICES {
                 return Ok(());
             }
-            return writeln!(out, "rearview: {}", record.args());
+            return writeln!(out, "rearview: {}", printable(&record.args().to_string()));
         }
         let time = crate::report::time_text(Timestamp { nanos: 0, ..Timestamp::now() });
-        writeln!(out, "{time} {:5} {}", record.level(), record.args())
+        // One line each: whoever makes a name must not be able to make a line.
+        let text = record.args().to_string().replace('\n', "\\n");
+        writeln!(out, "{time} {:5} {}", record.level(), printable(&text))
     });
     // In tests several commands share a process; the first one's log serves all.
     let _ = builder.try_init();
@@ -114,9 +121,9 @@ fn init(level: log::LevelFilter, shown: log::LevelFilter, sink: Sink) -> LogHand
 }
 
 impl LogHandle {
-    /// From here on messages go to the end of this file.
-    pub fn to_file(&self, path: &Path) -> io::Result<()> {
-        *self.0.lock() = Sink::File(Writer::start(CappedFile::open(path)?)?);
+    /// From here on messages go to the end of the log in this directory.
+    pub fn to_file(&self, dir: Handle) -> io::Result<()> {
+        *self.0.lock() = Sink::File(Writer::start(CappedFile::open(dir)?)?);
         Ok(())
     }
 
@@ -150,16 +157,20 @@ impl Write for LogHandle {
 }
 
 impl CappedFile {
-    fn open(path: &Path) -> io::Result<CappedFile> {
-        let file = File::options().create(true).append(true).mode(0o600).open(path)?;
+    fn open(dir: Handle) -> io::Result<CappedFile> {
+        // Opened for waiting, a FIFO in its place would keep us for ever.
+        let flags = OFlags::CREATE | OFlags::APPEND | OFlags::WRONLY | OFlags::NONBLOCK;
+        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let file = File::from(rustix::fs::openat(dir.as_fd(), LOG_NAME, flags, mode)?);
         let bytes = file.metadata()?.len();
-        Ok(CappedFile { path: path.to_path_buf(), file, bytes })
+        Ok(CappedFile { dir, file, bytes })
     }
 
     fn write(&mut self, text: &[u8]) -> io::Result<()> {
         if self.bytes > LOG_BYTES_MAX {
-            std::fs::rename(&self.path, self.path.with_extension("old"))?;
-            *self = CappedFile::open(&self.path)?;
+            rustix::fs::renameat(self.dir.as_fd(), LOG_NAME, self.dir.as_fd(), OLD_LOG_NAME)?;
+            *self = CappedFile::open(self.dir.clone())?;
         }
         self.bytes += text.len() as u64;
         self.file.write_all(text)
@@ -169,16 +180,21 @@ impl CappedFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::OwnedFd;
 
     #[test]
     fn a_full_log_is_put_aside() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
-        let mut log = CappedFile::open(&path).unwrap();
+        let open = || CappedFile::open(OwnedFd::from(File::open(dir.path()).unwrap()).into());
+        let mut log = open().unwrap();
         log.write(&vec![b'x'; LOG_BYTES_MAX as usize + 1]).unwrap();
         log.write(b"new").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
         assert!(std::fs::metadata(dir.path().join("log.old")).unwrap().len() > LOG_BYTES_MAX);
-        assert_eq!(CappedFile::open(&path).unwrap().bytes, 3);
+        assert_eq!(open().unwrap().bytes, 3);
+        drop(std::fs::remove_file(&path));
+        std::os::unix::fs::symlink(dir.path().join("log.old"), &path).unwrap();
+        assert!(open().is_err(), "a symlink is not followed");
     }
 }

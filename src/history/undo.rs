@@ -34,6 +34,10 @@ const HEADER_BYTES: usize = 64;
 const RECORD_ALIGN: u64 = 64;
 /// A new segment is begun at this size, so that space can be given back by removing whole files.
 const SEGMENT_BYTES_MAX: u64 = 16 << 20;
+/// No segment has this number or a greater one.
+const SEGMENT_MAX: u64 = 1 << 62;
+/// No segment is longer: its last record began before it was full.
+const SEGMENT_BYTES_BOUND: u64 = SEGMENT_BYTES_MAX + (HEADER_BYTES as u64) + DATA_BYTES_MAX as u64;
 /// No record's data is longer; a longer length in a header is garbage.
 const DATA_BYTES_MAX: u32 = 4 << 20;
 
@@ -87,7 +91,9 @@ pub fn segment_name(segment: u64) -> EntryName {
 /// The number of a segment by its file's name; `None` for a name that is not ours.
 pub fn parse_segment_name(name: &EntryName) -> Option<u64> {
     let hex = std::str::from_utf8(name.as_bytes()).ok()?.strip_suffix(".seg")?;
-    (hex.len() == 16).then(|| u64::from_str_radix(hex, 16).ok())?
+    let number = u64::from_str_radix(hex, 16).ok()?;
+    // The catalog holds it as a signed number, and there is always a next one.
+    (number < SEGMENT_MAX && segment_name(number) == *name).then_some(number)
 }
 
 /// The segments on any replica, in order.
@@ -362,10 +368,10 @@ impl UndoLog {
     }
 }
 
-/// All of a segment on one replica.
+/// All of a segment on one replica, as far as one can reach.
 fn read_segment(b: &dyn Backing, dir: &Handle, segment: u64) -> std::io::Result<Vec<u8>> {
     let file = b.open_file(dir, &segment_name(segment), Access::Read)?;
-    let mut bytes = vec![0; b.stat(&file)?.size as usize];
+    let mut bytes = vec![0; b.stat(&file)?.size.min(SEGMENT_BYTES_BOUND) as usize];
     let got = b.read_at(&file, &mut bytes, 0)?;
     bytes.truncate(got);
     Ok(bytes)
@@ -469,6 +475,22 @@ mod tests {
         let (row, used) = decode(&record).expect("a valid record");
         assert_eq!((row.node, row.content, row.offset, row.length), (of.0, of.1, 4096, 9));
         assert_eq!(used, record.len());
+    }
+
+    #[test]
+    fn only_names_that_we_write_are_segments() {
+        let parse = |name: &str| parse_segment_name(&EntryName::new(name).expect("a name"));
+        assert_eq!(parse("00000000000000ff.seg"), Some(255));
+        let beyond = format!("{SEGMENT_MAX:016x}.seg");
+        for other in [
+            "ffffffffffffffff.seg",
+            "+0000000000000ff.seg",
+            "00000000000000FF.seg",
+            "ff.seg",
+            &beyond,
+        ] {
+            assert_eq!(parse(other), None, "{other}");
+        }
     }
 
     proptest! {

@@ -83,6 +83,7 @@ fn look_at(given: &Path) -> Result<Candidate> {
         )));
     }
     let site = Site::open(&path)?;
+    site.guard_private(false)?;
     let marker = Marker::read(&site)?;
     let found = match marker {
         Some(marker) => Found::Replica(Box::new(marker)),

@@ -26,6 +26,7 @@ pub struct StoreInfo {
 pub fn inspect(path: &Path) -> Result<StoreInfo> {
     let path = std::fs::canonicalize(path).context("look at the backing", path)?;
     let site = Site::open(&path)?;
+    site.guard_private(false)?;
     let Some(marker) = Marker::read(&site)? else {
         return Err(Error::NoStore(format!("{} holds no store", path.display())));
     };

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use crate::error::{IoContext, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::replica::backing::{
     Access, Backing, Creds, DirEntry, Handle, RenameMode, SetTime, Stat,
 };
@@ -21,6 +21,8 @@ use crate::types::{EntryName, Kind, PRIVATE_DIR, RelPath, Xattrs};
 pub const PRIVATE_DIRS: [&str; 5] = ["preserved", "undo", "packs", "quarantine", "tmp"];
 /// A name that [`Site::probe`] uses for an instant in the root of the backing.
 const PROBE: &str = ".rearview-probe";
+/// The mode of the private directory and of those in it.
+const PRIVATE_MODE: u32 = 0o700;
 const LOST_FOUND: &str = "lost+found";
 
 /// One backing.
@@ -149,8 +151,47 @@ impl Site {
         outcome
     }
 
+    /// Sees to it that the private directory, if there is one, is the process's own: what lies in
+    /// it is believed, and was hidden from all others. `close` also closes it to them.
+    ///
+    /// One of another user is refused. The one exception: root takes over that of the user whose
+    /// directory the backing is, who could have put anything there at any time.
+    pub fn guard_private(&self, close: bool) -> Result<()> {
+        let dir = match self.backing.open_dir(&private("")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other.context("open the directory", self.private_path(""))?,
+        };
+        let path = self.private_path("");
+        let stat = self.backing.stat(&dir).context("look at", &path)?;
+        let own = own_creds();
+        if stat.uid != own.uid {
+            let root = self.dir(&RelPath::root())?;
+            let backing_owner = self.backing.stat(&root).context("look at", &self.path)?.uid;
+            if own.uid != 0 || stat.uid != backing_owner {
+                return Err(Error::Refused(format!(
+                    "{} belongs to user {}, not to user {} who mounts: what lies in it cannot be \
+                     believed. If it is yours, change its owner",
+                    shown(&path),
+                    stat.uid,
+                    own.uid
+                )));
+            }
+            if close {
+                self.backing.chown(&dir, Some(own.uid), Some(own.gid)).context("own", &path)?;
+                let was = stat.uid;
+                log::warn!("{} belonged to user {was}: it is root's from here on", shown(&path));
+            }
+        }
+        if close && stat.mode & 0o7777 != PRIVATE_MODE {
+            self.backing.chmod(&dir, PRIVATE_MODE).context("close", &path)?;
+            log::warn!("{} was open (mode {:o}): it is closed", shown(&path), stat.mode);
+        }
+        Ok(())
+    }
+
     fn make_private_in(&self, root: &Handle) -> Result<()> {
         self.make_dir(root, PRIVATE_DIR, &self.path)?;
+        self.guard_private(true)?;
         let dir = self.dir(&private(""))?;
         for name in PRIVATE_DIRS {
             self.make_dir(&dir, name, &self.path.join(PRIVATE_DIR))?;
@@ -160,7 +201,7 @@ impl Site {
     }
 
     fn make_dir(&self, parent: &Handle, name: &str, parent_path: &Path) -> Result<()> {
-        match self.backing.mkdir(parent, &own_name(name), 0o700, own_creds()) {
+        match self.backing.mkdir(parent, &own_name(name), PRIVATE_MODE, own_creds()) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 Err(error).context("make the directory", parent_path.join(name))
             }
@@ -264,6 +305,12 @@ impl Site {
         };
         Ok(Object { stat, xattrs, target })
     }
+}
+
+/// A path for people.
+fn shown(path: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    crate::types::escape(path.as_os_str().as_bytes())
 }
 
 /// Whether the error says that an entry is another mount's root, which is no part of the backing.

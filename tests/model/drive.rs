@@ -24,7 +24,8 @@ pub type Outcome<T = ()> = Result<T, String>;
 
 /// What has no history, where anything is excluded.
 const EXCLUDED: &str = "*.tmp";
-pub(super) const READ_WRITE: Wish = Wish { readable: true, writable: true, truncate: false };
+pub(super) const READ_WRITE: Wish =
+    Wish { readable: true, writable: true, truncate: false, execute: false };
 
 /// A remembered moment with what it must show for ever.
 pub struct Moment {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tempfile::TempDir;
 
 use super::*;
+use crate::types::Timestamp;
 
 const USER: Creds = Creds { uid: 65534, gid: 65534, umask: 0o022 };
 

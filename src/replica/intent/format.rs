@@ -41,6 +41,8 @@ const HALF_BYTES: u64 = HALF_RECORDS as u64 * RECORD_BYTES as u64;
 pub(super) const LOG_BYTES: u64 = RECORDS_AT + 2 * HALF_BYTES;
 const MAGIC: [u8; 4] = *b"RVIL";
 const VERSION: u32 = 1;
+/// No header has this number: there is always a next one.
+const NUMBER_MAX: u64 = 1 << 62;
 const HASH_AT: usize = 96;
 const RECORD_HASH_AT: usize = 48;
 
@@ -130,6 +132,7 @@ impl Header {
         let version = u32::from_le_bytes(bytes[4..8].try_into().expect("4 bytes"));
         if bytes[..4] != MAGIC
             || version != VERSION
+            || word(bytes, 8) >= NUMBER_MAX
             || blake3::hash(&bytes[..HASH_AT]).as_bytes() != &bytes[HASH_AT..]
         {
             return None;
