@@ -92,6 +92,7 @@ fn open_volume(
         mountpoint: Some(target.to_path_buf()),
         exclude: exclude.clone(),
         resync_later: true,
+        ..store::OpenOptions::default()
     };
     let recover = |replicas: &_, catalog: &_, from| History::recover(replicas, catalog, from);
     let store = store::open(&plan.backings, &options, &recover, progress)?;

@@ -24,7 +24,6 @@ use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
 use crate::history;
 use crate::progress::Progress;
-use crate::replica::dir_backing::DirBacking;
 use crate::replica::intent::{Base, Intents};
 use crate::replica::{Replica, ReplicaSet};
 use crate::retention::StorePolicy;
@@ -36,6 +35,7 @@ use marker::{CleanMark, Marker, Peer, PeerState, Phase};
 use site::Site;
 
 mod bounds;
+mod between;
 pub mod compare;
 pub(crate) mod copy;
 pub(crate) mod fill;
@@ -52,6 +52,7 @@ pub(crate) mod site;
 #[cfg(test)]
 mod tests;
 
+pub use between::Between;
 pub use fill::FillReport;
 pub use import::{ImportReport, row_of};
 pub use join::{Arrival, Fork, check_empty, is_replica};
@@ -76,6 +77,8 @@ pub struct OpenOptions {
     /// Leave replicas that are new, or missed changes, out of use: they are resynced while the
     /// store is in use. Otherwise they are made equal before it is opened.
     pub resync_later: bool,
+    /// What stands between us and the backings.
+    pub between: Between,
 }
 
 /// Recovers the history files of the replica that goes on, after an unclean end and before the live
@@ -109,14 +112,6 @@ struct Member {
     left_behind: Vec<Uuid>,
     /// Not current: its marker is left as it is.
     stale: bool,
-}
-
-impl Site {
-    /// Opens the backing at `path`, an absolute path without symlinks.
-    pub fn open(path: &Path) -> Result<Site> {
-        let backing = Arc::new(DirBacking::open(path)?);
-        Ok(Site { path: path.to_path_buf(), backing })
-    }
 }
 
 impl Member {
@@ -170,7 +165,7 @@ impl Member {
 
     /// Opens its backing for use.
     fn open_replica(&self) -> Result<Replica> {
-        let backing = Box::new(DirBacking::open(&self.site.path)?);
+        let backing = self.site.between.open(&self.site.path)?;
         let (marker, path) = (&self.marker, &self.site.path);
         Ok(Replica::new(marker.replica, marker.label.clone(), path, backing))
     }
@@ -245,7 +240,7 @@ fn enlist(
     candidate: &Candidate,
     options: &OpenOptions,
 ) -> Result<(Site, StoreLock, Option<Marker>)> {
-    let site = identify::make(candidate)?;
+    let site = Site::open_between(&identify::make(candidate)?.path, &options.between)?;
     let is_new = !matches!(candidate.found, Found::Replica(_));
     site.make_private()?;
     let owner = Owner::this(options.mountpoint.as_deref());

@@ -14,6 +14,7 @@ use crate::error::{IoContext, Result};
 use crate::replica::backing::{
     Access, Backing, Creds, DirEntry, Handle, RenameMode, SetTime, Stat,
 };
+use crate::store::Between;
 use crate::types::{EntryName, Kind, PRIVATE_DIR, RelPath, Xattrs};
 
 /// Directories of the private directory, made with it.
@@ -29,6 +30,8 @@ pub struct Site {
     pub path: PathBuf,
     /// Its handle.
     pub backing: Arc<dyn Backing>,
+    /// What every handle of it goes through.
+    pub between: Between,
 }
 
 /// A file object with all that is compared and copied of it.
