@@ -10,6 +10,7 @@ mod crash {
     pub mod dice;
     pub mod disk;
     pub mod experiment;
+    pub mod sequence;
     pub mod story;
     pub mod tree;
 }
@@ -21,18 +22,15 @@ mod model {
     pub mod reference;
 }
 
-use crash::dice::Dice;
-use crash::experiment::{Recording, operations};
+use crash::dice::{Dice, number};
+use crash::experiment::Recording;
+use crash::sequence::operations;
 
 /// States tried of one recorded sequence.
 const CUTS_PER_SEQUENCE: usize = 12;
 /// Every so many states, the recovery of one is cut as well, so many times.
 const NESTED_EVERY: usize = 5;
 const NESTED_CUTS: usize = 3;
-
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
-}
 
 #[test]
 fn what_was_acknowledged_survives_every_power_cut() {

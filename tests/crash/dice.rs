@@ -31,3 +31,8 @@ impl Dice {
         self.below(100) < chance
     }
 }
+
+/// The number in an environment variable.
+pub fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}

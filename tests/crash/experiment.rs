@@ -3,8 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use proptest::strategy::{Strategy, ValueTree};
-use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use rearviewfs::catalog::Catalog;
 use rearviewfs::replica::backing::Backing;
 use rearviewfs::replica::faulty::Faulty;
@@ -14,13 +12,11 @@ use rearviewfs::types::Generation;
 use super::cut::{Policy, persisted};
 use super::dice::Dice;
 use super::disk::{Disk, Recorder};
-use super::story::{Mark, Names, Past, Story, Verdict, Window};
+use super::story::{DISKS, Mark, Names, Past, Story, Verdict, Window};
 use super::tree::{Change, Event, Tree};
 use crate::common;
 use crate::model::drive::Driver;
-use crate::model::ops::{Op, ops};
-
-const DISKS: usize = 2;
+use crate::model::ops::Op;
 
 /// What was done to a store, in the two ways in which it can be told.
 pub struct Recording {
@@ -33,25 +29,6 @@ pub struct Recording {
 pub struct Cut {
     pub at: [usize; DISKS],
     pub policies: [Policy; DISKS],
-}
-
-/// The operations of a seed, with more syncs among them than users have.
-pub fn operations(seed: u64) -> Vec<Op> {
-    let mut dice = Dice::new(seed);
-    let bytes: Vec<u8> = (0..4).flat_map(|_| dice.roll().to_le_bytes()).collect();
-    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-    let mut runner = TestRunner::new_with_rng(Config::default(), rng);
-    let drawn = ops().new_tree(&mut runner).expect("operations can be drawn").current();
-    let mut all = vec![Op::Create { dir: 0, name: 0, keep_open: true }];
-    for op in drawn {
-        let twice = matches!(op, Op::Write { .. } | Op::WriteOpen { .. } | Op::Rename { .. });
-        all.push(op);
-        if dice.percent(if twice { 30 } else { 10 }) {
-            let handle = dice.below(64);
-            all.extend([Op::Freeze, Op::Open { file: handle }, Op::Fsync { handle: dice.below(64) }]);
-        }
-    }
-    all
 }
 
 /// Handles of the backings that tell the recorder of what the kernel does not pass on to a disk.
@@ -123,8 +100,8 @@ impl Recording {
 
     /// A cut that a seed picks: of both disks at once, at different points, or of one alone.
     pub fn cut(&self, dice: &mut Dice) -> Cut {
-        let first = self.story.marks[0].position;
-        let last = self.story.marks.last().expect("the creation is one").position;
+        let [first, _] = self.story.marks[0].position;
+        let [last, _] = self.story.marks.last().expect("the creation is one").position;
         let at = dice.between(first, last);
         let policies = [Policy::Ext4, Policy::Xfs, Policy::Btrfs];
         let mut pick = || policies[dice.below(policies.len())];
@@ -135,7 +112,7 @@ impl Recording {
             2 => Cut { at: [at, at], policies: [Policy::Kept, one] },
             3 => {
                 // The other one went earlier, but not before anything was durable on both.
-                let earlier = dice.between(self.story.last_durable(at), at);
+                let earlier = dice.between(self.story.last_durable([at, at])[0], at);
                 let mut at = [at, earlier];
                 if dice.percent(50) {
                     at.reverse();
@@ -156,8 +133,7 @@ impl Recording {
     }
 
     pub fn window(&self, cut: &Cut) -> Window {
-        let (a, b) = (cut.at[0], cut.at[1]);
-        self.story.window(a.min(b), a.max(b))
+        self.story.window(cut.at)
     }
 
     /// Recovers what a cut left, and judges it.
@@ -218,7 +194,7 @@ fn note(
         story.past.entry(name.clone()).or_insert(own);
     }
     story.marks.push(Mark {
-        position: recorder.position(),
+        position: [recorder.position(); DISKS],
         reference: driver.reference.clone(),
         synced,
         synced_all,

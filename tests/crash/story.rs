@@ -8,13 +8,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::model::compare::UNREADABLE;
 use crate::model::reference::{Body, Dump, Object, Reference, Shown};
 
+/// Disks of an experiment.
+pub const DISKS: usize = 2;
+
 pub type Verdict = Result<(), String>;
 
 /// The state after one acknowledged operation.
 #[derive(Clone)]
 pub struct Mark {
-    /// When it was acknowledged.
-    pub position: usize,
+    /// How far each disk had come when it was acknowledged.
+    pub position: [usize; DISKS],
     pub reference: Reference,
     /// The node that was made durable by it.
     pub synced: Option<usize>,
@@ -61,22 +64,21 @@ pub struct Window {
 }
 
 impl Story {
-    /// The window of a cut: no disk later than `last`, none earlier than `first`.
-    pub fn window(&self, first: usize, last: usize) -> Window {
-        let acknowledged = self.marks.partition_point(|mark| mark.position <= first);
-        let end = self.marks.partition_point(|mark| mark.position < last);
-        Window {
-            acknowledged: acknowledged.saturating_sub(1),
-            end: end.min(self.marks.len() - 1).max(acknowledged.saturating_sub(1)),
-        }
+    /// The window of a cut at these positions of the disks.
+    pub fn window(&self, cut: [usize; DISKS]) -> Window {
+        let reached = |mark: &Mark| (0..DISKS).all(|disk| mark.position[disk] <= cut[disk]);
+        let passed = |mark: &Mark| (0..DISKS).all(|disk| mark.position[disk] >= cut[disk]);
+        let acknowledged = self.marks.iter().rposition(reached).unwrap_or(0);
+        let end = self.marks.iter().position(passed).unwrap_or(self.marks.len() - 1);
+        Window { acknowledged, end: end.max(acknowledged) }
     }
 
-    /// The last point before `position` at which something was acknowledged as durable.
-    pub fn last_durable(&self, position: usize) -> usize {
-        let durable =
-            |mark: &&Mark| mark.synced.is_some() || mark.synced_all || mark.barrier;
-        let before = self.marks.iter().take_while(|mark| mark.position <= position);
-        before.filter(durable).last().map_or(self.marks[0].position, |mark| mark.position)
+    /// The last point at which something was acknowledged as durable before `position`.
+    pub fn last_durable(&self, position: [usize; DISKS]) -> [usize; DISKS] {
+        let window = self.window(position);
+        let durable = |mark: &&Mark| mark.synced.is_some() || mark.synced_all || mark.barrier;
+        let mark = self.marks[..=window.acknowledged].iter().rfind(durable);
+        mark.map_or(self.marks[0].position, |mark| mark.position)
     }
 
     /// The operations around a window, for the text of a failure.
@@ -85,7 +87,7 @@ impl Story {
         let lines = self.marks[from..=window.end].iter().enumerate().map(|(index, mark)| {
             let number = from + index;
             let seen = if number <= window.acknowledged { "" } else { " (in flight)" };
-            format!("  {number} until {}: {}{seen}", mark.position, mark.what)
+            format!("  {number} until {:?}: {}{seen}", mark.position, mark.what)
         });
         lines.collect::<Vec<_>>().join("\n")
     }
