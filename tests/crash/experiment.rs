@@ -91,7 +91,7 @@ impl Recording {
                 _ => None,
             };
             driver.step(op).map_err(|error| format!("{op:?}: {error}"))?;
-            let all = matches!(op, Op::Remount);
+            let all = matches!(op, Op::Remount | Op::Snapshot);
             let barrier = synced.is_some() || all;
             note(&mut story, driver, &recorder, format!("{op:?}"), synced, (all, barrier));
         }

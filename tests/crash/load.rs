@@ -354,7 +354,8 @@ fn dump_dir(
     found: &mut Dump,
     first: &mut std::collections::BTreeMap<u64, String>,
 ) -> io::Result<()> {
-    let mut names: Vec<_> = fs::read_dir(dir)?.map(|e| Ok(e?.file_name())).collect::<io::Result<_>>()?;
+    let mut names: Vec<_> =
+        fs::read_dir(dir)?.map(|e| Ok(e?.file_name())).collect::<io::Result<_>>()?;
     names.sort();
     for name in names {
         let at = dir.join(&name);

@@ -63,8 +63,7 @@ impl LoggedFs {
         let logged = "driver=blklogwrites,node-name=logged,file=base,log=log,log-sector-size=512,\
                       log-super-update-interval=1";
         let shown = at("disk").display().to_string();
-        let export =
-            format!("type=fuse,id=shown,node-name=top,mountpoint={shown},writable=on");
+        let export = format!("type=fuse,id=shown,node-name=top,mountpoint={shown},writable=on");
         let server = Command::new("qemu-storage-daemon")
             .args(["--blockdev", &node("base", "work"), "--blockdev", &node("log", "log")])
             .args(["--blockdev", logged, "--blockdev", top, "--export", &export])
@@ -192,7 +191,8 @@ impl BlockLog {
                 continue;
             }
             let mut sectors = entry.sectors;
-            if let Some(dice) = dice.as_mut().filter(|_| index > flushed && entry.flags & FUA == 0) {
+            if let Some(dice) = dice.as_mut().filter(|_| index > flushed && entry.flags & FUA == 0)
+            {
                 if dice.percent(50) {
                     continue;
                 }

@@ -19,7 +19,11 @@ pub fn operations(seed: u64) -> Vec<Op> {
         all.push(op);
         if dice.percent(if twice { 30 } else { 10 }) {
             let handle = dice.below(64);
-            all.extend([Op::Freeze, Op::Open { file: handle }, Op::Fsync { handle: dice.below(64) }]);
+            all.extend([
+                Op::Freeze,
+                Op::Open { file: handle },
+                Op::Fsync { handle: dice.below(64) },
+            ]);
         }
     }
     all

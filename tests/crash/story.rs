@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::dice::number;
 use crate::model::compare::UNREADABLE;
 use crate::model::reference::{Body, Dump, Object, Reference, Shown};
 
@@ -83,7 +84,7 @@ impl Story {
 
     /// The operations around a window, for the text of a failure.
     pub fn tell(&self, window: Window) -> String {
-        let from = window.acknowledged.saturating_sub(12);
+        let from = window.acknowledged.saturating_sub(number("REARVIEW_TELL", 12) as usize);
         let lines = self.marks[from..=window.end].iter().enumerate().map(|(index, mark)| {
             let number = from + index;
             let seen = if number <= window.acknowledged { "" } else { " (in flight)" };
@@ -166,7 +167,8 @@ impl Story {
     /// Each object has a name and a state that it once had, and what was synced is there.
     fn judge_each(&self, found: &Dump, window: Window) -> Verdict {
         let marks = &self.marks[..=window.end];
-        let mut nodes: BTreeMap<&str, BTreeSet<usize>> = BTreeMap::from([("", BTreeSet::from([0]))]);
+        let mut nodes: BTreeMap<&str, BTreeSet<usize>> =
+            BTreeMap::from([("", BTreeSet::from([0]))]);
         for (path, shown) in found {
             let (dir, name) = path.rsplit_once('/').expect("paths begin with a slash");
             let Some(parents) = nodes.get(dir) else { continue };
@@ -216,8 +218,11 @@ impl Story {
         if !states.iter().any(|state| state.mode == shown.mode) {
             return Err(format!("has the mode {:o}", shown.mode));
         }
-        let keys: BTreeSet<&String> =
-            states.iter().flat_map(|state| state.xattrs.keys()).chain(shown.xattrs.keys()).collect();
+        let keys: BTreeSet<&String> = states
+            .iter()
+            .flat_map(|state| state.xattrs.keys())
+            .chain(shown.xattrs.keys())
+            .collect();
         for key in keys {
             let own = shown.xattrs.get(key);
             if !states.iter().any(|state| state.xattrs.get(key) == own) {
