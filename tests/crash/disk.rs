@@ -17,10 +17,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BackgroundSession, BackingId, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem,
-    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, SessionACL, TimeOrNow, WriteFlags,
+    BackgroundSession, BackingId, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType,
+    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption,
+    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, SessionACL, TimeOrNow,
+    WriteFlags,
 };
 use parking_lot::Mutex;
 use rustix::mount::UnmountFlags;
@@ -174,7 +175,8 @@ impl Server {
     /// Notes that a new file will be mapped.
     fn note_mapped(&self, ino: Ino, name: &OsStr) {
         if name.as_encoded_bytes().ends_with(b"-shm") {
-            let file = tempfile::tempfile_in(crate::common::scratch_root()).expect("a scratch file");
+            let file =
+                tempfile::tempfile_in(crate::common::scratch_root()).expect("a scratch file");
             self.mapped.lock().insert(ino, Mapped { file, id: None });
         }
     }

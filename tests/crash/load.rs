@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, sy
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, RenameFlags, XattrFlags};
+use rustix::fs::{CWD, FallocateFlags, FileType, Mode, RenameFlags, XattrFlags};
 
 use super::dice::Dice;
 use super::sequence::operations;
@@ -70,7 +70,7 @@ impl Worker<'_> {
                 Ok(Step::Nothing) => {}
                 Ok(Step::Done(next, synced)) => {
                     worker.reference = (*next).clone();
-                    worker.note(*next, synced, &told);
+                    worker.note(*next, synced, &format!("{told} of {synced:?}"));
                     shared.done.fetch_add(1, Ordering::Relaxed);
                 }
                 Err(error) if shared.dying.load(Ordering::SeqCst) => {
@@ -341,7 +341,7 @@ fn pattern(fill: u8, length: u32) -> Vec<u8> {
 }
 
 /// A tree as the model tells of one.
-pub fn dump(root: &Path) -> io::Result<Dump> {
+pub fn dump(root: &Path) -> Result<Dump, String> {
     let mut found = Dump::new();
     let mut first = std::collections::BTreeMap::new();
     dump_dir(root, "", &mut found, &mut first)?;
@@ -353,19 +353,27 @@ fn dump_dir(
     path: &str,
     found: &mut Dump,
     first: &mut std::collections::BTreeMap<u64, String>,
-) -> io::Result<()> {
-    let mut names: Vec<_> =
-        fs::read_dir(dir)?.map(|e| Ok(e?.file_name())).collect::<io::Result<_>>()?;
+) -> Result<(), String> {
+    let told = |at: &Path| {
+        let at = at.to_path_buf();
+        move |error: io::Error| format!("{}: {error}", at.display())
+    };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(told(dir))? {
+        names.push(entry.map_err(told(dir))?.file_name());
+    }
     names.sort();
     for name in names {
         let at = dir.join(&name);
         let path = format!("{path}/{}", name.to_string_lossy());
-        let stat = rustix::fs::statat(CWD, &at, AtFlags::SYMLINK_NOFOLLOW)?;
-        let meta = fs::symlink_metadata(&at)?;
-        let (kind, content) = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => ('f', fs::read(&at)?),
+        let meta = fs::symlink_metadata(&at).map_err(told(&at))?;
+        let (kind, content) = match FileType::from_raw_mode(meta.mode()) {
+            FileType::RegularFile => ('f', fs::read(&at).map_err(told(&at))?),
             FileType::Directory => ('d', Vec::new()),
-            FileType::Symlink => ('l', fs::read_link(&at)?.into_os_string().into_encoded_bytes()),
+            FileType::Symlink => {
+                let target = fs::read_link(&at).map_err(told(&at))?;
+                ('l', target.into_os_string().into_encoded_bytes())
+            }
             _ => ('p', Vec::new()),
         };
         let xattrs = crate::common::tree::xattrs_of(&at).into_iter();

@@ -159,7 +159,7 @@ impl Story {
         let in_time = |mark: &Mark| mark.reference.places(node) == *places;
         if synced && !self.marks[floor..=window.end].iter().any(in_time) {
             let wanted = self.marks[floor].reference.places(node);
-            return Err(format!("node {node} was synced as {wanted:?} and is {places:?}"));
+            return Err(format!("node {node} was synced at {floor} as {wanted:?}, is {places:?}"));
         }
         Ok(())
     }
@@ -184,7 +184,8 @@ impl Story {
             candidates.retain(|node| match self.may_be(shown, *node, window) {
                 Ok(()) => true,
                 Err(why) => {
-                    reasons.push(format!("not node {node}: it {why}"));
+                    let floor = self.floor(*node, window);
+                    reasons.push(format!("not node {node} since {floor}: it {why}"));
                     false
                 }
             });
@@ -200,7 +201,7 @@ impl Story {
             let named = |mark: &Mark| !mark.reference.places(node).is_empty();
             if synced && marks[floor..].iter().all(named) && !claimed.contains(&node) {
                 let places = marks[floor].reference.places(node);
-                return Err(format!("node {node} was synced as {places:?} and is gone"));
+                return Err(format!("node {node} was synced at {floor} as {places:?} and is gone"));
             }
         }
         Ok(())

@@ -321,10 +321,9 @@ pub fn put(content: &mut Vec<u8>, at: usize, bytes: &[u8]) {
 
 fn timespec(time: SystemTime) -> Timespec {
     match time.duration_since(SystemTime::UNIX_EPOCH) {
-        Ok(after) => Timespec {
-            tv_sec: after.as_secs() as i64,
-            tv_nsec: after.subsec_nanos().into(),
-        },
+        Ok(after) => {
+            Timespec { tv_sec: after.as_secs() as i64, tv_nsec: after.subsec_nanos().into() }
+        }
         Err(before) => {
             let before = before.duration();
             let nanos = i64::from(before.subsec_nanos());

@@ -5,13 +5,8 @@
 //! seed.
 
 mod common;
-mod crash {
-    pub mod dice;
-    pub mod load;
-    pub mod rig;
-    pub mod sequence;
-    pub mod story;
-}
+mod crash;
+#[allow(dead_code)] // The driver is used in part.
 mod model {
     pub mod compare;
     pub mod drive;
@@ -184,7 +179,8 @@ fn sound(store: &Mounted) -> Result<(), String> {
 fn listing(backing: &Path) -> String {
     let script = "find . -path ./.rearview/packs -prune -o -name 'noise*' -prune -o \
                   -printf '%i %n %s %T@ %p\\n' | sort -k5";
-    format!("{}\n{}", backing.display(), common::shell(backing, script))
+    let log = std::fs::read_to_string(backing.join(".rearview/log")).unwrap_or_default();
+    format!("{}\n{}{log}", backing.display(), common::shell(backing, script))
 }
 
 fn kill(store: &Mounted) {
