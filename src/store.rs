@@ -34,8 +34,8 @@ use lock::StoreLock;
 use marker::{CleanMark, Marker, Peer, PeerState, Phase};
 use site::Site;
 
-mod bounds;
 mod between;
+mod bounds;
 pub mod compare;
 pub(crate) mod copy;
 pub(crate) mod fill;

@@ -10,6 +10,7 @@ mod crash;
 mod model {
     pub mod compare;
     pub mod drive;
+    pub mod exclude;
     pub mod names;
     pub mod ops;
     pub mod reference;

@@ -70,7 +70,7 @@ impl Bench {
             })
             .collect();
         let between = between(&paths, &recorder);
-        let driver = Driver::over(paths, between);
+        let driver = Driver::over(paths, false, between);
         let mut bench = Bench { driver: None, _disks: disks, recorder, _scratch: scratch };
         bench.driver = Some(driver?);
         Ok(bench)
@@ -87,7 +87,10 @@ impl Recording {
         note(&mut story, driver, &recorder, "creation".into(), None, (false, true));
         for op in operations {
             let synced = match op {
-                Op::Fsync { handle } => driver.node_of_handle(*handle),
+                Op::Fsync { handle } => {
+                    let at = handle.checked_rem(driver.handles.len());
+                    at.map(|at| driver.handles[at].1)
+                }
                 _ => None,
             };
             driver.step(op).map_err(|error| format!("{op:?}: {error}"))?;
@@ -228,7 +231,7 @@ fn judge(story: &Story, disks: &[Tree; DISKS], names: Names, window: Window) -> 
 }
 
 fn judge_store(story: &Story, paths: &[PathBuf], names: Names, window: Window) -> Verdict {
-    let driver = Driver::over(paths.to_vec(), Between::default())?;
+    let driver = Driver::over(paths.to_vec(), false, Between::default())?;
     let live = driver.dump(1)?;
     story.judge_live(&live, names, window)?;
     for name in story.durable_past(window) {
@@ -243,7 +246,7 @@ fn judge_store(story: &Story, paths: &[PathBuf], names: Names, window: Window) -
     }
     // Not closed: recovery begins once more, and must have nothing to do.
     drop(driver);
-    let mut driver = Driver::over(paths.to_vec(), Between::default())?;
+    let mut driver = Driver::over(paths.to_vec(), false, Between::default())?;
     if driver.dump(1)? != live {
         return Err("recovered twice, the live tree is another".into());
     }

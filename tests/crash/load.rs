@@ -13,7 +13,7 @@ use super::dice::Dice;
 use super::sequence::operations;
 use super::story::{DISKS, Mark, Story};
 use crate::model::ops::Op;
-use crate::model::reference::{Body, Dump, Reference, Shown};
+use crate::model::reference::{Body, Dump, Reference, Shown, pattern, put};
 
 /// What all workers share.
 #[derive(Default)]
@@ -151,7 +151,7 @@ impl Worker<'_> {
                 let (file, node) = &self.handles[at];
                 match *op {
                     Op::WriteOpen { offset, length, fill, .. } => {
-                        let bytes = pattern(fill, length);
+                        let bytes = pattern(fill, length as usize);
                         next.content(*node, |content| {
                             put(content, offset as usize, &bytes);
                         });
@@ -245,7 +245,7 @@ impl Worker<'_> {
         let open = || File::options().read(true).write(true).open(&path);
         match *op {
             Op::Write { offset, length, fill, .. } => {
-                let bytes = pattern(fill, length);
+                let bytes = pattern(fill, length as usize);
                 next.content(node, |content| put(content, offset as usize, &bytes));
                 open()?.write_all_at(&bytes, offset.into())?;
             }
@@ -326,18 +326,6 @@ impl Worker<'_> {
         }
         Ok(true)
     }
-}
-
-fn put(content: &mut Vec<u8>, at: usize, bytes: &[u8]) {
-    if content.len() < at + bytes.len() {
-        content.resize(at + bytes.len(), 0);
-    }
-    content[at..at + bytes.len()].copy_from_slice(bytes);
-}
-
-/// Bytes that tell where they belong.
-fn pattern(fill: u8, length: u32) -> Vec<u8> {
-    (0..length).map(|at| fill.wrapping_add((at / 7) as u8)).collect()
 }
 
 /// A tree as the model tells of one.

@@ -318,6 +318,33 @@ impl Story {
     }
 }
 
+impl Reference {
+    /// Which node each path means.
+    pub fn paths(&self) -> BTreeMap<String, usize> {
+        let mut found = BTreeMap::new();
+        let mut waiting = vec![(0, String::new())];
+        while let Some((dir, path)) = waiting.pop() {
+            for (name, &node) in self.entries(dir) {
+                let path = format!("{path}/{name}");
+                if matches!(self.nodes[node].now.body, Body::Dir(_)) {
+                    waiting.push((node, path.clone()));
+                }
+                found.insert(path, node);
+            }
+        }
+        found
+    }
+
+    /// The directories and names by which a node is reached.
+    pub fn places(&self, node: usize) -> BTreeSet<(usize, String)> {
+        let dirs = self.dirs().into_iter();
+        let own = dirs.flat_map(|dir| self.entries(dir).iter().map(move |entry| (dir, entry)));
+        own.filter(|(_, (_, child))| **child == node)
+            .map(|(dir, (name, _))| (dir, name.clone()))
+            .collect()
+    }
+}
+
 fn content(object: &Object) -> Option<&[u8]> {
     match &object.body {
         Body::File(content) => Some(content),
