@@ -178,7 +178,7 @@ fn sound(store: &Mounted) -> Result<(), String> {
 
 /// What is in a backing: inode, links, size, time and name of everything but the packs.
 fn listing(backing: &Path) -> String {
-    let script = "find . -path ./.rearview/packs -prune -o -name 'noise*' -prune -o \
+    let script = "find . -path ./.rearview/packs -prune -o \
                   -printf '%i %n %s %T@ %p\\n' | sort -k5";
     let log = std::fs::read_to_string(backing.join(".rearview/log")).unwrap_or_default();
     format!("{}\n{}{log}", backing.display(), common::shell(backing, script))

@@ -1,5 +1,7 @@
 //! Content of live files: open, read, write, allocate, copy, make durable.
 
+mod by_hand;
+
 use std::sync::Arc;
 
 use parking_lot::MutexGuard;
@@ -13,13 +15,13 @@ use crate::replica::{Handles, PrivateDir, SyncAll};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use super::intend::dirty;
+use by_hand::{copy_all, emulate_fallocate};
+
 use super::nodes::{Node, Open, State};
 use super::{Caller, Volume};
 
 /// Allocation modes that change or remove bytes (`fallocate(2)`).
 const FALLOCATE_DESTROYS: u32 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) as u32;
-/// Zeros are written in pieces of this size where a backing cannot punch holes.
-const ZERO_BYTES: usize = 1 << 20;
 /// A copy within a file system is done in steps of this size, so that none holds the locks for
 /// long.
 const COPY_BYTES_MAX: u64 = 64 << 20;
@@ -374,6 +376,11 @@ impl Volume {
                 b.set_xattr(&file, std::ffi::OsStr::from_bytes(key), value, 0)?;
             }
             b.chmod(&file, stat.mode)?;
+            if !b.orders_names() {
+                // btrfs' log can bring the end of the old file's name to the disk, when anything is
+                // synced, without the new file that took it.
+                b.sync(&file, false)?;
+            }
             // Dead before the link: nothing happened. After it: recovery drops the second link.
             // After the rename: recovery finds the preserved file and an empty live one.
             link_anew(b, (dir.get(id)?, &name), (kept.get(id)?, &kept_name))?;
@@ -521,31 +528,6 @@ impl Volume {
     }
 }
 
-/// Does what `fallocate` would, where the backing's filesystem cannot.
-fn emulate_fallocate(
-    b: &dyn Backing,
-    file: &Handle,
-    mode: u32,
-    range: ByteRange,
-) -> std::io::Result<()> {
-    let size = b.stat(file)?.size;
-    let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE as u32 != 0;
-    if mode & FALLOCATE_DESTROYS != 0 {
-        let zeros = vec![0; ZERO_BYTES];
-        let mut at = range.start;
-        let end = range.end.min(size);
-        while at < end {
-            let step = (end - at).min(zeros.len() as u64);
-            b.write_at(file, &zeros[..step as usize], at)?;
-            at += step;
-        }
-    }
-    if !keep_size && range.end > size {
-        b.truncate(file, range.end)?;
-    }
-    Ok(())
-}
-
 /// Links a file into `preserved/`. A leftover of the same content gives way.
 pub(super) fn link_anew(
     b: &dyn Backing,
@@ -559,40 +541,4 @@ pub(super) fn link_anew(
         }
         other => other,
     }
-}
-
-/// Copies all of a range within one backing, by reading and writing where it must.
-fn copy_all(
-    b: &dyn Backing,
-    (from, from_offset): (&Handle, u64),
-    (to, to_offset): (&Handle, u64),
-    length: u64,
-) -> std::io::Result<()> {
-    let mut done = 0;
-    while done < length {
-        match b.copy_range(from, from_offset + done, to, to_offset + done, length - done) {
-            Ok(0) => break,
-            Ok(copied) => done += copied,
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EXDEV | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
-                ) =>
-            {
-                break;
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    let mut buffer = vec![0; ZERO_BYTES.min((length - done) as usize)];
-    while done < length {
-        let step = buffer.len().min((length - done) as usize);
-        let got = b.read_at(from, &mut buffer[..step], from_offset + done)?;
-        if got == 0 {
-            return Err(std::io::Error::from_raw_os_error(libc::EIO));
-        }
-        b.write_at(to, &buffer[..got], to_offset + done)?;
-        done += got as u64;
-    }
-    Ok(())
 }

@@ -344,7 +344,8 @@ fn dump_dir(
 ) -> Result<(), String> {
     let told = |at: &Path| {
         let at = at.to_path_buf();
-        move |error: io::Error| format!("{}: {error}", at.display())
+        let ino = fs::symlink_metadata(&at).map_or(0, |meta| meta.ino());
+        move |error: io::Error| format!("{} (inode {ino:#x}): {error}", at.display())
     };
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(told(dir))? {
