@@ -11,11 +11,12 @@ use crate::error::{Error, Result};
 use crate::history::ranges::ByteRange;
 use crate::history::{self, preserved_dir, preserved_name};
 use crate::replica::backing::{Access, Backing, Handle, RenameMode, Seek, SetTime};
+use crate::replica::copy::copy_all;
 use crate::replica::{Handles, PrivateDir, SyncAll};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use super::intend::dirty;
-use by_hand::{copy_all, emulate_fallocate};
+use by_hand::emulate_fallocate;
 
 use super::nodes::{Node, Open, State};
 use super::{Caller, Volume};
