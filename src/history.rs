@@ -17,6 +17,7 @@ pub mod pack;
 pub mod packer;
 pub mod packs;
 pub mod ranges;
+mod shared;
 pub mod undo;
 
 use std::num::NonZeroUsize;
@@ -301,8 +302,12 @@ impl History {
                 if useless {
                     // Packed, or forgotten: we died before the original was removed.
                     remove_leftover(replicas, &dir, &entry.name)?;
+                    continue;
                 }
-                if !wanted || is_live_link(replicas, catalog, node, &dir, &entry.name)? {
+                let place = (&*dir, &entry.name);
+                let preserved = whereabouts == Whereabouts::Preserved;
+                let of = (node, content);
+                if shared::settle(replicas, catalog, of, preserved, place)? || !wanted {
                     continue;
                 }
                 if !known {
@@ -347,23 +352,6 @@ fn remove_leftover(replicas: &ReplicaSet, dir: &Handles, name: &EntryName) -> Re
 /// unknown one was forgotten on purpose.
 fn is_uncommitted(catalog: &Catalog, node: NodeId, content: ContentId) -> Result<bool> {
     Ok(catalog.node(node)?.is_some_and(|row| content > row.content))
-}
-
-/// Whether a preserved name is still a second link of the live file: we died between `link` and
-/// `rename` of a replacement that then never happened.
-fn is_live_link(
-    replicas: &ReplicaSet,
-    catalog: &Catalog,
-    node: NodeId,
-    dir: &Handles,
-    name: &EntryName,
-) -> Result<bool> {
-    let links = replicas.read("stat", |id, b| Ok(b.stat_at(dir.get(id)?, name)?.nlink))?;
-    if links < 2 || catalog.node(node)?.is_none() {
-        return Ok(false);
-    }
-    remove_leftover(replicas, dir, name)?;
-    Ok(true)
 }
 
 /// Whether data or a hole begins at `at`, and where it ends (at most `limit`).

@@ -35,6 +35,7 @@ use room::Room;
 use verdict::{Nature, Verdict};
 
 pub mod backing;
+pub mod copy;
 pub mod dir_backing;
 pub mod faulty;
 pub mod guarded;

@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -116,18 +116,6 @@ struct Member {
     left_behind: Vec<Uuid>,
     /// Not current: its marker is left as it is.
     stale: bool,
-}
-
-impl Site {
-    /// Opens the backing at `path`, an absolute path without symlinks.
-    pub fn open(path: &Path) -> Result<Site> {
-        Site::open_between(path, &Between::default())
-    }
-
-    fn open_between(path: &Path, between: &Between) -> Result<Site> {
-        let backing = Arc::from(between.open(path)?);
-        Ok(Site { path: path.to_path_buf(), backing, between: between.clone() })
-    }
 }
 
 impl Member {

@@ -16,7 +16,6 @@
 
 mod actors;
 mod attributes;
-mod by_hand;
 mod checkpoint;
 mod content;
 mod digest;

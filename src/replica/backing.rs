@@ -17,6 +17,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::sys::device::Device;
+use rustix::fs::{Timespec, UTIME_NOW, UTIME_OMIT};
+
 pub use crate::types::Creds;
 use crate::types::{EntryName, Kind, RelPath, Timestamp, Xattrs};
 
@@ -127,6 +129,16 @@ pub enum SetTime {
     Now,
     /// This time.
     To(Timestamp),
+}
+
+impl From<SetTime> for Timespec {
+    fn from(time: SetTime) -> Timespec {
+        match time {
+            SetTime::Omit => Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+            SetTime::Now => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
+            SetTime::To(time) => Timespec { tv_sec: time.secs, tv_nsec: i64::from(time.nanos) },
+        }
+    }
 }
 
 /// What a rename does with the target name (`renameat2(2)`).
@@ -283,6 +295,12 @@ pub trait Backing: Send + Sync {
 
     /// Whether the root was deleted: then nothing below it is found, which is no answer.
     fn is_gone(&self) -> bool {
+        false
+    }
+
+    /// Whether names reach the disk in the order in which they were changed, whatever is synced in
+    /// between. ext4 and XFS do so; btrfs makes what is synced durable without what came before it.
+    fn orders_names(&self) -> bool {
         false
     }
 

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use parking_lot::Mutex;
 use rustix::fs::{
     AtFlags, CWD, FallocateFlags, FileType, Gid, Mode, OFlags, RawDir, RenameFlags, ResolveFlags,
-    SeekFrom, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid,
+    SeekFrom, Timestamps, Uid,
 };
 use rustix::io::{Errno, retry_on_intr};
 
@@ -28,9 +28,11 @@ use crate::error::{IoContext, Result};
 use crate::sys::{self, device::Device};
 use crate::types::{EntryName, Kind, RelPath, Xattrs};
 
+mod kind;
 mod stat;
 mod xattrs;
 
+use kind::FsKind;
 use stat::{stat_fd, stat_path};
 
 /// The most bytes of a path given to one `openat2`; longer ones go in steps (`PATH_MAX` is 4096).
@@ -45,9 +47,6 @@ const RESOLVE_BENEATH: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_XDEV)
     .union(ResolveFlags::NO_MAGICLINKS);
-/// Where the attributes of an open file are in memory: ext2 to ext4, XFS, btrfs, F2FS, tmpfs.
-const LOCAL_FILESYSTEMS: [u32; 5] =
-    [0x0000_ef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x0102_1994];
 
 /// A directory of the system as a backing.
 pub struct DirBacking {
@@ -57,9 +56,7 @@ pub struct DirBacking {
     sync_fd: OwnedFd,
     /// Held while a file's mode is widened for opening it, so that two such never interleave.
     widening: Mutex<()>,
-    /// Whether its filesystem keeps on a device of this machine, and the inodes of open files in
-    /// memory, so that it is known what does not wait for anything.
-    local: bool,
+    kind: FsKind,
     device: Option<Device>,
 }
 
@@ -70,12 +67,11 @@ impl DirBacking {
         let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
         let open = |extra| retry_on_intr(|| rustix::fs::open(path, flags | extra, Mode::empty()));
         let sync_fd = open(OFlags::RDONLY).context(action, path)?;
-        let kind = rustix::fs::fstatfs(&sync_fd).context(action, path)?.f_type;
         Ok(DirBacking {
             path: path.to_path_buf(),
             root: open(OFlags::PATH).context(action, path)?,
             widening: Mutex::new(()),
-            local: LOCAL_FILESYSTEMS.contains(&(kind as u32)),
+            kind: FsKind::of(&sync_fd).context(action, path)?,
             device: Device::of(&sync_fd),
             sync_fd,
         })
@@ -209,14 +205,6 @@ fn kind_of(file_type: FileType) -> Option<Kind> {
 fn become_creator(by: Creds, mode: u32) -> io::Result<()> {
     sys::try_assume(by)?;
     if mode & 0o2000 != 0 { sys::regain_fsetid() } else { Ok(()) }
-}
-
-fn timespec(time: SetTime) -> Timespec {
-    match time {
-        SetTime::Omit => Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
-        SetTime::Now => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
-        SetTime::To(time) => Timespec { tv_sec: time.secs, tv_nsec: i64::from(time.nanos) },
-    }
 }
 
 impl Backing for DirBacking {
@@ -412,7 +400,7 @@ impl Backing for DirBacking {
     }
 
     fn set_times(&self, object: &Handle, atime: SetTime, mtime: SetTime) -> io::Result<()> {
-        let times = Timestamps { last_access: timespec(atime), last_modification: timespec(mtime) };
+        let times = Timestamps { last_access: atime.into(), last_modification: mtime.into() };
         let flags = AtFlags::EMPTY_PATH;
         Ok(retry_on_intr(|| rustix::fs::utimensat(object.as_fd(), "", &times, flags))?)
     }
@@ -527,6 +515,10 @@ impl Backing for DirBacking {
         })
     }
 
+    fn orders_names(&self) -> bool {
+        self.kind.orders_names()
+    }
+
     fn device(&self) -> Option<Device> {
         self.device
     }
@@ -559,12 +551,14 @@ impl Backing for DirBacking {
     }
 
     fn stat_at_hand(&self, object: &Handle) -> Option<io::Result<Stat>> {
-        self.local.then(|| self.stat(object))
+        self.kind.is_local().then(|| self.stat(object))
     }
 
     fn stat_name_at_hand(&self, dir: &Handle, name: &EntryName) -> Option<io::Result<Stat>> {
-        let node =
-            self.local.then(|| open_cached(dir.as_fd(), name.as_os_str(), OFlags::empty()))?;
+        let node = self
+            .kind
+            .is_local()
+            .then(|| open_cached(dir.as_fd(), name.as_os_str(), OFlags::empty()))?;
         Some(node?.and_then(|node| self.stat(&node)))
     }
 

@@ -148,6 +148,10 @@ impl Backing for Faulty {
         fn space(&self) -> Space;
     }
 
+    fn orders_names(&self) -> bool {
+        self.inner.orders_names()
+    }
+
     fn is_gone(&self) -> bool {
         self.inner.is_gone()
     }

@@ -266,6 +266,10 @@ macro_rules! at_hand {
 impl Backing for Guarded {
     methods! { hand_over }
 
+    fn orders_names(&self) -> bool {
+        self.workers.inner().orders_names()
+    }
+
     fn read_at(&self, file: &Handle, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         if let Some(count) = self.workers.inner().read_at_hand(file, buffer, offset) {
             return Ok(count);

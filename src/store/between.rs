@@ -7,13 +7,13 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::replica::backing::Backing;
 use crate::replica::dir_backing::DirBacking;
-
-/// What stands between the store and each of its backings: nothing, unless a test wants to see the
-/// calls, or to make them fail.
-#[derive(Clone, Default)]
-pub struct Between(Option<Arc<Wrap>>);
+use crate::store::site::Site;
 
 type Wrap = dyn Fn(&Path, Box<dyn Backing>) -> Box<dyn Backing> + Send + Sync;
+
+/// How backings are opened.
+#[derive(Clone, Default)]
+pub struct Between(Option<Arc<Wrap>>);
 
 impl Between {
     /// `wrap` gets the path and the handle of every backing that is opened.
@@ -23,6 +23,7 @@ impl Between {
         Between(Some(Arc::new(wrap)))
     }
 
+    /// Opens the backing at `path`.
     pub(super) fn open(&self, path: &Path) -> Result<Box<dyn Backing>> {
         let backing = Box::new(DirBacking::open(path)?);
         Ok(match &self.0 {
@@ -35,5 +36,18 @@ impl Between {
 impl fmt::Debug for Between {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.0.is_some() { "Between(a test)" } else { "Between(nothing)" })
+    }
+}
+
+impl Site {
+    /// Opens the backing at `path`, an absolute path without symlinks.
+    pub fn open(path: &Path) -> Result<Site> {
+        Site::open_between(path, &Between::default())
+    }
+
+    /// As [`Site::open`], with something between.
+    pub(super) fn open_between(path: &Path, between: &Between) -> Result<Site> {
+        let backing = Arc::from(between.open(path)?);
+        Ok(Site { path: path.to_path_buf(), backing, between: between.clone() })
     }
 }

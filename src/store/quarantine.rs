@@ -42,6 +42,9 @@ impl<'a> Quarantine<'a> {
         if stat.kind != Kind::Dir && stat.nlink > 1 {
             return self.site.backing.unlink(from, name).context("remove a name", shown());
         }
+        if stat.kind == Kind::Dir {
+            self.drop_links_below(dir.join(name))?;
+        }
         let place = self.make_place(dir)?;
         let to = self.site.dir(&place)?;
         self.site
@@ -50,6 +53,30 @@ impl<'a> Quarantine<'a> {
             .context("move to quarantine", self.site.at(&dir.join(name)))?;
         self.count += 1;
         log::debug!("{}: moved to quarantine", self.site.at(&dir.join(name)).display());
+        Ok(())
+    }
+
+    /// Takes away every name below a directory whose object has others. The last name of an object
+    /// stays, wherever it is.
+    fn drop_links_below(&self, dir: RelPath) -> Result<()> {
+        let mut waiting = vec![dir];
+        while let Some(path) = waiting.pop() {
+            let dir = self.site.dir(&path)?;
+            for entry in self.site.backing.list(&dir).context("list", self.site.at(&path))? {
+                let at = path.join(&entry.name);
+                if entry.kind == Kind::Dir {
+                    waiting.push(at);
+                    continue;
+                }
+                let shown = || self.site.at(&at);
+                let stat =
+                    self.site.backing.stat_at(&dir, &entry.name).context("look at", shown())?;
+                if stat.nlink > 1 {
+                    let removed = self.site.backing.unlink(&dir, &entry.name);
+                    removed.context("remove a name", shown())?;
+                }
+            }
+        }
         Ok(())
     }
 

@@ -1,5 +1,7 @@
 //! Content of live files: open, read, write, allocate, copy, make durable.
 
+mod by_hand;
+
 use std::sync::Arc;
 
 use parking_lot::MutexGuard;
@@ -9,17 +11,18 @@ use crate::error::{Error, Result};
 use crate::history::ranges::ByteRange;
 use crate::history::{self, preserved_dir, preserved_name};
 use crate::replica::backing::{Access, Backing, Handle, RenameMode, Seek, SetTime};
+use crate::replica::copy::copy_all;
 use crate::replica::{Handles, PrivateDir, SyncAll};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
-use super::by_hand::{copy_all, emulate_fallocate};
 use super::intend::dirty;
+use by_hand::emulate_fallocate;
+
 use super::nodes::{Node, Open, State};
 use super::{Caller, Volume};
 
 /// Allocation modes that change or remove bytes (`fallocate(2)`).
-pub(super) const FALLOCATE_DESTROYS: u32 =
-    (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) as u32;
+const FALLOCATE_DESTROYS: u32 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) as u32;
 /// A copy within a file system is done in steps of this size, so that none holds the locks for
 /// long.
 const COPY_BYTES_MAX: u64 = 64 << 20;
@@ -378,6 +381,11 @@ impl Volume {
                 b.set_xattr(&file, std::ffi::OsStr::from_bytes(key), value, 0)?;
             }
             b.chmod(&file, stat.mode)?;
+            if !b.orders_names() {
+                // btrfs' log can bring the end of the old file's name to the disk, when anything is
+                // synced, without the new file that took it.
+                b.sync(&file, false)?;
+            }
             // Dead before the link: nothing happened. After it: recovery drops the second link.
             // After the rename: recovery finds the preserved file and an empty live one.
             link_anew(b, (dir.get(id)?, &name), (kept.get(id)?, &kept_name))?;

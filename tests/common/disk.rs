@@ -16,35 +16,51 @@ impl LoopFs {
     /// An ext4 of `mebibytes`.
     #[track_caller]
     pub fn ext4(mebibytes: u64) -> LoopFs {
-        LoopFs::make("ext4", mebibytes, &["-q", "-F", "-m", "0"])
+        LoopFs::make("ext4", mebibytes)
     }
 
     /// An XFS of `mebibytes` (at least 300).
     #[track_caller]
     pub fn xfs(mebibytes: u64) -> LoopFs {
-        LoopFs::make("xfs", mebibytes, &["-q", "-f"])
+        LoopFs::make("xfs", mebibytes)
     }
 
     /// A btrfs of `mebibytes` (at least 110).
     #[track_caller]
     pub fn btrfs(mebibytes: u64) -> LoopFs {
-        LoopFs::make("btrfs", mebibytes, &["-q", "-f"])
+        LoopFs::make("btrfs", mebibytes)
     }
 
     #[track_caller]
-    fn make(kind: &str, mebibytes: u64, options: &[&str]) -> LoopFs {
-        super::need(&[&format!("mkfs.{kind}"), "losetup"]);
+    fn make(kind: &str, mebibytes: u64) -> LoopFs {
         let scratch = super::scratch();
-        let image = scratch.path().join("image");
-        let file = std::fs::File::create(&image).expect("an image can be made");
+        LoopFs::format(kind, &scratch.path().join("image"), mebibytes);
+        LoopFs::over(kind, scratch)
+    }
+
+    /// Makes an empty filesystem in a file.
+    #[track_caller]
+    pub fn format(kind: &str, image: &Path, mebibytes: u64) {
+        super::need(&[&format!("mkfs.{kind}")]);
+        let file = std::fs::File::create(image).expect("an image can be made");
         file.set_len(mebibytes << 20).expect("an image can be sized");
-        run(Command::new(format!("mkfs.{kind}")).args(options).arg(&image)).ok();
+        let options = if kind == "ext4" { &["-q", "-F", "-m", "0"][..] } else { &["-q", "-f"] };
+        run(Command::new(format!("mkfs.{kind}")).args(options).arg(image)).ok();
+    }
+
+    /// Mounts the file `image` in a scratch folder.
+    #[track_caller]
+    pub fn over(kind: &str, scratch: tempfile::TempDir) -> LoopFs {
+        super::need(&["losetup"]);
+        let image = scratch.path().join("image");
         let device = run(Command::new("losetup").args(["-f", "--show"]).arg(&image)).ok();
         let device = device.trim().to_owned();
         let root = scratch.path().join("root");
         std::fs::create_dir(&root).expect("a mountpoint can be made");
-        run(Command::new("mount").args(["-t", kind, &device]).arg(&root)).ok();
-        LoopFs { scratch, device, root }
+        // Dropped also where the mount fails, so that the device is given back.
+        let made = LoopFs { scratch, device, root };
+        run(Command::new("mount").args(["-t", kind, &made.device]).arg(&made.root)).ok();
+        made
     }
 
     /// Where it is mounted.

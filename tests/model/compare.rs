@@ -10,6 +10,9 @@ use rearviewfs::types::{Generation, Kind, NodeId};
 use super::drive::{Driver, Outcome, caller, entry, fail};
 use super::reference::{Dump, Shown};
 
+/// The kind of a past file whose content cannot be read; the reason stands in its place.
+pub const UNREADABLE: char = '!';
+
 impl Driver {
     pub(super) fn compare(&mut self) -> Outcome {
         let live = self.dump(1)?;
@@ -50,7 +53,7 @@ impl Driver {
     }
 
     /// The tree below an inode, as the filesystem shows it.
-    fn dump(&self, root: u64) -> Outcome<Dump> {
+    pub fn dump(&self, root: u64) -> Outcome<Dump> {
         let mut dump = Dump::new();
         let mut first = BTreeMap::new();
         self.dump_dir(root, "", &mut dump, &mut first)?;
@@ -119,7 +122,7 @@ impl Driver {
     }
 
     /// The tree at a generation, from the catalog and the contents.
-    fn dump_moment(&self, at: Generation) -> Outcome<Dump> {
+    pub fn dump_moment(&self, at: Generation) -> Outcome<Dump> {
         let mut dump = Dump::new();
         let mut first = BTreeMap::new();
         self.dump_moment_dir(at, NodeId::ROOT, "", &mut dump, &mut first)?;
@@ -146,11 +149,13 @@ impl Driver {
                 Kind::File => {
                     let mut bytes = vec![0; row.size as usize];
                     let volume = self.fs().volume();
-                    let got = volume
-                        .read_content(row.id, row.content, 0, &mut bytes)
-                        .or_else(fail(&format!("content of {path:?}")))?;
-                    bytes.truncate(got);
-                    ('f', bytes)
+                    match volume.read_content(row.id, row.content, 0, &mut bytes) {
+                        Ok(got) => {
+                            bytes.truncate(got);
+                            ('f', bytes)
+                        }
+                        Err(error) => (UNREADABLE, error.to_string().into_bytes()),
+                    }
                 }
                 Kind::Dir => ('d', Vec::new()),
                 Kind::Symlink => {
@@ -204,6 +209,10 @@ fn differ(what: &str, expected: &Dump, shown: &Dump) -> Outcome {
         }
         if &have != want {
             let at = want.content.iter().zip(&have.content).position(|(a, b)| a != b);
+            if have.kind == UNREADABLE {
+                let reason = String::from_utf8_lossy(&have.content);
+                return Err(format!("{what}: {path:?} cannot be read: {reason}"));
+            }
             let brief = |shown: &Shown| Shown { content: Vec::new(), ..shown.clone() };
             return Err(format!(
                 "{what}: {path:?} differs (first differing byte {at:?}, sizes {} and {})\n\

@@ -13,12 +13,12 @@ use rearviewfs::fs::{Fh, Filesystem, FsOptions, SnapDir, Wish};
 use rearviewfs::history::History;
 use rearviewfs::progress::Progress;
 use rearviewfs::replica::backing::{Creds, SetTime};
-use rearviewfs::store::{self, OpenOptions};
+use rearviewfs::store::{self, Between, OpenOptions};
 use rearviewfs::types::{EntryName, Generation, Kind, Timestamp};
 use rearviewfs::volume::{Caller, Changes, Newborn, Volume, VolumeOptions};
 
 use super::ops::Op;
-use super::reference::{Body, Dump, Reference};
+use super::reference::{Body, Dump, Reference, pattern, put};
 
 pub type Outcome<T = ()> = Result<T, String>;
 
@@ -35,13 +35,15 @@ pub struct Moment {
 
 /// The filesystem under test beside its reference.
 pub struct Driver {
-    dir: tempfile::TempDir,
+    paths: Vec<PathBuf>,
     excludes: bool,
+    between: Between,
+    _dir: Option<tempfile::TempDir>,
     fs: Option<Arc<Filesystem>>,
-    pub(super) reference: Reference,
-    handles: Vec<(Fh, usize)>,
-    pub(super) snapshots: BTreeMap<String, Dump>,
-    pub(super) moments: Vec<Moment>,
+    pub reference: Reference,
+    pub handles: Vec<(Fh, usize)>,
+    pub snapshots: BTreeMap<String, Dump>,
+    pub moments: Vec<Moment>,
     names: usize,
     /// The steps of packing at which it died.
     pub deaths: Vec<String>,
@@ -66,33 +68,23 @@ pub(super) fn fail<T>(what: &str) -> impl FnOnce(Error) -> Outcome<T> + '_ {
     move |error| Err(format!("{what}: {error}"))
 }
 
-fn open(paths: &[PathBuf], excludes: bool) -> Arc<Filesystem> {
+/// Opens the store in `paths`, which is recovered where the last mount was cut off.
+fn open(paths: &[PathBuf], excludes: bool, between: &Between) -> Outcome<Arc<Filesystem>> {
     let recover = |replicas: &_, catalog: &_, from| History::recover(replicas, catalog, from);
     let globs: &[String] = if excludes { &[EXCLUDED.into()] } else { &[] };
     let exclude = Arc::new(Patterns::of_globs(globs).expect("a pattern"));
-    let options = OpenOptions { exclude: exclude.clone(), ..OpenOptions::default() };
-    let store =
-        store::open(paths, &options, &recover, &Progress::silent()).expect("the store opens");
+    let (own, between) = (exclude.clone(), between.clone());
+    let options = OpenOptions { exclude: own, between, ..OpenOptions::default() };
+    let store = store::open(paths, &options, &recover, &Progress::silent())
+        .or_else(fail("opening the store"))?;
     let options = VolumeOptions { exclude, ..VolumeOptions::default() };
-    let volume = Volume::open(store, options).expect("the volume opens");
+    let volume = Volume::open(store, options).or_else(fail("opening the volume"))?;
     let options = FsOptions {
         snapdir: SnapDir::Hidden,
         snapdir_name: entry(".snapshots"),
         mountpoint: PathBuf::from("/nonexistent"),
     };
-    Arc::new(Filesystem::new(volume, options))
-}
-
-fn put(content: &mut Vec<u8>, offset: usize, bytes: &[u8]) {
-    if content.len() < offset + bytes.len() {
-        content.resize(offset + bytes.len(), 0);
-    }
-    content[offset..offset + bytes.len()].copy_from_slice(bytes);
-}
-
-/// Bytes that tell where they belong, so that misplaced ones are noticed.
-fn pattern(fill: u8, length: usize) -> Vec<u8> {
-    (0..length).map(|at| fill.wrapping_add((at / 7) as u8)).collect()
+    Ok(Arc::new(Filesystem::new(volume, options)))
 }
 
 impl Driver {
@@ -105,30 +97,39 @@ impl Driver {
             None => std::env::temp_dir(),
         };
         let dir = tempfile::Builder::new().prefix("rv-model").tempdir_in(base).expect("a folder");
-        let mut driver = Driver {
-            dir,
+        let paths = vec![dir.path().join("a"), dir.path().join("b")];
+        let mut driver =
+            Driver::over(paths, excludes, Between::default()).expect("the store opens");
+        driver._dir = Some(dir);
+        driver
+    }
+
+    /// Opens the store in `paths`, or makes one there. The reference is empty.
+    pub fn over(paths: Vec<PathBuf>, excludes: bool, between: Between) -> Outcome<Driver> {
+        Ok(Driver {
+            fs: Some(open(&paths, excludes, &between)?),
+            paths,
             excludes,
-            fs: None,
+            between,
+            _dir: None,
             reference: Reference::new(),
             handles: Vec::new(),
             snapshots: BTreeMap::new(),
             moments: Vec::new(),
             names: 0,
             deaths: Vec::new(),
-        };
-        driver.fs = Some(open(&driver.paths(), excludes));
-        driver
+        })
     }
 
-    pub(super) fn paths(&self) -> Vec<PathBuf> {
-        vec![self.dir.path().join("a"), self.dir.path().join("b")]
+    pub(super) fn paths(&self) -> &[PathBuf] {
+        &self.paths
     }
 
-    pub(super) fn fs(&self) -> &Filesystem {
+    pub fn fs(&self) -> &Filesystem {
         self.fs.as_ref().expect("mounted")
     }
 
-    pub(super) fn catalog(&self) -> &Catalog {
+    pub fn catalog(&self) -> &Catalog {
         self.fs().volume().catalog()
     }
 
@@ -547,7 +548,7 @@ impl Driver {
         self.deaths.extend(died_at.into_inner());
         // Dropped, not closed: the next mount recovers.
         self.fs = None;
-        self.fs = Some(open(&self.paths(), self.excludes));
+        self.fs = Some(open(&self.paths, self.excludes, &self.between)?);
         self.fs().volume().tidy_history().or_else(fail("tidy"))?;
         self.nothing_unpacked()
     }
@@ -557,16 +558,17 @@ impl Driver {
             self.close(fh, node)?;
         }
         self.unmount()?;
-        self.fs = Some(open(&self.paths(), self.excludes));
+        self.fs = Some(open(&self.paths, self.excludes, &self.between)?);
         Ok(())
     }
 
-    fn unmount(&mut self) -> Outcome {
+    /// Ends the mount cleanly and compares the replicas.
+    pub fn unmount(&mut self) -> Outcome {
         let fs = self.fs.take().expect("mounted");
         fs.volume().close().or_else(fail("close"))?;
         self.reference.seal_all();
         drop(fs);
-        let paths = self.paths();
+        let paths = &self.paths;
         let differences = store::compare::compare(&paths[0], &paths[1]).or_else(fail("compare"))?;
         if let Some(first) = differences.first() {
             return Err(format!("the replicas differ: {first:?}"));
@@ -585,8 +587,7 @@ impl Driver {
         self.remount()?;
         self.compare()?;
         self.unmount()?;
-        let paths = self.paths();
-        self.fs = Some(open(&paths[1..], self.excludes));
+        self.fs = Some(open(&self.paths[1..], self.excludes, &self.between)?);
         self.compare().map_err(|error| format!("with the second replica alone: {error}"))?;
         self.fs.take().expect("mounted").volume().close().or_else(fail("close"))
     }

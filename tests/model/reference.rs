@@ -258,3 +258,16 @@ impl Reference {
         }
     }
 }
+
+/// Writes into a content, which grows.
+pub fn put(content: &mut Vec<u8>, offset: usize, bytes: &[u8]) {
+    if content.len() < offset + bytes.len() {
+        content.resize(offset + bytes.len(), 0);
+    }
+    content[offset..offset + bytes.len()].copy_from_slice(bytes);
+}
+
+/// Bytes that tell where they belong, so that misplaced ones are noticed.
+pub fn pattern(fill: u8, length: usize) -> Vec<u8> {
+    (0..length).map(|at| fill.wrapping_add((at / 7) as u8)).collect()
+}

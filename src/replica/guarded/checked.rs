@@ -156,6 +156,10 @@ impl Backing for Checked {
         self.judged("sync_all", (None, None), self.inner.sync_all())
     }
 
+    fn orders_names(&self) -> bool {
+        self.inner.orders_names()
+    }
+
     fn device(&self) -> Option<Device> {
         self.inner.device()
     }

@@ -175,6 +175,26 @@ fn what_was_changed_behind_our_back_is_kept_from_another_replica() {
     bench.assert_equal(&["a", "b"]);
 }
 
+/// A power cut kept a directory on one replica only, with a second name of a file that both had. The
+/// name went to quarantine with the directory, and the replicas differed in the file's links.
+#[test]
+fn a_directory_in_quarantine_has_no_name_of_a_file_that_stays() {
+    let bench = Bench::new();
+    write(&bench.path("a/f"), b"one");
+    bench.settle(&["a", "b"]);
+    drop(bench.open(&["a", "b"]).unwrap());
+    bench.lose_logs();
+    write(&bench.path("b/d/e/own"), b"lost on a");
+    fs::hard_link(bench.path("b/f"), bench.path("b/d/e/other")).unwrap();
+    fs::hard_link(bench.path("b/d/e/own"), bench.path("b/d/own too")).unwrap();
+    bench.settle(&["a", "b"]);
+    assert_eq!(fs::metadata(bench.path("b/f")).unwrap().nlink(), 1);
+    let kept: Vec<_> = fs::read_dir(bench.path("b/.rearview/quarantine")).unwrap().collect();
+    let kept = kept[0].as_ref().unwrap().path().join("d");
+    let found = fs::read(kept.join("e/own")).or_else(|_| fs::read(kept.join("own too")));
+    assert_eq!(found.unwrap(), b"lost on a");
+}
+
 #[test]
 fn reports_are_sentences_for_people() {
     let report = ImportReport { added: 12, changed: 3, ..ImportReport::default() };

@@ -1,0 +1,346 @@
+//! Crashes of the real binary on real mounts under a mixed load: killed, its disks shut down, its
+//! disks cut off in the midst of their writes. What was acknowledged is there after.
+//!
+//! `REARVIEW_CRASHES` sets how many crashes each method makes (default: a few), `REARVIEW_SEED` the
+//! seed.
+
+mod common;
+mod crash;
+#[allow(dead_code)] // The driver is used in part.
+mod model {
+    pub mod compare;
+    pub mod drive;
+    pub mod exclude;
+    pub mod names;
+    pub mod ops;
+    pub mod reference;
+}
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
+
+use common::disk::LoopFs;
+use common::{Mounted, daemon_of, run, tree, wait_until};
+use crash::dice::{Dice, number};
+use crash::load::{Shared, Worker, dump, seeds};
+use crash::rig::{BlockLog, LoggedFs};
+use crash::story::{DISKS, Names, Story};
+use model::reference::Dump;
+use rearviewfs::catalog::Catalog;
+
+const WORKERS: usize = 3;
+/// A mark that was never acknowledged has the position after this one.
+const ACKNOWLEDGED: [usize; DISKS] = [usize::MAX - 1; DISKS];
+
+/// What was known before a crash.
+struct Before {
+    stories: BTreeMap<String, Story>,
+    /// Snapshots with what they showed, and when they were acknowledged.
+    snapshots: Vec<(String, Dump, [usize; DISKS])>,
+}
+
+impl Before {
+    /// How far the disks had come at least when the last thing was made durable before `cut`.
+    fn durable(&self, cut: [usize; DISKS]) -> [usize; DISKS] {
+        let taken = self.snapshots.iter().map(|(_, _, position)| *position);
+        let taken = taken.filter(|at| (0..DISKS).all(|disk| at[disk] <= cut[disk]));
+        let synced = self.stories.values().map(|story| story.last_durable(cut));
+        let least = |disk| move |all: usize, own: [usize; DISKS]| all.max(own[disk]);
+        let all: Vec<_> = taken.chain(synced).collect();
+        std::array::from_fn(|disk| all.iter().copied().fold(0, least(disk)).min(cut[disk]))
+    }
+}
+
+/// A process of its own that makes, changes and removes what nobody checks but the replicas' being
+/// equal.
+fn noise(at: &Path) -> Child {
+    std::fs::create_dir(at).expect("a folder can be made");
+    let script = "for i in $(seq 1000000); do mkdir d$i && seq $i 900 > d$i/a && mv d$i/a d$i/b && \
+                  cp d$i/b c && echo more >> c && ln -f c d$i/l && rm -r d$i || exit; done";
+    Command::new("bash")
+        .args(["-c", script])
+        .current_dir(at)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("bash starts")
+}
+
+/// Works on a mount until so many operations were acknowledged, and then crashes it.
+fn under_load(
+    mnt: &Path,
+    seed: u64,
+    operations: usize,
+    position: &(dyn Fn() -> [usize; DISKS] + Sync),
+    crash: impl FnOnce(),
+) -> Before {
+    let shared = Shared::default();
+    let mut before = Before { stories: BTreeMap::new(), snapshots: Vec::new() };
+    let mut noise = noise(&mnt.join(format!("noise{seed}")));
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..WORKERS)
+            .map(|index| {
+                let name = format!("w{seed}-{index}");
+                let (root, shared) = (mnt.join(&name), &shared);
+                let seeds = seeds(seed << 8 | index as u64);
+                (name, scope.spawn(move || Worker::work(&root, seeds, shared, position)))
+            })
+            .collect();
+        let reached = |part: usize| {
+            wait_until("the workers work", 120, || {
+                let ended = workers.iter().any(|(_, worker)| worker.is_finished());
+                ended || shared.done.load(Ordering::Relaxed) >= part
+            });
+        };
+        for part in 1..3 {
+            reached(operations * part / 3);
+            let name = format!("s{seed}-{part}");
+            let at = mnt.join(".snapshots").join(&name);
+            std::fs::create_dir(&at).expect("a snapshot can be taken");
+            let position = position();
+            let shown = dump(&at).expect("a snapshot can be read");
+            before.snapshots.push((name, shown, position));
+        }
+        reached(operations);
+        shared.dying.store(true, Ordering::SeqCst);
+        crash();
+        for (name, worker) in workers {
+            let story = worker.join().expect("a worker does not panic");
+            before
+                .stories
+                .insert(name, story.unwrap_or_else(|error| panic!("seed {seed}: {error}")));
+        }
+    });
+    let _ = noise.kill();
+    let _ = noise.wait();
+    before
+}
+
+/// Looks at everything on a mount that was recovered.
+fn judge(mnt: &Path, before: &Before, names: Names, cut: [usize; DISKS]) -> Result<(), String> {
+    for (name, story) in &before.stories {
+        let window = story.window(cut);
+        if story.marks[0].position.iter().zip(cut).any(|(own, cut)| *own > cut) {
+            continue;
+        }
+        let found = dump(&mnt.join(name)).map_err(|error| format!("{name}: {error}"))?;
+        story
+            .judge_live(&found, names, window)
+            .map_err(|why| format!("{name}: {why}\n{}", story.tell(window)))?;
+    }
+    for (name, shown, position) in &before.snapshots {
+        if position.iter().zip(cut).any(|(own, cut)| *own > cut) {
+            continue;
+        }
+        let at = mnt.join(".snapshots").join(name);
+        let found = dump(&at).map_err(|error| format!("snapshot {name}: {error}"))?;
+        for (path, was) in shown {
+            match found.get(path) {
+                Some(is) if is == was => {}
+                Some(is) => {
+                    let at = was.content.iter().zip(&is.content).position(|(a, b)| a != b);
+                    return Err(format!(
+                        "snapshot {name}: {path} differs at {at:?} (sizes {} and {}, mode {:o} and {:o})",
+                        was.content.len(),
+                        is.content.len(),
+                        was.mode,
+                        is.mode
+                    ));
+                }
+                None => return Err(format!("snapshot {name}: {path} is gone")),
+            }
+        }
+        if let Some(path) = found.keys().find(|path| !shown.contains_key(*path)) {
+            return Err(format!("snapshot {name}: {path} is too much"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether both replicas hold the same, catalogs included.
+fn sound(store: &Mounted) -> Result<(), String> {
+    let trees: Vec<_> = store.backings.iter().map(|backing| tree::read_tree(backing)).collect();
+    let differences = tree::differences(&trees[0], &trees[1]);
+    if !differences.is_empty() {
+        return Err(format!("the replicas differ (left / right):\n{differences}"));
+    }
+    let heads = store.backings.iter().map(|backing| {
+        let file = backing.join(".rearview").join(rearviewfs::store::CATALOG_FILE);
+        Catalog::verify(&file, true).map_err(|error| error.to_string())
+    });
+    let heads = heads.collect::<Result<Vec<_>, _>>()?;
+    match heads[0] == heads[1] {
+        true => Ok(()),
+        false => Err(format!("the catalogs differ: {heads:?}")),
+    }
+}
+
+/// What is in a backing: inode, links, size, time and name of everything but the packs.
+fn listing(backing: &Path) -> String {
+    let script = "find . -path ./.rearview/packs -prune -o \
+                  -printf '%i %n %s %T@ %p\\n' | sort -k5";
+    let log = std::fs::read_to_string(backing.join(".rearview/log")).unwrap_or_default();
+    format!("{}\n{}{log}", backing.display(), common::shell(backing, script))
+}
+
+fn kill(store: &Mounted) {
+    let pid = i32::try_from(store.daemon()).ok().and_then(rustix::process::Pid::from_raw);
+    let pid = pid.expect("a daemon has a process id");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it can be killed");
+    wait_until("the daemon is gone", 20, || daemon_of(&store.mnt).is_none());
+}
+
+fn rounds(default: u64) -> u64 {
+    number("REARVIEW_CRASHES", default)
+}
+
+#[test]
+fn a_killed_daemon_loses_nothing_that_was_acknowledged() {
+    let (rounds, first) = (rounds(4), number("REARVIEW_SEED", 1));
+    let mut store = Mounted::new();
+    for seed in first..first + rounds {
+        let operations = Dice::new(seed).between(30, 400);
+        let before = under_load(&store.mnt, seed, operations, &|| [0; DISKS], || kill(&store));
+        store.mount().ok();
+        judge(&store.mnt, &before, Names::Acknowledged, ACKNOWLEDGED)
+            .unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+        store.unmount();
+        sound(&store).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+        store.mount().ok();
+        common::shell(&store.mnt, "rm -rf w* noise*");
+    }
+    store.unmount();
+    println!("{rounds} kills of the daemon under load");
+}
+
+/// Ends a filesystem as a power cut does: with all flushed (0), with its log alone flushed (1), or
+/// with nothing (2).
+fn shut_down(root: &Path, how: usize) {
+    let program = format!(
+        "import fcntl, os, struct\nfd = os.open('.', os.O_RDONLY)\n\
+         fcntl.ioctl(fd, 0x8004587d, struct.pack('I', {how}))"
+    );
+    common::run::python(root, &program);
+}
+
+/// Rounds on an XFS and an ext4 that go down in some order, with the daemon killed before, between
+/// or after.
+fn shut_downs(rounds: u64, first: u64, both: bool) {
+    let disks = [LoopFs::xfs(300), LoopFs::ext4(128)];
+    let backings: Vec<PathBuf> = disks.iter().map(|disk| disk.root().join("backing")).collect();
+    backings.iter().for_each(|backing| std::fs::create_dir(backing).expect("a backing"));
+    let mut store = Mounted::over(backings.clone());
+    for seed in first..first + rounds {
+        let mut dice = Dice::new(seed);
+        let operations = dice.between(30, 300);
+        let (first, kill_after) = (dice.below(2), dice.below(3));
+        let how = [dice.below(3), dice.below(3)];
+        let told =
+            format!("seed {seed}: disk {first} first, by {how:?}, killed after {kill_after}");
+        let before = under_load(&store.mnt, seed, operations, &|| [0; DISKS], || {
+            let downs = if both { 2 } else { 1 };
+            for step in 0..=downs {
+                if both && step == kill_after || !both && step == 1 {
+                    kill(&store);
+                } else {
+                    let disk =
+                        if step == 0 || kill_after == 0 && step == 1 { first } else { 1 - first };
+                    shut_down(disks[disk].root(), how[disk]);
+                }
+            }
+        });
+        for disk in &disks {
+            disk.unmount();
+            disk.mount();
+        }
+        store.mount().ok();
+        judge(&store.mnt, &before, Names::OneMoment, ACKNOWLEDGED)
+            .unwrap_or_else(|why| panic!("{told}: {why}"));
+        store.unmount();
+        sound(&store).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+        store.mount().ok();
+        common::shell(&store.mnt, "rm -rf w* noise*");
+    }
+    store.unmount();
+}
+
+#[test]
+fn what_was_synced_survives_disks_that_are_shut_down() {
+    let (rounds, first) = (rounds(4), number("REARVIEW_SEED", 1));
+    shut_downs(rounds, first, true);
+    println!("{rounds} shutdowns of an XFS and an ext4 backing under load");
+}
+
+/// Cuts of disks of this kind, at the same and at different points, and of one alone.
+fn block_cuts(kinds: [&'static str; DISKS], cuts: u64, seed: u64) -> u64 {
+    let disks = kinds.map(LoggedFs::new);
+    let backings: Vec<PathBuf> = disks.iter().map(|disk| disk.root().join("backing")).collect();
+    backings.iter().for_each(|backing| std::fs::create_dir(backing).expect("a backing"));
+    let mut store = Mounted::over(backings);
+    // From here on something is promised.
+    disks.iter().for_each(|disk| sync(disk.root()));
+    let position = || -> [usize; DISKS] { std::array::from_fn(|index| disks[index].position()) };
+    let begin = position();
+    let before = under_load(&store.mnt, seed, 150, &position, || kill(&store));
+    run(Command::new("umount").arg("-l").arg(&store.mnt)).ok();
+    store.ended_elsewhere();
+    drop(store);
+    let end = position();
+    let logs: Vec<BlockLog> = disks.into_iter().map(LoggedFs::into_log).collect();
+    let marks: Vec<[usize; DISKS]> = {
+        let all = before.stories.values().flat_map(|story| &story.marks);
+        let mut all: Vec<_> = all.map(|mark| mark.position).filter(|at| at[0] <= end[0]).collect();
+        all.sort_unstable();
+        all
+    };
+    for index in 0..cuts {
+        let mut dice = Dice::new(seed << 16 | index);
+        let at = dice.below(marks.len());
+        let (from, to) = (marks[at], marks.get(at + 1).copied().unwrap_or(end));
+        let mut cut: [usize; DISKS] = std::array::from_fn(|d| dice.between(from[d], to[d]));
+        if dice.percent(40) {
+            // One went earlier, but not before what was acknowledged as durable on both.
+            let early = dice.below(DISKS);
+            cut[early] = dice.between(before.durable(cut)[early], cut[early]);
+        }
+        cut = std::array::from_fn(|d| cut[d].clamp(begin[d], logs[d].len()));
+        let volatile = dice.percent(50);
+        let mounted: Vec<LoopFs> = logs
+            .iter()
+            .zip(cut)
+            .map(|(log, cut)| log.mount_as_of(cut, volatile.then_some(&mut dice)))
+            .collect();
+        let backings: Vec<PathBuf> =
+            mounted.iter().map(|disk| disk.root().join("backing")).collect();
+        let raw: String = backings.iter().map(|backing| listing(backing)).collect();
+        let names = if kinds.contains(&"btrfs") { Names::Each } else { Names::OneMoment };
+        let mut store = Mounted::over(backings);
+        let mut verdict = judge(&store.mnt, &before, names, cut);
+        store.unmount();
+        verdict = verdict.and_then(|()| sound(&store));
+        if let Err(why) = verdict {
+            let after: String = store.backings.iter().map(|backing| listing(backing)).collect();
+            panic!(
+                "{kinds:?}, seed {seed}, cut {index} at {cut:?}, volatile: {volatile}: {why}\n\
+                 --- after the cut\n{raw}--- after recovery\n{after}"
+            );
+        }
+    }
+    cuts
+}
+
+fn sync(root: &Path) {
+    run(Command::new("sync").arg("-f").arg(root)).ok();
+}
+
+#[test]
+fn what_was_synced_survives_disks_cut_off_between_two_writes() {
+    let (cuts, seed) = (rounds(6), number("REARVIEW_SEED", 1));
+    let each = cuts.div_ceil(3);
+    let kinds = [["btrfs", "btrfs"], ["ext4", "ext4"], ["xfs", "btrfs"]];
+    for kinds in kinds {
+        let done = block_cuts(kinds, each, seed);
+        println!("{done} cuts of {kinds:?} between two writes");
+    }
+}
