@@ -312,3 +312,53 @@ fn a_run_goes_on_after_a_remount_and_can_be_paused() {
     store.rearview(&["scrub", "stop"]).fails(1, &["no scrub"]);
     store.finish();
 }
+
+#[test]
+fn a_scrub_beside_busy_programs_finds_nothing_and_disturbs_nobody() {
+    let store = Mounted::new();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for worker in 0..3u32 {
+            let (root, stop) = (store.path(&format!("w{worker}")), &stop);
+            scope.spawn(move || busy(&root, worker, stop));
+        }
+        for _ in 0..3 {
+            let done = store.rearview(&["scrub", "start", "--all", "--wait"]);
+            stop.store(done.code != 0, std::sync::atomic::Ordering::Relaxed);
+            let said = done.ok();
+            assert!(said.contains("no damage found"), "{said}");
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    store.finish();
+}
+
+/// Makes, overwrites, truncates, renames, links, re-moded and removes files and directories.
+fn busy(root: &Path, seed: u32, stop: &std::sync::atomic::AtomicBool) {
+    use std::os::unix::fs::FileExt;
+    fs::create_dir(root).unwrap();
+    let mut round = seed;
+    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+        round = round.wrapping_mul(1_103_515_245).wrapping_add(12345);
+        let number = (round >> 16) % 12;
+        let (dir, file) = (root.join(format!("d{}", number % 3)), format!("f{number}"));
+        let _ = fs::create_dir(&dir);
+        let path = dir.join(file);
+        match (round >> 8) % 8 {
+            0 | 1 => fs::write(&path, vec![round as u8; (round % 20_000) as usize]).unwrap(),
+            2 => {
+                if let Ok(open) = fs::OpenOptions::new().write(true).open(&path) {
+                    open.write_all_at(b"overwritten in place", u64::from(number) * 100).unwrap();
+                    if round % 2 == 0 {
+                        open.set_len(500).unwrap();
+                    }
+                }
+            }
+            3 => drop(fs::rename(&path, dir.join("renamed"))),
+            4 => drop(fs::hard_link(&path, dir.join(format!("l{number}")))),
+            5 => drop(fs::set_permissions(&path, fs::Permissions::from_mode(0o600 + number))),
+            6 => drop(fs::remove_file(&path)),
+            _ => drop(fs::remove_dir_all(&dir)),
+        }
+    }
+}

@@ -256,13 +256,20 @@ impl Work<'_> {
     /// Sets the attributes that differ from the record on some replicas, but not on all of them.
     pub(super) fn heal_attributes(&mut self, standing: &Standing, copies: &[Copy]) -> Result<()> {
         let volume = self.volume;
-        let differing: Vec<Vec<Aspect>> = copies
+        let mut differing: Vec<Vec<Aspect>> = copies
             .iter()
             .map(|copy| match &copy.object {
                 Some(object) => standing.record.differences(object),
                 None => Vec::new(),
             })
             .collect();
+        let late = self.is_recorded_late(standing, copies, &differing);
+        if late {
+            differing.iter_mut().for_each(|all| {
+                all.retain(|aspect| *aspect != Aspect::ModificationTime);
+            });
+            volume.mark_dir(standing.record.row.id);
+        }
         let settable = |aspect: &Aspect| {
             matches!(
                 aspect,
@@ -289,6 +296,9 @@ impl Work<'_> {
             let mut wanted = standing.record.clone();
             if let Some(object) = &copy.object {
                 keep_aspects(&mut wanted, object, &lost);
+                if late {
+                    keep_aspects(&mut wanted, object, &[Aspect::ModificationTime]);
+                }
             }
             let set = (|| {
                 let node = match standing.path.split_last() {
@@ -304,6 +314,20 @@ impl Work<'_> {
             self.note(copy.on, &place, Trouble::Attributes, outcome, detail);
         }
         Ok(())
+    }
+
+    /// Whether a directory has another time than the recorded one, the same on all replicas: its
+    /// time is recorded a while after it changed.
+    fn is_recorded_late(
+        &self,
+        standing: &Standing,
+        copies: &[Copy],
+        differing: &[Vec<Aspect>],
+    ) -> bool {
+        let time = |copy: &Copy| copy.object.as_ref().map(|object| object.stat.mtime);
+        standing.record.row.kind == Kind::Dir
+            && differing.iter().all(|all| all.contains(&Aspect::ModificationTime))
+            && copies.windows(2).all(|pair| time(&pair[0]) == time(&pair[1]))
     }
 
     /// A name in quarantine that nothing has.

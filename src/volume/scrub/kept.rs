@@ -4,11 +4,13 @@
 //! While files of history are healed no packing and no sweep runs: what is looked at stays.
 
 use std::io;
+use std::time::{Duration, Instant};
 
+use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
 use crate::catalog::digest::Digest;
-use crate::catalog::{Catalog, WaitingContent};
+use crate::catalog::{Catalog, UndoRow, WaitingContent};
 use crate::error::{Error, Result};
 use crate::history::packs::{pack_dir, pack_name};
 use crate::history::{OWN, preserved_dir, preserved_name, undo};
@@ -17,11 +19,18 @@ use crate::replica::backing::{Access, Backing, Handle, RenameMode, SetTime};
 use crate::types::{ContentId, EntryName, ReplicaId};
 
 use super::{Outcome, Trouble, Work};
+use crate::volume::maintain::Maintenance;
 
 /// Preserved contents fetched from the catalog at a time.
 const BATCH: usize = 1024;
+/// How long the packer is waited for, and how often the run's end is looked for meanwhile.
+const ALONE_WAIT: Duration = Duration::from_secs(30);
+const ALONE_STEP: Duration = Duration::from_millis(100);
 /// How often catalogs are compared anew because a commit came between.
 const COMPARES_MAX: usize = 8;
+
+/// A segment on one replica: its bytes, and what is wrong with it if they are not whole.
+type SegmentCopy = (ReplicaId, Vec<u8>, Trouble);
 
 /// A file of ours on one replica.
 struct Kept {
@@ -41,7 +50,7 @@ impl Kept {
     }
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
     /// The catalogs: each by itself, then against one another. One that is damaged, or stands alone
     /// against two, is replaced by a sound one.
     pub(super) fn catalogs(&mut self) -> Result<()> {
@@ -170,7 +179,11 @@ impl Work<'_> {
         if agree && good.len() == copies.len() {
             return Ok(());
         }
-        let _alone = volume.maintenance.lock();
+        // Packed or forgotten while it was read.
+        if !volume.catalog().is_preserved(content.id)? {
+            return Ok(());
+        }
+        let Some(_alone) = self.alone()? else { return Ok(()) };
         if !volume.catalog().is_preserved(content.id)? {
             return Ok(());
         }
@@ -206,6 +219,23 @@ impl Work<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Keeps files of history from being packed and removed. `None`, and it counts as busy, where
+    /// somebody packs on and on.
+    fn alone(&mut self) -> Result<Option<MutexGuard<'a, Maintenance>>> {
+        let volume = self.volume;
+        let until = Instant::now() + ALONE_WAIT;
+        loop {
+            if let Some(alone) = volume.maintenance.try_lock_for(ALONE_STEP) {
+                return Ok(Some(alone));
+            }
+            self.check_halt()?;
+            if Instant::now() >= until {
+                self.run.busy += 1;
+                return Ok(None);
+            }
+        }
     }
 
     /// Reads a file of ours on every replica, past the page cache.
@@ -317,7 +347,6 @@ impl Work<'_> {
     /// is damaged here and whole there is put together from both.
     pub(super) fn segments(&mut self) -> Result<()> {
         let volume = self.volume;
-        let _alone = volume.maintenance.lock();
         if volume.history.undo().open_bytes() > 0 {
             // So that what was appended up to now is looked at as well.
             volume.history.undo().rotate(volume.replicas())?;
@@ -336,13 +365,28 @@ impl Work<'_> {
     }
 
     fn segment(&mut self, segment: u64) -> Result<()> {
-        let volume = self.volume;
-        let rows = volume.catalog().segment_rows(segment)?;
-        if rows.is_empty() {
+        let (rows, copies) = self.read_segment(segment)?;
+        let whole = |bytes: &[u8]| undo::missing(bytes, &rows).is_empty();
+        if copies.iter().all(|(_, bytes, _)| whole(bytes) && *bytes == copies[0].1) {
             return Ok(());
         }
-        let name = undo::segment_name(segment);
+        // It may have been packed and removed while it was read.
+        match self.alone()? {
+            Some(_alone) => self.heal_segment(segment),
+            None => Ok(()),
+        }
+    }
+
+    /// The before-images in a segment, and its bytes on every replica with what is wrong if they
+    /// are not whole.
+    fn read_segment(&mut self, segment: u64) -> Result<(Vec<UndoRow>, Vec<SegmentCopy>)> {
+        let volume = self.volume;
+        let rows = volume.catalog().segment_rows(segment)?;
         let mut copies = Vec::new();
+        if rows.is_empty() {
+            return Ok((rows, copies));
+        }
+        let name = undo::segment_name(segment);
         for on in volume.replicas().online().collect::<Vec<_>>() {
             let b_replica = volume.replicas().get(on);
             let b = b_replica.backing();
@@ -365,6 +409,14 @@ impl Work<'_> {
             self.took(bytes.len() as u64)?;
             copies.push((on, bytes, trouble));
         }
+        Ok((rows, copies))
+    }
+
+    /// As [`Work::segment`], while nothing is packed.
+    fn heal_segment(&mut self, segment: u64) -> Result<()> {
+        let volume = self.volume;
+        let name = undo::segment_name(segment);
+        let (rows, copies) = self.read_segment(segment)?;
         let count = |bytes: &[u8]| undo::missing(bytes, &rows).len();
         let best = copies.iter().min_by_key(|(_, bytes, _)| count(bytes));
         let Some(mut whole) = best.map(|(_, bytes, _)| bytes.clone()) else { return Ok(()) };
@@ -401,7 +453,7 @@ impl Work<'_> {
             if copies.iter().all(|copy| copy.digest == Some(digest)) {
                 continue;
             }
-            let _alone = volume.maintenance.lock();
+            let Some(_alone) = self.alone()? else { continue };
             if !volume.catalog().packs()?.iter().any(|pack| pack.id == row.id) {
                 continue;
             }
