@@ -349,7 +349,7 @@ fn busy(root: &Path, seed: u32, stop: &std::sync::atomic::AtomicBool) {
             2 => {
                 if let Ok(open) = fs::OpenOptions::new().write(true).open(&path) {
                     open.write_all_at(b"overwritten in place", u64::from(number) * 100).unwrap();
-                    if round % 2 == 0 {
+                    if round.is_multiple_of(2) {
                         open.set_len(500).unwrap();
                     }
                 }
