@@ -212,18 +212,7 @@ pub fn open(
         Plan::Open => join(&candidates, options)?,
     };
     let (winner, behind) = settle::settle(&mut members, recover, options, progress)?;
-    // Who is to be resynced comes last, for the first of the others is read from.
-    let mut order: Vec<usize> = (0..members.len()).collect();
-    order.sort_by_key(|&index| behind[index]);
-    let winner = order.iter().position(|&index| index == winner).unwrap_or(0);
-    let mut places: Vec<Option<Member>> = members.into_iter().map(Some).collect();
-    let mut members = Vec::new();
-    for index in order {
-        if let Some(mut member) = places[index].take() {
-            member.stale = behind[index];
-            members.push(member);
-        }
-    }
+    let (members, winner) = join::current_first(members, winner, &behind);
     finish_open(members, winner, Owner::this(options.mountpoint.as_deref()))
 }
 

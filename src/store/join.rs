@@ -490,6 +490,20 @@ fn arrival(id: ReplicaId, site: &Site, marker: &Marker) -> Result<Arrival> {
     })
 }
 
+/// Orders the members of a store that is being opened: who is to be resynced comes last, for the
+/// first of the others is read from. Tells where the winner is then.
+pub(super) fn current_first(
+    members: Vec<Member>,
+    winner: usize,
+    behind: &[bool],
+) -> (Vec<Member>, usize) {
+    let mut places: Vec<(usize, Member)> = members.into_iter().enumerate().collect();
+    places.iter_mut().for_each(|(index, member)| member.stale = behind[*index]);
+    places.sort_by_key(|(index, _)| behind[*index]);
+    let winner = places.iter().position(|(index, _)| *index == winner).unwrap_or(0);
+    (places.into_iter().map(|(_, member)| member).collect(), winner)
+}
+
 fn told(member: &Member) -> String {
     let label = crate::types::escape(member.marker.label.as_bytes());
     format!("'{label}' ({})", member.site.path.display())
