@@ -32,7 +32,7 @@ pub use extents::{Extent, Extents, Place};
 
 use crate::catalog::{Base, Catalog, Change, UndoFile, UndoPlace, UndoRow, Whereabouts};
 use crate::error::{Error, Result};
-use crate::replica::backing::{Access, Backing, Creds, Handle, Seek};
+use crate::replica::backing::{Access, Backing, Creds, DirEntry, Handle, Seek};
 use crate::replica::{Handles, PrivateDir, ReplicaSet};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
@@ -281,7 +281,7 @@ impl History {
     pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, undo_from: u64) -> Result<()> {
         undo::recover(replicas, catalog, undo_from)?;
         remove_orphan_packs(replicas, catalog)?;
-        for shard in 0..=255 {
+        for shard in preserved_shards(replicas)? {
             let dir = replicas.private(PrivateDir::Preserved(shard))?;
             let names = replicas.read("list", |id, b| b.list(dir.get(id)?))?;
             let mut found = Vec::new();
@@ -324,6 +324,22 @@ impl History {
         }
         Ok(())
     }
+}
+
+/// The shards of `preserved/` that there are.
+fn preserved_shards(replicas: &ReplicaSet) -> Result<Vec<u8>> {
+    let Some((above, _)) = PrivateDir::Preserved(0).path().split_last() else {
+        return Ok(Vec::new());
+    };
+    let entries = replicas.read("list", |_, b| match b.open_dir(&above) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        dir => b.list(&dir?),
+    })?;
+    let shard = |entry: &DirEntry| {
+        let name = std::str::from_utf8(entry.name.as_bytes()).ok()?;
+        u8::from_str_radix(name, 16).ok()
+    };
+    Ok(entries.iter().filter_map(shard).collect())
 }
 
 /// Removes packs that were written and never recorded.
