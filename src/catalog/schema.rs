@@ -242,15 +242,8 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
         Use::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
     };
     let pinned = Pinned::at(file)?;
-    // Whoever writes keeps the index of the WAL in its own memory, where its readers share it. In
-    // a file that is mapped, as others have it, a reader's note in it is a page fault, which on a
-    // disk that hangs, or is frozen, never returns.
-    let vfs = match for_use {
-        Use::Write => c"unix-excl",
-        Use::Read => c"unix",
-    };
     let flags = access | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
-    let mut db = Connection::open_with_flags_and_vfs(&pinned.path, flags, vfs)?;
+    let mut db = Connection::open_with_flags(&pinned.path, flags)?;
     settle(&db, for_use)?;
     let id: i32 = db.query_row("PRAGMA application_id", [], |row| row.get(0))?;
     let format: i32 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
