@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::*;
 
-/// All sources of this module, but its tests.
+/// All sources of this module, but its tests and the audit, which is to read everything.
 fn sources() -> Vec<String> {
     let mut waiting = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/catalog")];
     let mut sources = Vec::new();
@@ -12,7 +12,7 @@ fn sources() -> Vec<String> {
         if path.is_dir() && !path.ends_with("tests") {
             let entries = std::fs::read_dir(path).unwrap();
             waiting.extend(entries.map(|entry| entry.unwrap().path()));
-        } else if path.is_file() && !path.ends_with("tests.rs") {
+        } else if path.is_file() && !path.ends_with("tests.rs") && !path.ends_with("audit.rs") {
             let source = std::fs::read_to_string(path).unwrap();
             sources.push(source.split("\n#[cfg(test)]\nmod tests {").next().unwrap().into());
         }
@@ -57,8 +57,21 @@ fn no_query_reads_a_whole_table() {
         "SELECT g FROM moment",
         "FROM pack ORDER BY id",
         "FROM sweep ORDER BY after, until LIMIT 1",
+        // What compares two catalogs, and what lists all directories for a resync.
+        "old.node",
+        "old.entry",
+        "FROM entry e JOIN node n ON n.id = e.node WHERE n.kind = ?1",
+        // For healing a file of which no replica has a good copy.
+        "FROM content c JOIN digest d",
     ];
+    // Another catalog, for those that compare two.
+    db.execute("ATTACH ?1 AS old", [scratch.files[0].to_str()]).unwrap();
+    let mut scans = Vec::new();
     for sql in statements {
+        // What is put together at run time cannot be asked as it stands here.
+        if sql.ends_with('\\') || sql.contains('{') {
+            continue;
+        }
         let mut statement = db.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
         for index in 1..=statement.parameter_count() {
             statement.raw_bind_parameter(index, 1).unwrap();
@@ -71,9 +84,12 @@ fn no_query_reads_a_whole_table() {
             let scan = step.starts_with("SCAN") && !step.contains("CONSTANT") && !few;
             // A subquery's rows are walked as they come.
             let inner = step == "SCAN shown" || step.starts_with("SCAN (");
-            assert!(!scan || inner || lists.iter().any(|list| sql.contains(list)), "{sql}: {step}");
+            if scan && !inner && !lists.iter().any(|list| sql.contains(list)) {
+                scans.push(format!("{sql}: {step}"));
+            }
         }
     }
+    assert!(scans.is_empty(), "{}", scans.join("\n"));
 }
 
 /// `cargo test --release --lib speed -- --ignored --nocapture`
