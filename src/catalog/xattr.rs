@@ -18,6 +18,9 @@ use crate::types::{XattrSetId, Xattrs};
 /// Sets kept in memory: a tree has few distinct ones.
 const CACHED_MAX: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 
+/// A set that is kept in memory has no more bytes.
+const CACHED_BYTES_MAX: usize = 16 << 10;
+
 /// Sets that were used lately, and the ids of those that no database has yet.
 pub(super) struct Interned {
     by_id: Mutex<LruCache<XattrSetId, Arc<Xattrs>>>,
@@ -51,6 +54,14 @@ impl Interned {
 }
 
 impl Interned {
+    /// Keeps a set at hand, unless it is so large that many of them would fill the memory.
+    fn keep(&self, id: XattrSetId, set: &Arc<Xattrs>) {
+        let bytes: usize = set.0.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if bytes <= CACHED_BYTES_MAX {
+            self.by_id.lock().put(id, set.clone());
+        }
+    }
+
     /// Notes that an id is given out; `false` for one that was removed.
     fn give(&self, id: XattrSetId) -> bool {
         let mut given = self.given.lock();
@@ -89,7 +100,7 @@ impl Catalog {
                 let id = self.shared.next_xattrs();
                 let set = Arc::new(set.clone());
                 self.push(vec![Change::XattrSetAdd { id, set: set.clone() }])?;
-                interned.by_id.lock().put(id, set);
+                interned.keep(id, &set);
                 interned.made.lock().insert(hash, id);
                 interned.give(id);
                 id
@@ -125,7 +136,7 @@ impl Catalog {
             Some(set) => set,
             None => Arc::new(self.stored_xattrs(id)?),
         };
-        self.shared.xattrs.by_id.lock().put(id, set.clone());
+        self.shared.xattrs.keep(id, &set);
         Ok(set)
     }
 
