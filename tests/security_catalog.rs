@@ -329,6 +329,7 @@ fn hostile_catalogs_are_survived() {
         let _ = fs::remove_dir_all(&case);
         shell(template.beside("").as_path(), "cp -a backing0 case");
         let done = poison(&case.join(".rearview/catalog.db"), &mut Dice::new(seed));
+        println!("seed {seed}");
         let panics = PANICS.load(Ordering::Relaxed);
         let (sender, receiver) = mpsc::channel();
         let backing = case.clone();
