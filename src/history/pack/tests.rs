@@ -91,7 +91,9 @@ proptest! {
             }
         }
     }
+}
 
+proptest! {
     /// Headers that are nearly right reach further than garbage does.
     #[test]
     fn a_changed_frame_header_never_panics(
