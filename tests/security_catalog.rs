@@ -1,5 +1,5 @@
-//! A catalog whose rows are hostile: whatever it says, nothing panics, hangs or takes memory without
-//! bounds, and nothing outside of the backing is touched.
+//! A catalog whose rows are hostile: whatever it says, nothing panics, hangs or takes memory
+//! without bounds, and nothing outside of the backing is touched.
 //!
 //! The file itself is intact and its schema is ours (`catalog/trust.rs` sees to that), so every
 //! layer above SQLite is reached. `REARVIEW_CASES` sets how many catalogs are tried.
