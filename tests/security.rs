@@ -122,6 +122,10 @@ fn the_socket_answers_only_root_and_the_mounter() {
     );
     stranger.shell(&raw).ok();
     store.rearview(&["snapshot", "list"]).ok();
+    for backing in &store.backings {
+        let private = backing.join(".rearview");
+        fs::set_permissions(private, fs::Permissions::from_mode(0o700)).unwrap();
+    }
     store.finish();
 }
 

@@ -193,6 +193,7 @@ fn take_part(rest: &mut &[u8]) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn a_set_survives_the_round_trip_and_no_prefix_of_it_is_accepted() {
@@ -203,6 +204,26 @@ mod tests {
         assert_eq!(decode(&body), Some(set));
         for length in 0..body.len() {
             assert_eq!(decode(&body[..length]), None);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_set_is_none_or_a_whole_one(
+            parts in proptest::collection::btree_map(
+                proptest::collection::vec(any::<u8>(), 0..9),
+                proptest::collection::vec(any::<u8>(), 0..9),
+                0..5,
+            ),
+            at in any::<prop::sample::Index>(), flips in any::<[u8; 4]>(), cut in 0usize..9,
+        ) {
+            let mut body = encode(&Xattrs(parts));
+            let at = at.index(body.len());
+            body[at..].iter_mut().zip(flips).for_each(|(byte, flip)| *byte ^= flip);
+            body.truncate(body.len() - cut.min(body.len()));
+            if let Some(set) = decode(&body) {
+                prop_assert_eq!(encode(&set).len(), body.len());
+            }
         }
     }
 }
