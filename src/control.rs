@@ -403,6 +403,7 @@ fn socket_label() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn a_request_survives_the_frame() {
@@ -441,6 +442,37 @@ mod tests {
         for bytes in [vec![], vec![1], huge, wrong, early, noise] {
             let read: Result<Request> = read_frame(&mut bytes.as_slice(), REQUEST_BYTES_MAX);
             assert!(read.is_err(), "{bytes:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_frame_is_an_error_or_a_request(
+            path in proptest::collection::vec(any::<u8>(), 0..40),
+            at in any::<prop::sample::Index>(), flips in any::<[u8; 4]>(),
+            splice in proptest::collection::vec(any::<u8>(), 0..8),
+        ) {
+            let path = PathText::new(&path);
+            let since = MomentText::new("yesterday");
+            let who = Who::Command("tar".into());
+            let requests = [
+                Request::Log { path: path.clone() },
+                Request::UndoPlan { path, who, since, force: true },
+            ];
+            for request in requests {
+                let mut bytes = Vec::new();
+                write_frame(&mut bytes, &request, REQUEST_BYTES_MAX).unwrap();
+                let at = at.index(bytes.len());
+                bytes[at..].iter_mut().zip(flips).for_each(|(byte, flip)| *byte ^= flip);
+                bytes.splice(at..at, splice.iter().copied());
+                let read: Result<Request> = read_frame(&mut bytes.as_slice(), REQUEST_BYTES_MAX);
+                if let Ok(request) = read {
+                    let mut again = Vec::new();
+                    prop_assert!(write_frame(&mut again, &request, REQUEST_BYTES_MAX).is_ok());
+                }
+                // A client is told by somebody, too.
+                let _ = read_frame::<Response>(&mut bytes.as_slice(), RESPONSE_BYTES_MAX);
+            }
         }
     }
 

@@ -1,5 +1,5 @@
-//! A catalog whose rows are hostile: whatever it says, nothing panics, hangs or takes memory without
-//! bounds, and nothing outside of the backing is touched.
+//! A catalog whose rows are hostile: whatever it says, nothing panics, hangs or takes memory
+//! without bounds, and nothing outside of the backing is touched.
 //!
 //! The file itself is intact and its schema is ours (`catalog/trust.rs` sees to that), so every
 //! layer above SQLite is reached. `REARVIEW_CASES` sets how many catalogs are tried.
@@ -329,6 +329,7 @@ fn hostile_catalogs_are_survived() {
         let _ = fs::remove_dir_all(&case);
         shell(template.beside("").as_path(), "cp -a backing0 case");
         let done = poison(&case.join(".rearview/catalog.db"), &mut Dice::new(seed));
+        println!("seed {seed}");
         let panics = PANICS.load(Ordering::Relaxed);
         let (sender, receiver) = mpsc::channel();
         let backing = case.clone();

@@ -69,23 +69,32 @@ struct Tree<'c> {
 
 impl Tree<'_> {
     fn path(&mut self, parent: NodeId, name: &EntryName) -> rusqlite::Result<Option<RelPath>> {
-        Ok(self.dir_path(parent, 0)?.map(|path| path.join(name)))
+        Ok(self.dir_path(parent)?.map(|path| path.join(name)))
     }
 
-    fn dir_path(&mut self, dir: NodeId, depth: usize) -> rusqlite::Result<Option<RelPath>> {
-        if dir == NodeId::ROOT {
-            return Ok(Some(RelPath::root()));
-        }
-        if let Some(known) = self.paths.get(&dir) {
-            return Ok(known.clone());
-        }
-        let path = match names_at(self.db, self.at, dir)?.into_iter().min() {
-            Some((parent, name)) if depth < DEPTH_MAX => {
-                self.dir_path(parent, depth + 1)?.map(|path| path.join(&name))
+    /// The path of a directory. Not by recursion: a tree may be deeper than a stack.
+    fn dir_path(&mut self, dir: NodeId) -> rusqlite::Result<Option<RelPath>> {
+        let mut below = Vec::new();
+        let mut at = dir;
+        let mut path = loop {
+            if at == NodeId::ROOT {
+                break Some(RelPath::root());
             }
-            _ => None,
+            if let Some(known) = self.paths.get(&at) {
+                break known.clone();
+            }
+            match names_at(self.db, self.at, at)?.into_iter().min() {
+                Some((parent, name)) if below.len() < DEPTH_MAX => {
+                    below.push((at, name));
+                    at = parent;
+                }
+                _ => break None,
+            }
         };
-        self.paths.insert(dir, path.clone());
+        for (node, name) in below.into_iter().rev() {
+            path = path.map(|path| path.join(&name));
+            self.paths.insert(node, path.clone());
+        }
         Ok(path)
     }
 }

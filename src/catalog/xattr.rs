@@ -18,6 +18,9 @@ use crate::types::{XattrSetId, Xattrs};
 /// Sets kept in memory: a tree has few distinct ones.
 const CACHED_MAX: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 
+/// A set that is kept in memory has no more bytes.
+const CACHED_BYTES_MAX: usize = 16 << 10;
+
 /// Sets that were used lately, and the ids of those that no database has yet.
 pub(super) struct Interned {
     by_id: Mutex<LruCache<XattrSetId, Arc<Xattrs>>>,
@@ -51,6 +54,14 @@ impl Interned {
 }
 
 impl Interned {
+    /// Keeps a set at hand, unless it is so large that many of them would fill the memory.
+    fn keep(&self, id: XattrSetId, set: &Arc<Xattrs>) {
+        let bytes: usize = set.0.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if bytes <= CACHED_BYTES_MAX {
+            self.by_id.lock().put(id, set.clone());
+        }
+    }
+
     /// Notes that an id is given out; `false` for one that was removed.
     fn give(&self, id: XattrSetId) -> bool {
         let mut given = self.given.lock();
@@ -89,7 +100,7 @@ impl Catalog {
                 let id = self.shared.next_xattrs();
                 let set = Arc::new(set.clone());
                 self.push(vec![Change::XattrSetAdd { id, set: set.clone() }])?;
-                interned.by_id.lock().put(id, set);
+                interned.keep(id, &set);
                 interned.made.lock().insert(hash, id);
                 interned.give(id);
                 id
@@ -125,7 +136,7 @@ impl Catalog {
             Some(set) => set,
             None => Arc::new(self.stored_xattrs(id)?),
         };
-        self.shared.xattrs.by_id.lock().put(id, set.clone());
+        self.shared.xattrs.keep(id, &set);
         Ok(set)
     }
 
@@ -182,6 +193,7 @@ fn take_part(rest: &mut &[u8]) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn a_set_survives_the_round_trip_and_no_prefix_of_it_is_accepted() {
@@ -192,6 +204,26 @@ mod tests {
         assert_eq!(decode(&body), Some(set));
         for length in 0..body.len() {
             assert_eq!(decode(&body[..length]), None);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_set_is_none_or_a_whole_one(
+            parts in proptest::collection::btree_map(
+                proptest::collection::vec(any::<u8>(), 0..9),
+                proptest::collection::vec(any::<u8>(), 0..9),
+                0..5,
+            ),
+            at in any::<prop::sample::Index>(), flips in any::<[u8; 4]>(), cut in 0usize..9,
+        ) {
+            let mut body = encode(&Xattrs(parts));
+            let at = at.index(body.len());
+            body[at..].iter_mut().zip(flips).for_each(|(byte, flip)| *byte ^= flip);
+            body.truncate(body.len() - cut.min(body.len()));
+            if let Some(set) = decode(&body) {
+                prop_assert_eq!(encode(&set).len(), body.len());
+            }
         }
     }
 }

@@ -502,6 +502,21 @@ mod tests {
             prop_assert!(decode(&record).is_none());
         }
 
+        /// Whoever can write a record can also write its hash.
+        #[test]
+        fn a_segment_of_any_numbers_never_panics(
+            of in any::<[u64; 3]>(), data in proptest::collection::vec(any::<u8>(), 1..200),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let of = (NodeId(of[0]), ContentId(of[1]), of[2]);
+            let mut bytes = encode_header((of.0, of.1), of.2, &data).to_vec();
+            bytes.extend_from_slice(&data);
+            bytes.resize(bytes.len().next_multiple_of(RECORD_ALIGN as usize), 0);
+            bytes.extend_from_within(..);
+            prop_assert_eq!(records(&bytes).len(), 2);
+            prop_assert!(records(&bytes[..cut.index(bytes.len())]).len() <= 2);
+        }
+
         #[test]
         fn garbage_is_no_record(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             prop_assert!(decode(&bytes).is_none());

@@ -299,6 +299,7 @@ fn checked_body(text: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn sample() -> Marker {
         let mut marker =
@@ -320,6 +321,22 @@ mod tests {
 
     fn resealed(body: &str) -> String {
         format!("{body}{CHECKSUM_LEAD}{}\n", checksum(body.as_bytes()))
+    }
+
+    proptest! {
+        /// Whoever can write a marker can also write its checksum.
+        #[test]
+        fn a_changed_marker_with_a_right_checksum_never_panics(
+            at in any::<prop::sample::Index>(), text in "[\\PC\n]{0,12}", gone in 0usize..12,
+        ) {
+            let whole = sample().to_text();
+            let body = checked_body(&whole).unwrap();
+            let at = at.index(body.len());
+            let rest = body.get(at + gone..).unwrap_or_default();
+            if let Some(begin) = body.get(..at) {
+                let _ = parse(resealed(&format!("{begin}{text}{rest}")).as_bytes());
+            }
+        }
     }
 
     #[test]

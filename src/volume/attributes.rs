@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::replica::Handles;
 use crate::replica::backing::{Access, Backing, Handle, SetTime, Stat};
 use crate::store::row_of;
-use crate::types::{ContentId, Kind, NodeId, Timestamp, Xattrs};
+use crate::types::{ContentId, Kind, NodeId, Timestamp, XattrSetId, Xattrs};
 
 use super::intend::dirty;
 use super::nodes::{Node, State};
@@ -18,6 +18,9 @@ use super::{Caller, Volume};
 
 /// The extended attribute that holds a file's access ACL.
 const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
+/// The attributes of one object, names and values, as long as the longest value that there can be
+/// and some more. ext4 has 4 KiB.
+const XATTRS_BYTES_MAX: usize = 80 << 10;
 /// Names with this prefix are ours and never shown.
 const OUR_XATTRS: &[u8] = b"trusted.rearview.";
 
@@ -358,12 +361,29 @@ impl Volume {
         let _cut = self.cut.read();
         let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
+        self.check_room(node, name, value)?;
         let (key, own) = (name.to_owned(), value.to_vec());
         self.on_object("setxattr", node, &state, move |b, o| b.set_xattr(o, &key, &own, flags))?;
         if name.as_bytes() == ACCESS_ACL {
             self.drop_foreign_setgid(node, &mut state, caller)?;
         }
         self.record(node, &mut state, caller)
+    }
+
+    /// Refuses an attribute that would make the set of them too large: each change of one cuts a
+    /// version, and has the whole set written to the catalog.
+    fn check_room(&self, node: &Arc<Node>, name: &OsStr, value: &[u8]) -> Result<()> {
+        let row = self.catalog().node(node.id)?.map_or(XattrSetId::NONE, |row| row.xattrs);
+        let set = self.catalog().xattrs(row)?;
+        let size = |(name, value): (&Vec<u8>, &Vec<u8>)| name.len() + value.len();
+        let now: usize = set.0.iter().map(size).sum();
+        let old = set.0.get_key_value(name.as_bytes()).map_or(0, size);
+        let new = name.len() + value.len();
+        // What an adopted file has may be more; it may shrink.
+        match new > old && now - old + new > XATTRS_BYTES_MAX {
+            true => Err(Error::Posix(Errno::NOSPC)),
+            false => Ok(()),
+        }
     }
 
     /// Setting an ACL drops setgid for a caller outside the file's group, as

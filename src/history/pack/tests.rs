@@ -91,7 +91,9 @@ proptest! {
             }
         }
     }
+}
 
+proptest! {
     /// Headers that are nearly right reach further than garbage does.
     #[test]
     fn a_changed_frame_header_never_panics(
@@ -105,6 +107,22 @@ proptest! {
         let _ = frame_bytes(&bytes);
         if let Ok(frame) = Frame::decode(&bytes) {
             prop_assert!(frame.data == [chunk(1, 1000, true), chunk(2, 500, false)].concat());
+        }
+    }
+
+    /// Whoever can write a pack can also write its hash.
+    #[test]
+    fn a_changed_pack_with_a_right_hash_never_panics(
+        at in any::<prop::sample::Index>(), flips in any::<[u8; 4]>(),
+    ) {
+        let mut bytes = pack(&[chunk(1, 1000, true), chunk(2, 500, false)]).bytes;
+        let body = bytes.len() - 32;
+        let at = at.index(body - 4);
+        bytes[at..at + 4].iter_mut().zip(flips).for_each(|(byte, flip)| *byte ^= flip);
+        let hash = blake3::hash(&bytes[..body]);
+        bytes[body..].copy_from_slice(hash.as_bytes());
+        if let Ok(scanned) = scan(&bytes) {
+            prop_assert!(scanned.chunks.len() <= bytes.len() / ENTRY_BYTES);
         }
     }
 

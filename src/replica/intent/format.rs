@@ -366,6 +366,28 @@ mod tests {
             prop_assert!(decode(1, &record).is_none());
         }
 
+        /// Whoever can write a log can also write its hashes.
+        #[test]
+        fn headers_and_records_of_any_numbers_are_taken_or_not(
+            words in any::<[u64; 7]>(), kind in any::<u8>(),
+        ) {
+            let [number, closed, generation, sequence, undo_from, node, epoch] = words;
+            let base = Base { generation, sequence, undo_from };
+            let header = Header { number, mount: 1, closed: Epoch(closed), base };
+            let read = Header::decode(&header.encode());
+            prop_assert_eq!(read.is_some(), number < NUMBER_MAX);
+            let mut record = encode(1, Epoch(epoch), dir(node));
+            record[8] = kind;
+            let hash = record_hash(1, &record[..RECORD_HASH_AT]);
+            record[RECORD_HASH_AT..].copy_from_slice(&hash);
+            let mut past = Past::default();
+            if let Some((_, said)) = decode(1, &record) {
+                past.take(said);
+                let copy = past.clone();
+                past.join(&copy);
+            }
+        }
+
         #[test]
         fn garbage_is_no_log(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             prop_assert!(parse(&bytes).is_none());

@@ -230,7 +230,7 @@ impl<'c> Look<'c> {
     /// Whether a slot of a directory that is gone has the like of `row` again, in the directory
     /// that took the place of the gone one, and by somebody else's doing.
     fn is_back_elsewhere(&mut self, (dir, name): &Slot, row: &NodeRow) -> Result<bool> {
-        let Some(heir) = self.heir(*dir, 0)? else { return Ok(false) };
+        let Some(heir) = self.heir(*dir)? else { return Ok(false) };
         let Some((node, _)) = self.catalog.lookup(heir, name)? else { return Ok(false) };
         let life = self.life(node)?;
         let mut lives = life.names.iter().filter(|one| one.died.is_none());
@@ -240,19 +240,30 @@ impl<'c> Look<'c> {
     }
 
     /// The directory that now has the last place of one that is gone.
-    fn heir(&mut self, dir: NodeId, depth: usize) -> Result<Option<NodeId>> {
-        let life = self.life(dir)?;
-        let Some(last) = life.names.iter().max_by_key(|name| name.died) else { return Ok(None) };
-        if depth > DEPTH_MAX || life.is_live() {
-            return Ok(None);
-        }
-        let parent = match self.catalog.node(last.parent)? {
-            Some(_) => Some(last.parent),
-            None => self.heir(last.parent, depth + 1)?,
+    fn heir(&mut self, dir: NodeId) -> Result<Option<NodeId>> {
+        // Not by recursion: a tree may be deeper than a stack.
+        let mut names = Vec::new();
+        let mut at = dir;
+        let mut found = loop {
+            let life = self.life(at)?;
+            let last = life.names.iter().max_by_key(|name| name.died);
+            let Some(last) = last.filter(|_| !life.is_live() && names.len() <= DEPTH_MAX) else {
+                return Ok(None);
+            };
+            let parent = last.parent;
+            names.push(last.name.clone());
+            if self.catalog.node(parent)?.is_some() {
+                break parent;
+            }
+            at = parent;
         };
-        let Some(parent) = parent else { return Ok(None) };
-        let found = self.catalog.lookup(parent, &last.name)?;
-        Ok(found.filter(|(_, kind)| *kind == Kind::Dir).map(|(node, _)| node))
+        for name in names.iter().rev() {
+            match self.catalog.lookup(found, name)? {
+                Some((node, Kind::Dir)) => found = node,
+                _ => return Ok(None),
+            }
+        }
+        Ok(Some(found))
     }
 
     /// Why a slot cannot be made what it was; the path is the caller's to tell.
