@@ -16,9 +16,16 @@ mod model {
     pub mod reference;
 }
 
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
 use crash::dice::{Dice, number};
 use crash::experiment::Recording;
 use crash::sequence::operations;
+use model::drive::Driver;
+use model::ops::Op;
+use rearviewfs::catalog::Durability;
+use rearviewfs::store::Between;
 
 /// States tried of one recorded sequence.
 const CUTS_PER_SEQUENCE: usize = 12;
@@ -28,7 +35,6 @@ const NESTED_CUTS: usize = 3;
 
 #[test]
 fn what_was_acknowledged_survives_every_power_cut() {
-    let _ = env_logger::try_init();
     common::need(&["fusermount3"]);
     let wanted = number("REARVIEW_CRASHES", 50) as usize;
     let first = number("REARVIEW_SEED", 1);
@@ -62,4 +68,52 @@ fn what_was_acknowledged_survives_every_power_cut() {
     let count = failures.len();
     failures.truncate(5);
     assert!(count == 0, "{count} of {states} states were wrong:\n{}", failures.join("\n\n"));
+}
+
+/// btrfs brought the link of a file into `preserved/` to the disk, and not the end of another of
+/// its names before that. The live name would have changed the past, and the replicas differed in
+/// links.
+#[test]
+fn a_preserved_file_that_has_a_live_name_again_becomes_one_of_its_own() {
+    let scratch = common::scratch();
+    let root = scratch.path().canonicalize().expect("a scratch folder has a path");
+    let paths = vec![root.join("a"), root.join("b")];
+    let mut driver = Driver::over(paths.clone(), false, Between::default()).expect("a store");
+    let steps = [
+        Op::Create { dir: 0, name: 0, keep_open: false },
+        Op::Write { file: 0, offset: 0, length: 9000, fill: 7 },
+        Op::Link { file: 0, dir: 0, name: 1 },
+        Op::Snapshot,
+        Op::Unlink { dir: 0, name: 1 },
+        Op::OpenTruncate { file: 0 },
+    ];
+    steps.iter().for_each(|op| driver.step(op).expect("an operation"));
+    driver.catalog().flush(Durability::Durable).expect("a commit");
+    let want = driver.snapshots["s1"]["/n0"].content.clone();
+    drop(driver);
+    let preserved: Vec<_> = paths.iter().map(|path| only_preserved(path)).collect();
+    for (path, kept) in paths.iter().zip(&preserved) {
+        std::fs::hard_link(kept, path.join("n1")).expect("a link can be made");
+    }
+    let mut driver = Driver::over(paths.clone(), false, Between::default()).expect("it recovers");
+    for (path, kept) in paths.iter().zip(&preserved) {
+        assert_eq!(std::fs::metadata(kept).expect("it is there").nlink(), 1);
+        assert_eq!(std::fs::metadata(path.join("n1")).expect("it is there").nlink(), 1);
+    }
+    let snapshot = driver.catalog().snapshot("s1").expect("a look").expect("it is there");
+    let shown = driver.dump_moment(snapshot.generation).expect("it can be read");
+    assert!(shown["/n0"].content == want, "the past changed");
+    driver.unmount().expect("the replicas are equal");
+}
+
+/// The one file in `preserved/`.
+fn only_preserved(backing: &Path) -> PathBuf {
+    let shards = std::fs::read_dir(backing.join(".rearview/preserved")).expect("it is there");
+    let files = shards.flat_map(|shard| {
+        let shard = shard.expect("an entry").path();
+        std::fs::read_dir(shard).expect("it is there").map(|file| file.expect("an entry").path())
+    });
+    let files: Vec<PathBuf> = files.collect();
+    assert_eq!(files.len(), 1, "{files:?}");
+    files[0].clone()
 }

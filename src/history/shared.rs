@@ -1,8 +1,8 @@
 //! A preserved file that has a live name as well, after an unclean end.
 //!
-//! A file is preserved by a link before something takes its name, and by a rename when its last name
-//! goes. So there are two ways to find one with another name. Either we died between the link and
-//! what takes the name: then the file is live as it was, and the link is dropped. Or a power cut
+//! A file is preserved by a link before something takes its name, and by a rename when its last
+//! name goes. So there are two ways to find one with another name. Either we died between the link
+//! and what takes the name: then the file is live as it was, and the link is dropped. Or a power cut
 //! brought the link to the disk and not the end of another name before it, which btrfs does when
 //! something is synced in between: then history needs the file, and the live name shows it by
 //! mistake, or a state of its own from now on. Written to, it would change the past, so the
@@ -17,8 +17,8 @@ use crate::types::{ContentId, EntryName, NodeId};
 
 use super::{OWN, remove_leftover};
 
-/// Sees to a preserved file that has other names. `true` if it was only a link of the live file, and
-/// is gone; never if it is `known` to be preserved.
+/// Sees to a preserved file that has other names. `true` if it was only a link of the live file,
+/// and is gone; never if it is `known` to be preserved.
 pub(super) fn settle(
     replicas: &ReplicaSet,
     catalog: &Catalog,

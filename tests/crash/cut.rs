@@ -2,14 +2,14 @@
 //!
 //! | filesystem | names and attributes | data |
 //! |--|--|--|
-//! | `Ordered` (XFS) | the changes up to some point, which no sync precedes | not synced: any pages |
+//! | `Ordered` (XFS) | the changes up to some point, past every sync | not synced: any pages |
 //! | `Ordered` (ext4) | the same; an append within the last page is one, its bytes are not | same |
 //! | `Copying` (btrfs) | up to some point; after it, what was synced and its names alone | same |
 //! | `Kept` | all: only the process died | all |
 //!
-//! A page that was not synced is kept, lost, or torn between two sectors. Measured on the real ones:
-//! ext4 and XFS keep the order of names whatever is synced; btrfs' log makes a synced file durable
-//! without what came before it.
+//! A page that was not synced is kept, lost, or torn between two sectors. Measured on the real
+//! ones: ext4 and XFS keep the order of names whatever is synced; btrfs' log makes a synced file
+//! durable without what came before it.
 
 use std::collections::BTreeMap;
 

@@ -352,8 +352,8 @@ fn content(object: &Object) -> Option<&[u8]> {
     }
 }
 
-/// Whether `found` is a mix of `versions`: its size between theirs, each byte one of theirs or, past
-/// the end of one of them, zero.
+/// Whether `found` is a mix of `versions`: its size between theirs, each byte one of theirs or,
+/// past the end of one of them, zero.
 fn mixed(found: &[u8], versions: &[&[u8]]) -> Verdict {
     let least = versions.iter().map(|version| version.len()).min().unwrap_or(0);
     let most = versions.iter().map(|version| version.len()).max().unwrap_or(0);
@@ -362,7 +362,8 @@ fn mixed(found: &[u8], versions: &[&[u8]]) -> Verdict {
     }
     for (at, byte) in found.iter().enumerate() {
         let own = versions.iter().any(|version| version.get(at) == Some(byte));
-        if !own && !(*byte == 0 && at >= least) {
+        let hole = *byte == 0 && at >= least;
+        if !own && !hole {
             return Err(format!("has a foreign byte {byte:#x} at {at} of {}", found.len()));
         }
     }

@@ -19,8 +19,8 @@ impl FsKind {
         Ok(FsKind(rustix::fs::fstatfs(open)?.f_type as u32))
     }
 
-    /// Whether it keeps on a device of this machine, and the inodes of open files in memory, so that
-    /// it is known what does not wait for anything.
+    /// Whether it keeps on a device of this machine, and the inodes of open files in memory, so
+    /// that it is known what does not wait for anything.
     pub(super) fn is_local(self) -> bool {
         [EXT4, XFS, BTRFS, F2FS, TMPFS].contains(&self.0)
     }

@@ -88,7 +88,7 @@ impl History<'_> {
             }
         }
         for (name, size) in &wanted {
-            let equal_size = present.get(name) == Some(size);
+            let equal_size = present.get(name) == Some(size) && !is_shared(target, &to, name)?;
             let suspect = is_suspect(name, self.bounds, is_undo);
             let same = equal_size && (!suspect || self.same(copier, (&from, &to), path, name)?);
             if same {
@@ -136,6 +136,13 @@ impl History<'_> {
             other => other,
         }
     }
+}
+
+/// Whether a file has other names as well. A power cut can leave a preserved one a live name, by
+/// which it would change.
+fn is_shared(site: &Site, dir: &Handle, name: &EntryName) -> Result<bool> {
+    let stat = site.backing.stat_at(dir, name);
+    Ok(stat.context("look at a history file in", &site.path)?.nlink > 1)
 }
 
 /// Whether equal size does not prove equal bytes.
