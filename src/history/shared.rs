@@ -2,9 +2,9 @@
 //!
 //! A file is preserved by a link before something takes its name, and by a rename when its last
 //! name goes. So there are two ways to find one with another name. Either we died between the link
-//! and what takes the name: then the file is live as it was, and the link is dropped. Or a power cut
-//! brought the link to the disk and not the end of another name before it, which btrfs does when
-//! something is synced in between: then history needs the file, and the live name shows it by
+//! and what takes the name: then the file is live as it was, and the link is dropped. Or a power
+//! cut brought the link to the disk and not the end of another name before it, which btrfs does
+//! when something is synced in between: then history needs the file, and the live name shows it by
 //! mistake, or a state of its own from now on. Written to, it would change the past, so the
 //! preserved file becomes one of its own.
 

@@ -14,7 +14,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use fuser::{
     BackgroundSession, BackingId, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType,
@@ -26,10 +26,8 @@ use fuser::{
 use parking_lot::Mutex;
 use rustix::mount::UnmountFlags;
 
+use super::answers::{Answer, TTL, attr, end, entered, kind, time, value};
 use super::tree::{Attributes, Body, Change, Event, Ino, Inode, Place, Tree};
-
-/// The kernel asks each time: nothing may be remembered that a change made stale.
-const TTL: Duration = Duration::ZERO;
 
 /// The changes of all disks of one experiment, in one order.
 #[derive(Default)]
@@ -105,8 +103,6 @@ struct Mapped {
     file: File,
     id: Option<BackingId>,
 }
-
-type Answer<T> = Result<T, Errno>;
 
 impl Server {
     /// Does a change and remembers it. One lock, so that the order remembered is the one it
@@ -192,81 +188,6 @@ impl Server {
 
     fn look<T>(&self, ino: INodeNo, f: impl FnOnce(&Inode) -> T) -> Answer<T> {
         self.state.lock().0.inodes.get(&ino.0).map(f).ok_or(Errno::ENOENT)
-    }
-}
-
-fn kind(body: &Body) -> FileType {
-    match body {
-        Body::File(_) => FileType::RegularFile,
-        Body::Dir(_) => FileType::Directory,
-        Body::Symlink(_) => FileType::Symlink,
-        Body::Other(rustix::fs::FileType::Fifo) => FileType::NamedPipe,
-        Body::Other(rustix::fs::FileType::CharacterDevice) => FileType::CharDevice,
-        Body::Other(rustix::fs::FileType::BlockDevice) => FileType::BlockDevice,
-        Body::Other(_) => FileType::Socket,
-    }
-}
-
-fn attr(tree: &Tree, ino: Ino) -> Answer<FileAttr> {
-    let inode = tree.inodes.get(&ino).ok_or(Errno::ENOENT)?;
-    let (size, nlink) = match &inode.body {
-        Body::File(content) => (content.len(), tree.places(ino).len()),
-        Body::Dir(_) => (4096, 2),
-        Body::Symlink(target) => (target.len(), 1),
-        Body::Other(_) => (0, tree.places(ino).len()),
-    };
-    Ok(FileAttr {
-        ino: INodeNo(ino),
-        size: size as u64,
-        blocks: size.div_ceil(512) as u64,
-        atime: inode.atime,
-        mtime: inode.mtime,
-        ctime: inode.ctime,
-        crtime: SystemTime::UNIX_EPOCH,
-        kind: kind(&inode.body),
-        perm: inode.mode as u16,
-        nlink: nlink as u32,
-        uid: inode.uid,
-        gid: inode.gid,
-        rdev: inode.rdev,
-        blksize: 4096,
-        flags: 0,
-    })
-}
-
-fn time(given: Option<TimeOrNow>) -> Option<SystemTime> {
-    given.map(|time| match time {
-        TimeOrNow::SpecificTime(time) => match SystemTime::UNIX_EPOCH.duration_since(time) {
-            // The crate takes the nanoseconds of a time before 1970 off where they must be added.
-            Ok(before) if before.subsec_nanos() > 0 => {
-                let nanos = Duration::from_nanos(before.subsec_nanos().into());
-                SystemTime::UNIX_EPOCH - Duration::from_secs(before.as_secs()) + nanos
-            }
-            _ => time,
-        },
-        TimeOrNow::Now => SystemTime::now(),
-    })
-}
-
-fn end(reply: ReplyEmpty, answer: Answer<()>) {
-    match answer {
-        Ok(()) => reply.ok(),
-        Err(errno) => reply.error(errno),
-    }
-}
-
-fn entered(reply: ReplyEntry, answer: Answer<FileAttr>) {
-    match answer {
-        Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
-        Err(errno) => reply.error(errno),
-    }
-}
-
-fn value(reply: ReplyXattr, size: u32, bytes: &[u8]) {
-    match size {
-        0 => reply.size(bytes.len() as u32),
-        size if (size as usize) < bytes.len() => reply.error(Errno::ERANGE),
-        _ => reply.data(bytes),
     }
 }
 

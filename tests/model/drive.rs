@@ -574,7 +574,7 @@ impl Driver {
             return Err(format!("the replicas differ: {first:?}"));
         }
         let options = CheckOptions { read_data: true };
-        let report = check(&paths, options, &Progress::silent()).or_else(fail("check"))?;
+        let report = check(paths, options, &Progress::silent()).or_else(fail("check"))?;
         match report.damage.first() {
             None => Ok(()),
             Some(first) => Err(format!("the check finds damage: {first}")),

@@ -175,8 +175,8 @@ fn what_was_changed_behind_our_back_is_kept_from_another_replica() {
     bench.assert_equal(&["a", "b"]);
 }
 
-/// A power cut kept a directory on one replica only, with a second name of a file that both had. The
-/// name went to quarantine with the directory, and the replicas differed in the file's links.
+/// A power cut kept a directory on one replica only, with a second name of a file that both had.
+/// The name went to quarantine with the directory, and the replicas differed in the file's links.
 #[test]
 fn a_directory_in_quarantine_has_no_name_of_a_file_that_stays() {
     let bench = Bench::new();
