@@ -14,7 +14,9 @@ use super::schema::NextIds;
 use super::{
     Change, ForgetChange, NEVER, NodeRow, PackChange, Snapshot, UndoFile, UndoPlace, UndoRow,
 };
-use crate::types::{ContentId, EntryName, Generation, NodeId, SnapshotId, XattrSetId, Xattrs};
+use crate::types::{
+    ContentId, EntryName, Generation, Kind, NodeId, SnapshotId, XattrSetId, Xattrs,
+};
 
 /// All that one commit writes.
 #[derive(Debug)]
@@ -232,7 +234,11 @@ impl Batch {
     /// A file that gets another name in the burst in which it came into being, as editors and
     /// `rsync` save, never had the first one: nobody saw it.
     fn fold_first_name(&mut self, node: NodeId, at: Generation, frozen: Generation) {
-        let newborn = self.nodes.get(&node).is_some_and(|delta| delta.newborn);
+        // Not a directory's: what was made in it meanwhile had a path by that name.
+        let is_file = |delta: &NodeDelta| {
+            delta.current.as_ref().is_some_and(|(_, row)| row.kind != Kind::Dir)
+        };
+        let newborn = self.nodes.get(&node).is_some_and(|delta| delta.newborn && is_file(delta));
         let Some([(parent, name)]) = self.named.get(&node).map(Vec::as_slice) else { return };
         let entry = self.entries.get_mut(parent).and_then(|names| names.get_mut(name));
         let Some(delta) = entry.filter(|_| newborn) else { return };
