@@ -11,7 +11,7 @@
 //!
 //! Handing over costs two switches between threads, some 5 µs where one processor does both. Paid
 //! for every call on every replica it was 17 times for each small file of an untar, and `rm -r`
-//! took about twice as long. So an operation goes over once as a whole ([`relay`]), and calls one
+//! took about twice as long. So an operation goes over once as a whole (`relay`), and calls one
 //! by one only where they are rare.
 //!
 //! What certainly does not touch the device (`*_at_hand`: attributes of an open file, pages and
