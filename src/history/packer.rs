@@ -429,7 +429,8 @@ impl<'a> Packer<'a> {
         let small = packs.iter().filter(|pack| pack.bytes < JOIN_BYTES).count() >= JOIN_COUNT;
         let is_due = |pack: &PackRow| {
             let dead = pack.bytes.saturating_sub(pack.live);
-            let unused = dead >= REPACK_BYTES_MIN && dead * 100 >= pack.bytes * REPACK_PERCENT;
+            let unused = dead >= REPACK_BYTES_MIN
+                && dead.saturating_mul(100) >= pack.bytes.saturating_mul(REPACK_PERCENT);
             pack.live == 0 || unused || (small && pack.bytes < JOIN_BYTES)
         };
         self.copy_out(packs.into_iter().filter(is_due).collect(), bytes_max)
@@ -440,7 +441,8 @@ impl<'a> Packer<'a> {
     pub fn squeeze(&mut self) -> Result<u64> {
         let dead = |pack: &PackRow| pack.bytes.saturating_sub(pack.live);
         let worth = |pack: &PackRow| {
-            dead(pack) >= REPACK_BYTES_MIN && dead(pack) * 100 >= pack.bytes * SQUEEZE_PERCENT
+            dead(pack) >= REPACK_BYTES_MIN
+                && dead(pack).saturating_mul(100) >= pack.bytes.saturating_mul(SQUEEZE_PERCENT)
         };
         let packs = self.catalog.packs()?.into_iter();
         let loosest = packs.filter(worth).max_by_key(dead);
