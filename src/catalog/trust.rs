@@ -5,10 +5,9 @@
 //! ourselves is accepted. Rows are checked where they are read.
 //!
 //! SQLite opens by path. No symlink is followed in place of the file or of the directory that it
-//! lies in, and the file is the same one before SQLite opened it and after. One gap stays: the
-//! files beside it (`-wal`, `-shm`) are opened by path as well, so that whoever may rename the
-//! private directory, and does so at that very moment, can have a new file of that name made
-//! elsewhere.
+//! lies in, and the file is the same one before SQLite opened it and after. One gap stays: what is
+//! beside it (`-wal`, `-shm`) is opened by path as well, so that whoever may rename the private
+//! directory, and does so at that very moment, can have a new file of that name made elsewhere.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
