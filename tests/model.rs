@@ -57,7 +57,8 @@ mod found {
     use super::model::ops::Op::{self, *};
 
     /// The steps of packing, in the order of the alphabet.
-    const STEPS: [&str; 7] = [
+    const STEPS: [&str; 8] = [
+        "scratch files were forgotten",
         "a pack was recorded",
         "a pack was removed",
         "a pack was written",

@@ -431,16 +431,26 @@ pub fn missing(bytes: &[u8], rows: &[UndoRow]) -> Vec<UndoRow> {
 pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, from: u64) -> Result<()> {
     let dir = replicas.private(PrivateDir::Undo)?;
     let mut found = 0;
+    // Contents whose seal was not committed any more, and how far their before-images reach.
+    let mut unknown: BTreeMap<ContentId, (NodeId, u64)> = BTreeMap::new();
     for segment in segments(replicas)?.into_iter().filter(|&segment| segment >= from) {
         let bytes = replicas.read("undo", |id, b| read_segment(b, dir.get(id)?, segment))?;
         for (offset, (_, mut row)) in records(&bytes) {
             row.at = Some(UndoPlace { file: UndoFile::Segment(segment), offset });
             if needs_row(catalog, &row)? {
+                if catalog.content_size(row.content)?.is_none() {
+                    let known = unknown.entry(row.content).or_insert((row.node, 0));
+                    known.1 = known.1.max(row.offset + row.length);
+                }
                 catalog.push(vec![Change::UndoAdd(row)])?;
                 found += 1;
             }
         }
     }
+    // No state shows them, but older contents of their nodes rely on them.
+    let contents =
+        unknown.into_iter().map(|(id, (node, size))| Change::ContentAdd { id, node, size });
+    catalog.push(contents.collect())?;
     if found > 0 {
         log::info!("history: found {found} before-images not yet recorded");
     }
