@@ -25,8 +25,8 @@ pub(super) fn check(
 ) -> Result<()> {
     let phase = format!("Checking the live tree of {}", site.path.display());
     progress.begin(&phase, catalog.totals()?.live_nodes, 0);
-    let mut tree =
-        Tree { site, catalog, options, common, report, progress, inodes: HashMap::new() };
+    let (inodes, names) = (HashMap::new(), HashMap::new());
+    let mut tree = Tree { site, catalog, options, common, report, progress, inodes, names };
     let result = tree.run();
     progress.end();
     result
@@ -41,6 +41,8 @@ struct Tree<'a> {
     progress: &'a Progress,
     /// Which inode each hard-linked node is.
     inodes: HashMap<NodeId, u64>,
+    /// How many names each hard-linked node has: to be counted once, not once for each name.
+    names: HashMap<NodeId, u32>,
 }
 
 impl Tree<'_> {
@@ -112,10 +114,17 @@ impl Tree<'_> {
             self.report.damage(self.site.at(path), format!("its node {node} is not known"));
             return Ok(false);
         };
+        let names = match self.names.get(&node) {
+            Some(known) => *known,
+            None => self.catalog.names(node)?.len() as u32,
+        };
+        if names > 1 {
+            self.names.insert(node, names);
+        }
         let record = Record {
             xattrs: self.catalog.xattrs(row.xattrs)?.as_ref().clone(),
             target: self.catalog.symlink_target(node)?.unwrap_or_default(),
-            names: self.catalog.names(node)?.len() as u32,
+            names,
             row,
         };
         for aspect in record.differences(object) {
