@@ -334,9 +334,9 @@ pub fn escape(bytes: &[u8]) -> String {
 }
 
 /// The last door before a terminal, behind [`escape`]: text that is made for people, with what no
-/// such text has, control characters other than the ends of lines, written as `\xNN`.
+/// such text has, control characters other than tabs and the ends of lines, written as `\xNN`.
 pub fn printable(text: &str) -> std::borrow::Cow<'_, str> {
-    let harmless = |c: char| c == '\n' || !(c.is_control() || is_format_control(c));
+    let harmless = |c: char| matches!(c, '\n' | '\t') || !(c.is_control() || is_format_control(c));
     if text.chars().all(harmless) {
         return text.into();
     }
