@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -471,6 +471,7 @@ impl<'a> Maker<'a> {
             let made = File::create(paths[file.parent].join(file.name().as_os_str()));
             let made = made.expect("a file can be made");
             made.set_len(file.row.size).expect("a file can be sized");
+            made.set_permissions(fs::Permissions::from_mode(file.row.mode)).expect("a mode");
             std::os::unix::fs::fchown(&made, Some(1000), Some(1000)).expect("we are root");
             made.set_times(times(&file.row)).expect("a file's times can be set");
         }
