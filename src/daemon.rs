@@ -7,18 +7,17 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::control::DaemonInfo;
 use crate::control::server::Server;
 use crate::control::service::Service;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::excludes::Patterns;
 use crate::fs::{Filesystem, FsOptions, SnapDir};
 use crate::fuse::{self, ServeOptions, Session};
 use crate::history::History;
 use crate::mountpoint::options::MountOptions;
-use crate::mountpoint::{self, Pulse, device, show, table};
+use crate::mountpoint::{self, device, show, table};
 use crate::progress::Progress;
 use crate::report::PathText;
 use crate::store;
@@ -29,8 +28,6 @@ pub mod background;
 pub mod log;
 mod signals;
 
-/// How long the mount may take to answer its first request.
-const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Threads that serve the kernel, unless asked for: more wait for each other on small machines.
 const THREADS_DEFAULT_MAX: usize = 8;
 
@@ -157,7 +154,10 @@ fn mount_and_wait(
     let threads = thread_count(plan.options.threads);
     let session =
         fuse::serve(fs, device, &ServeOptions { threads }).inspect_err(|_| take_away(target))?;
-    let begun = signals.serving(target).and_then(|()| answer_first(target)).and_then(|()| ready());
+    // The handshake is done: from here on requests are answered. We must not ask for an answer
+    // ourselves: killed while the kernel waits for it, this process could never end, for its
+    // descriptor of the mount would stay open.
+    let begun = signals.serving(target).and_then(|()| ready());
     match begun {
         Ok(()) => {
             ::log::info!("mounted {plan}");
@@ -168,15 +168,6 @@ fn mount_and_wait(
             take_away(target);
             join(session)?;
             Err(error)
-        }
-    }
-}
-
-fn answer_first(target: &std::path::Path) -> Result<()> {
-    match mountpoint::probe(target, READY_TIMEOUT) {
-        Pulse::Alive => Ok(()),
-        Pulse::Dead | Pulse::Silent => {
-            Err(Error::Refused(format!("the mount on {} does not answer", show(target))))
         }
     }
 }
