@@ -138,6 +138,7 @@ impl History {
                 bytes[got..].fill(0);
                 Some(self.undo.append(replicas, of, at, &bytes)?)
             } else {
+                self.undo.append_hole(replicas, of, at, end - at)?;
                 None
             };
             let (node, content) = of;

@@ -215,8 +215,10 @@ fn a_killed_daemon_loses_nothing_that_was_acknowledged() {
         let operations = Dice::new(seed).between(30, 400);
         let before = under_load(&store.mnt, seed, operations, &|| [0; DISKS], || kill(&store));
         store.mount().ok();
-        judge(&store.mnt, &before, Names::Acknowledged, ACKNOWLEDGED)
-            .unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+        judge(&store.mnt, &before, Names::Acknowledged, ACKNOWLEDGED).unwrap_or_else(|why| {
+            let found: String = store.backings.iter().map(|backing| listing(backing)).collect();
+            panic!("seed {seed}: {why}\n--- after recovery\n{found}")
+        });
         finish(&mut store).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
         store.mount().ok();
         common::shell(&store.mnt, "rm -rf w* noise*");

@@ -234,6 +234,7 @@ fn set(volume: Arc<Volume>, path: &str) -> Scene {
     }
     scene.write("f", 0, &[1; 9000]);
     scene.write("g", 0, &[2; 5000]);
+    scene.write("s", 12_288, &[6; 100]);
     scene.write("d/h", 0, &[3; 100]);
     scene.write("d/sub/deep/i", 0, &[4; 100]);
     scene.write("e/other/j", 0, &[5; 100]);
@@ -376,6 +377,11 @@ each_call! {
     };
     overwrite: |s| with_open(s, "f", |v, n| v.write(n, 4000, &[9; 3000], false, &caller()));
     append: |s| with_open(s, "f", |v, n| v.write(n, 9000, &[9; 3000], false, &caller()));
+    overwrite_of_a_hole: |s| with_open(s, "s", |v, n| v.write(n, 4089, &[9; 100], false, &caller()));
+    truncate_within_a_hole: |s| {
+        let changes = Changes { size: Some(5000), ..Changes::default() };
+        s.volume.set_attributes(&s.node("s")?, &changes, &caller()).map(drop)
+    };
     punch: |s| with_open(s, "f", |v, n| {
         let mode = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u32;
         v.fallocate(n, mode, 0, 4096, &caller())

@@ -262,6 +262,9 @@ impl<'a> Packer<'a> {
                     first = end;
                 }
                 self.record(changes)?;
+            } else {
+                // Records of holes leave rows that point nowhere, which must not go with them.
+                self.catalog.flush(Durability::Durable)?;
             }
             // What no replica has whole stays where it is.
             if !self.catalog.needs_segment(segment)? {

@@ -5,7 +5,7 @@
 //!
 //! | bytes | what |
 //! |--|--|
-//! | 0..4 | magic `RVU1` |
+//! | 0..4 | magic `RVU1`, or `RVUH` for a hole |
 //! | 4..8 | length of the data, little endian |
 //! | 8..16 | node |
 //! | 16..24 | content |
@@ -13,8 +13,9 @@
 //! | 32..64 | BLAKE3 of bytes 0..32 and the data |
 //! | 64.. | the data, then zeros up to a multiple of 64 |
 //!
-//! A catalog row points at the data. If we die before the row is committed, the record itself tells
-//! all that the row would say, and [`recover`] adds the row.
+//! The data of a hole is its length, 8 bytes. A catalog row points at the data of a before-image;
+//! that of a hole says all itself and points nowhere. If we die before the row is committed, the
+//! record tells all that the row would say, and [`recover`] adds the row.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 use super::ranges::ByteRange;
 
 const MAGIC: [u8; 4] = *b"RVU1";
+const MAGIC_HOLE: [u8; 4] = *b"RVUH";
 const HEADER_BYTES: usize = 64;
 const RECORD_ALIGN: u64 = 64;
 /// A new segment is begun at this size, so that space can be given back by removing whole files.
@@ -114,9 +116,9 @@ pub fn next_segment(replicas: &ReplicaSet) -> Result<u64> {
     Ok(segments(replicas)?.last().map_or(1, |last| last + 1))
 }
 
-fn encode_header(of: (NodeId, ContentId), offset: u64, data: &[u8]) -> [u8; HEADER_BYTES] {
+fn encode(magic: [u8; 4], of: (NodeId, ContentId), offset: u64, data: &[u8]) -> Vec<u8> {
     let mut header = [0; HEADER_BYTES];
-    header[0..4].copy_from_slice(&MAGIC);
+    header[0..4].copy_from_slice(&magic);
     header[4..8].copy_from_slice(&(data.len() as u32).to_le_bytes());
     header[8..16].copy_from_slice(&of.0.0.to_le_bytes());
     header[16..24].copy_from_slice(&of.1.0.to_le_bytes());
@@ -124,13 +126,25 @@ fn encode_header(of: (NodeId, ContentId), offset: u64, data: &[u8]) -> [u8; HEAD
     let mut hash = blake3::Hasher::new();
     hash.update(&header[..32]).update(data);
     header[32..64].copy_from_slice(hash.finalize().as_bytes());
-    header
+    [header.as_slice(), data].concat()
+}
+
+/// A record of a segment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Record {
+    /// What its row says but for the place.
+    row: UndoRow,
+    /// Whether it is of a hole, whose row has no place.
+    is_hole: bool,
+    /// Bytes of the record.
+    bytes: usize,
 }
 
 /// Reads a record that begins at `bytes[0]`; `None` where there is no whole, valid one.
-pub fn decode(bytes: &[u8]) -> Option<(UndoRow, usize)> {
+fn decode(bytes: &[u8]) -> Option<Record> {
     let header = bytes.get(..HEADER_BYTES)?;
-    if header[..4] != MAGIC {
+    let is_hole = header[..4] == MAGIC_HOLE;
+    if !is_hole && header[..4] != MAGIC {
         return None;
     }
     let word = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("8 bytes"));
@@ -144,14 +158,20 @@ pub fn decode(bytes: &[u8]) -> Option<(UndoRow, usize)> {
     if hash.finalize().as_bytes() != &header[32..64] {
         return None;
     }
+    let extent = match is_hole {
+        true => u64::from_le_bytes(data.try_into().ok()?),
+        false => u64::from(length),
+    };
+    // No byte of a file is farther out, and the catalog's numbers are signed.
+    word(24).checked_add(extent).filter(|&end| extent > 0 && i64::try_from(end).is_ok())?;
     let row = UndoRow {
         node: NodeId(word(8)),
         content: ContentId(word(16)),
         offset: word(24),
-        length: u64::from(length),
+        length: extent,
         at: None,
     };
-    Some((row, HEADER_BYTES + length as usize))
+    Some(Record { row, is_hole, bytes: HEADER_BYTES + length as usize })
 }
 
 impl UndoLog {
@@ -280,9 +300,25 @@ impl UndoLog {
         data: &[u8],
     ) -> Result<UndoPlace> {
         assert!(!data.is_empty() && data.len() <= DATA_BYTES_MAX as usize);
-        let mut record = Vec::with_capacity(HEADER_BYTES + data.len());
-        record.extend_from_slice(&encode_header(of, offset, data));
-        record.extend_from_slice(data);
+        self.append_record(replicas, encode(MAGIC, of, offset, data))
+    }
+
+    /// Appends, on every replica, that a content has a hole at `offset`. Not durable yet.
+    ///
+    /// Its row alone would not do: one that was not committed when we died would be lost, and the
+    /// content would show what was written into the hole.
+    pub fn append_hole(
+        &self,
+        replicas: &ReplicaSet,
+        of: (NodeId, ContentId),
+        offset: u64,
+        length: u64,
+    ) -> Result<()> {
+        self.append_record(replicas, encode(MAGIC_HOLE, of, offset, &length.to_le_bytes()))?;
+        Ok(())
+    }
+
+    fn append_record(&self, replicas: &ReplicaSet, record: Vec<u8>) -> Result<UndoPlace> {
         let mut tail = self.tail.lock();
         if tail.files.is_none() || tail.end >= SEGMENT_BYTES_MAX {
             self.begin_segment(replicas, &mut tail)?;
@@ -379,16 +415,17 @@ fn read_segment(b: &dyn Backing, dir: &Handle, segment: u64) -> std::io::Result<
 
 /// The whole records of a segment: by where their data begins, where it ends and what it is. A torn
 /// one is passed over; the scan goes on at the next multiple of 64.
-fn records(bytes: &[u8]) -> BTreeMap<u64, (u64, UndoRow)> {
+fn records(bytes: &[u8]) -> BTreeMap<u64, (u64, Record)> {
     let mut whole = BTreeMap::new();
     let mut at = 0;
     while at < bytes.len() {
-        let Some((row, used)) = decode(&bytes[at..]) else {
+        let Some(record) = decode(&bytes[at..]) else {
             at += RECORD_ALIGN as usize;
             continue;
         };
-        whole.insert((at + HEADER_BYTES) as u64, ((at + used) as u64, row));
-        at = (at + used).next_multiple_of(RECORD_ALIGN as usize);
+        let end = at + record.bytes;
+        whole.insert((at + HEADER_BYTES) as u64, (end as u64, record));
+        at = end.next_multiple_of(RECORD_ALIGN as usize);
     }
     whole
 }
@@ -435,8 +472,9 @@ pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, from: u64) -> Result<()
     let mut unknown: BTreeMap<ContentId, (NodeId, u64)> = BTreeMap::new();
     for segment in segments(replicas)?.into_iter().filter(|&segment| segment >= from) {
         let bytes = replicas.read("undo", |id, b| read_segment(b, dir.get(id)?, segment))?;
-        for (offset, (_, mut row)) in records(&bytes) {
-            row.at = Some(UndoPlace { file: UndoFile::Segment(segment), offset });
+        for (offset, (_, Record { mut row, is_hole, .. })) in records(&bytes) {
+            let place = UndoPlace { file: UndoFile::Segment(segment), offset };
+            row.at = (!is_hole).then_some(place);
             if needs_row(catalog, &row)? {
                 if catalog.content_size(row.content)?.is_none() {
                     let known = unknown.entry(row.content).or_insert((row.node, 0));
@@ -480,11 +518,14 @@ mod tests {
     #[test]
     fn a_record_tells_what_its_row_would() {
         let of = (NodeId(7), ContentId(9));
-        let mut record = encode_header(of, 4096, b"old bytes").to_vec();
-        record.extend_from_slice(b"old bytes");
-        let (row, used) = decode(&record).expect("a valid record");
+        let record = encode(MAGIC, of, 4096, b"old bytes");
+        let Record { row, is_hole, bytes } = decode(&record).expect("a valid record");
         assert_eq!((row.node, row.content, row.offset, row.length), (of.0, of.1, 4096, 9));
-        assert_eq!(used, record.len());
+        assert_eq!((is_hole, bytes), (false, record.len()));
+        let record = encode(MAGIC_HOLE, of, 4096, &(1u64 << 60).to_le_bytes());
+        let Record { row, is_hole, bytes } = decode(&record).expect("a valid record");
+        assert_eq!((row.node, row.content, row.offset, row.length), (of.0, of.1, 4096, 1 << 60));
+        assert_eq!((is_hole, bytes), (true, record.len()));
     }
 
     #[test]
@@ -506,8 +547,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_changed_record_is_never_taken(at in 0usize..73, flip in 1u8..=255) {
-            let mut record = encode_header((NodeId(7), ContentId(9)), 4096, b"old bytes").to_vec();
-            record.extend_from_slice(b"old bytes");
+            let mut record = encode(MAGIC, (NodeId(7), ContentId(9)), 4096, b"old bytes");
             record[at] ^= flip;
             prop_assert!(decode(&record).is_none());
         }
@@ -518,9 +558,10 @@ mod tests {
             of in any::<[u64; 3]>(), data in proptest::collection::vec(any::<u8>(), 1..200),
             cut in any::<prop::sample::Index>(),
         ) {
-            let of = (NodeId(of[0]), ContentId(of[1]), of[2]);
-            let mut bytes = encode_header((of.0, of.1), of.2, &data).to_vec();
-            bytes.extend_from_slice(&data);
+            let (node, content, offset) = (NodeId(of[0]), ContentId(of[1]), of[2]);
+            let mut bytes = encode(MAGIC, (node, content), offset >> 2, &data);
+            let hole = encode(MAGIC_HOLE, (node, content), offset, &data);
+            prop_assert!(decode(&hole).is_none_or(|hole| hole.row.length > 0));
             bytes.resize(bytes.len().next_multiple_of(RECORD_ALIGN as usize), 0);
             bytes.extend_from_within(..);
             prop_assert_eq!(records(&bytes).len(), 2);
