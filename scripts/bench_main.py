@@ -8,9 +8,12 @@ import sys
 import tempfile
 
 import bench_cost
+import bench_speed
 from bench_place import Failure
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
+
+COMMANDS = {"cost": bench_cost.main, "speed": bench_speed.main}
 
 
 def interrupted(number, _frame):
@@ -46,6 +49,12 @@ def arguments():
         "cost", parents=[shared], help="bytes that history costs, for the same work"
     )
     bench_cost.add_arguments(cost)
+    speed = commands.add_parser(
+        "speed", parents=[shared], help="the time that the same work takes here and on the peers"
+    )
+    bench_speed.add_arguments(speed)
+    # In memory: a disk's own pace would hide what is compared.
+    speed.set_defaults(scratch=pathlib.Path("/dev/shm/rearview-bench"))
     commands.add_parser("scale", help="runs tests/scale.rs")
     return parser.parse_args()
 
@@ -58,7 +67,7 @@ def main():
     # The bench's own reads must find the files whatever the caller's mask.
     os.umask(0o022)
     try:
-        return {"cost": bench_cost.main}[options.command](options)
+        return COMMANDS[options.command](options)
     except Failure as failure:
         print(f"bench: {failure}", file=sys.stderr)
         return 1

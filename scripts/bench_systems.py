@@ -338,16 +338,18 @@ def grounds(place, folder, wanted):
     return found
 
 
-def versions_of_programs():
-    """What was measured, for the record."""
+def versions_of_programs(**more):
+    """What was measured, for the record: those that are installed, and `more` by their commands."""
     told = {}
     for name, command in {
         "rearview": (REARVIEW, "--version"),
         "restic": ("restic", "version"),
         "borg": ("borg", "--version"),
         "btrfs": ("btrfs", "--version"),
+        **more,
     }.items():
-        told[name] = run(*command).strip().splitlines()[0]
+        if shutil.which(command[0]):
+            told[name] = run(*command).strip().splitlines()[0]
     # Two builds of one version are two programs.
     binary = pathlib.Path(shutil.which(REARVIEW) or REARVIEW).read_bytes()
     told["rearview"] += f" ({hashlib.sha256(binary).hexdigest()[:16]})"
