@@ -377,7 +377,9 @@ each_call! {
     };
     overwrite: |s| with_open(s, "f", |v, n| v.write(n, 4000, &[9; 3000], false, &caller()));
     append: |s| with_open(s, "f", |v, n| v.write(n, 9000, &[9; 3000], false, &caller()));
-    overwrite_of_a_hole: |s| with_open(s, "s", |v, n| v.write(n, 4089, &[9; 100], false, &caller()));
+    overwrite_of_a_hole: |s| with_open(s, "s", |v, n| {
+        v.write(n, 4089, &[9; 100], false, &caller())
+    });
     truncate_within_a_hole: |s| {
         let changes = Changes { size: Some(5000), ..Changes::default() };
         s.volume.set_attributes(&s.node("s")?, &changes, &caller()).map(drop)
