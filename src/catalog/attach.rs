@@ -177,15 +177,20 @@ fn collect_differing(db: &Connection, found: &mut Differing) -> rusqlite::Result
 }
 
 impl Joining<'_> {
-    /// Applies what was committed meanwhile.
+    /// Applies what was committed before the call. What is committed while it runs is the next
+    /// call's: beside commits that are faster than we are, this would never end.
     pub fn catch_up(&mut self) -> Result<()> {
-        loop {
+        let waiting = self.catalog.shared.kept.lock().as_ref().map_or(0, |kept| kept.batches.len());
+        for turn in 0..=waiting {
             let next = {
                 let mut kept = self.catalog.shared.kept.lock();
                 let Some(kept) = &mut *kept else { return Ok(()) };
                 if kept.overrun {
                     let text = "the catalog grows faster than it can be copied: it is tried again";
                     return Err(Error::Refused(text.into()));
+                }
+                if turn == waiting {
+                    return Ok(());
                 }
                 let next = kept.batches.pop_front();
                 kept.changes -= next.as_ref().map_or(0, |(_, batch)| batch.count + 1);
@@ -196,6 +201,7 @@ impl Joining<'_> {
                 self.take(&committed, &batch)?;
             }
         }
+        Ok(())
     }
 
     fn take(&mut self, committed: &Committed, batch: &Batch) -> Result<()> {

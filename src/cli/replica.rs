@@ -31,6 +31,8 @@ Examples:
 const POLL: Duration = Duration::from_millis(100);
 /// Likewise at the end of `mount`.
 const POLL_SHORT: Duration = Duration::from_millis(10);
+/// How often whoever waits is told how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 /// A resync that takes no longer is part of `mount`, for who looks at the backings right after it.
 const SHORT_RESYNC: Duration = Duration::from_secs(3);
 
@@ -220,11 +222,18 @@ pub(super) fn after_mount(backings: &[PathBuf]) -> Result<()> {
 /// Waits until no replica is being resynced, or waits for it. [`Exit::Degraded`] if one is not
 /// current then.
 fn wait_for(located: &Located) -> Result<Exit> {
+    let mut told = Instant::now();
     loop {
         let report = ask(located, &Request::Status)?;
         if !report.replicas.iter().any(|replica| replica.is_resyncing()) {
             text::print(&status::replicas_text(&report))?;
             return Ok(if report.degraded { Exit::Degraded } else { Exit::Done });
+        }
+        if told.elapsed() >= TELL_EVERY {
+            told = Instant::now();
+            report.replicas.iter().filter_map(status::scan_text).for_each(|line| {
+                text::complain(&line);
+            });
         }
         std::thread::sleep(POLL);
     }

@@ -165,7 +165,7 @@ fn affected_text(report: &StatusReport) -> String {
 }
 
 /// What a resync does, as `zpool status` says it.
-fn scan_text(replica: &ReplicaReport) -> Option<String> {
+pub(super) fn scan_text(replica: &ReplicaReport) -> Option<String> {
     let resync = replica.resync.as_ref()?;
     let path = replica.path.shown();
     let left = |secs: u64| format!("{:02}:{:02}:{:02}", secs / 3600, secs / 60 % 60, secs % 60);

@@ -222,6 +222,7 @@ impl<'a> Fill<'a> {
             catalog: catalog.as_ref(),
             changing: false,
             bounds: self.within.as_ref().map(|within| within.bounds),
+            sealed_before: 0,
             seen: &mut seen,
         };
         history.fill(&mut self.copier, &mut self.quarantine)?;

@@ -170,7 +170,7 @@ impl Volume {
         changes: &Changes,
         caller: &Caller,
     ) -> Result<Stat> {
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(node)])?;
         let entries = if changes.size == Some(0) { self.lock_parent(node)? } else { None };
         let mut state = node.lock();
@@ -358,7 +358,7 @@ impl Volume {
         if name.as_bytes().starts_with(OUR_XATTRS) {
             return Err(Error::Posix(Errno::PERM));
         }
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
         self.check_room(node, name, value)?;
@@ -411,7 +411,7 @@ impl Volume {
         if name.as_bytes().starts_with(OUR_XATTRS) {
             return Err(Error::Posix(Errno::NODATA));
         }
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
         let key = name.to_owned();

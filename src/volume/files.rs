@@ -42,7 +42,7 @@ impl Volume {
         truncate: bool,
         caller: &Caller,
     ) -> Result<()> {
-        let _cut = self.cut.read();
+        let _cut = if truncate { self.begin_change() } else { self.cut.read() };
         let _intent = if truncate { Some(self.intend(&[dirty(node)])?) } else { None };
         let entries = if truncate { self.lock_parent(node)? } else { None };
         let mut state = node.lock();
@@ -204,7 +204,7 @@ impl Volume {
         if data.is_empty() {
             return Ok(());
         }
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         self.ensure_room(data.len() as u64)?;
         let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
@@ -423,7 +423,7 @@ impl Volume {
         length: u64,
         caller: &Caller,
     ) -> Result<()> {
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
         let range = ByteRange::new(offset, length);
@@ -473,7 +473,7 @@ impl Volume {
         length: u64,
         caller: &Caller,
     ) -> Result<u64> {
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(to)])?;
         let other = (from.id != to.id).then_some(&**from);
         let (mut state, mut from_state) = Volume::lock_nodes(to, other);

@@ -39,7 +39,7 @@ impl Volume {
         writable: bool,
         caller: &Caller,
     ) -> Result<(Arc<Node>, Stat)> {
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         self.check_name(parent, name)?;
         self.ensure_room(ROOM_FOR_A_NAME)?;
         let intent = self.intend(&[Dirty::Dir(parent)])?;
@@ -113,7 +113,7 @@ impl Volume {
         mode: u32,
         caller: &Caller,
     ) -> Result<(Arc<Node>, Stat)> {
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         self.check_name(parent, name)?;
         self.ensure_room(ROOM_FOR_A_NAME)?;
         let intent = self.intend(&[Dirty::Dir(parent)])?;
@@ -169,7 +169,7 @@ impl Volume {
         name: &EntryName,
         caller: &Caller,
     ) -> Result<(Arc<Node>, Stat)> {
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         self.check_name(parent, name)?;
         self.ensure_room(ROOM_FOR_A_NAME)?;
         let _intent = self.intend(&[Dirty::Dir(parent), dirty(node)])?;
@@ -199,7 +199,7 @@ impl Volume {
     /// Removes a name that is no directory's. The last name's removal keeps the file in history by
     /// one rename.
     pub fn unlink(&self, parent: NodeId, name: &EntryName, caller: &Caller) -> Result<()> {
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         let _intent = self.intend(&[Dirty::Dir(parent)])?;
         let _entries = self.lock_dir(parent);
         let node = self.named(parent, name)?;
@@ -292,7 +292,7 @@ impl Volume {
 
     /// Removes an empty directory.
     pub fn rmdir(&self, parent: NodeId, name: &EntryName, caller: &Caller) -> Result<()> {
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         let _intent = self.intend(&[Dirty::Dir(parent)])?;
         let _entries = self.lock_dir(parent);
         let node = self.named(parent, name)?;
@@ -323,7 +323,7 @@ impl Volume {
         mode: RenameMode,
         caller: &Caller,
     ) -> Result<()> {
-        let _cut = self.cut.read();
+        let _cut = self.begin_change();
         self.check_name(parent, name)?;
         self.check_name(new_parent, new_name)?;
         self.ensure_room(ROOM_FOR_A_NAME)?;

@@ -11,6 +11,7 @@
 //! fails again.
 
 mod admit;
+mod brake;
 mod commands;
 mod foreign;
 mod gauge;
@@ -41,6 +42,7 @@ use crate::store::{Arrival, Fork};
 use crate::types::ReplicaId;
 
 use super::Volume;
+use brake::{Brake, Pace};
 pub use foreign::ForeignReport;
 pub use gauge::Extent;
 use gauge::Gauge;
@@ -64,6 +66,8 @@ pub(super) struct Resyncs {
     kick: Mutex<Option<Sender<()>>>,
     /// Counts what is asked of the mount.
     activity: Arc<AtomicU64>,
+    /// Slows changes down where a resync cannot keep up with them.
+    pub(super) brake: Brake,
     /// Where the mount is, once it answers.
     mount: Mutex<Option<PathBuf>>,
     /// What others had done to the replicas that came back.
@@ -112,6 +116,7 @@ impl Resyncs {
             jobs: Mutex::default(),
             kick: Mutex::new(None),
             activity: Arc::default(),
+            brake: Brake::default(),
             mount: Mutex::default(),
             reports: Mutex::default(),
         }
@@ -346,6 +351,7 @@ impl Volume {
             progress,
             dirty,
             history_seen: Seen::new(),
+            pace: Pace::new(&self.resyncs.brake),
         };
         rounds.run()
     }

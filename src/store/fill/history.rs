@@ -4,7 +4,7 @@
 //! change once they have their name, so equal size means equal; undo segments grow and are
 //! preallocated, so they are compared byte by byte.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::catalog::{Catalog, Whereabouts};
 use crate::error::{IoContext, Result};
@@ -34,12 +34,24 @@ pub struct History<'a> {
     pub changing: bool,
     /// Nothing else can differ in its bytes.
     pub bounds: Option<&'a Bounds>,
-    /// When the source's directories were changed last that were compared: they are passed over.
+    /// Undo segments before this one grow no more.
+    pub sealed_before: u64,
+    /// What earlier fills of the same two found equal, which is passed over.
     pub seen: &'a mut Seen,
 }
 
-/// Directories of history files with the times of change at which they were compared.
-pub type Seen = HashMap<RelPath, Timestamp>;
+/// What is known of the directories of history files.
+pub type Seen = HashMap<RelPath, Look>;
+
+/// What is known of one of them.
+#[derive(Default)]
+pub struct Look {
+    /// When the source's was changed last before it was compared as a whole, unless that was too
+    /// short before.
+    changed: Option<Timestamp>,
+    /// Files that are on both, equal, and never change any more.
+    equal: HashSet<EntryName>,
+}
 
 impl History<'_> {
     /// Makes the target's history files equal to the source's. What differs goes to quarantine,
@@ -51,14 +63,14 @@ impl History<'_> {
             let from = open_or_make(self.source, &path)?;
             let stat = self.source.backing.stat(&from);
             let changed = stat.context("look at", self.source.at(&path))?.mtime;
+            let mut look = self.seen.remove(&path).unwrap_or_default();
             // Its files never change, but those of undo, which grow.
-            if !is_undo && self.seen.get(&path) == Some(&changed) {
-                continue;
+            if is_undo || look.changed != Some(changed) {
+                let equal = self.fill_dir(&path, is_undo, &mut look.equal, copier, quarantine)?;
+                let settled = changed.as_nanos().saturating_add(GRAIN_NANOS) < begun.as_nanos();
+                look.changed = (equal && settled).then_some(changed);
             }
-            let equal = self.fill_dir(&path, is_undo, copier, quarantine)?;
-            if equal && changed.as_nanos().saturating_add(GRAIN_NANOS) < begun.as_nanos() {
-                self.seen.insert(path, changed);
-            }
+            self.seen.insert(path, look);
         }
         Ok(())
     }
@@ -68,6 +80,7 @@ impl History<'_> {
         &self,
         path: &RelPath,
         is_undo: bool,
+        known: &mut HashSet<EntryName>,
         copier: &mut Copier<'_>,
         quarantine: &mut Quarantine<'_>,
     ) -> Result<bool> {
@@ -75,9 +88,10 @@ impl History<'_> {
         let (source, target) = (self.source, self.target);
         let from = open_or_make(source, path)?;
         let to = open_or_make(target, path)?;
-        let present = files(target, path)?;
-        let wanted = files(source, path)?;
+        let present = files(target, path, known)?;
+        let wanted = files(source, path, known)?;
         for name in present.keys().filter(|name| !wanted.contains_key(*name)) {
+            known.remove(name);
             if self.catalog.map_or(Ok(false), |catalog| is_over(catalog, name))? {
                 let removed = target.backing.unlink(&to, name);
                 removed.context("remove", target.at(&path.join(name)))?;
@@ -88,10 +102,16 @@ impl History<'_> {
             }
         }
         for (name, size) in &wanted {
+            if known.contains(name) && present.contains_key(name) {
+                continue;
+            }
+            // Until it is found to be equal and final below.
+            known.remove(name);
             let equal_size = present.get(name) == Some(size) && !is_shared(target, &to, name)?;
             let suspect = is_suspect(name, self.bounds, is_undo);
             let same = equal_size && (!suspect || self.same(copier, (&from, &to), path, name)?);
             if same {
+                self.note_equal(name, is_undo, known);
                 continue;
             }
             let made = source.object(&from, path, name).and_then(|object| {
@@ -120,8 +140,16 @@ impl History<'_> {
                 false => {}
             }
             copier.place(&made, &to, &path.join(name), name)?;
+            self.note_equal(name, is_undo, known);
         }
         Ok(equal)
+    }
+
+    fn note_equal(&self, name: &EntryName, is_undo: bool, known: &mut HashSet<EntryName>) {
+        let segment = history::undo::parse_segment_name(name);
+        if !is_undo || segment.is_some_and(|segment| segment < self.sealed_before) {
+            known.insert(name.clone());
+        }
     }
 
     fn same(
@@ -174,14 +202,14 @@ fn is_over(catalog: &Catalog, name: &EntryName) -> Result<bool> {
 
 /// Bytes of history files, and of the catalog, that the target has to take.
 pub fn missing_bytes(source: &Site, target: &Site) -> Result<u64> {
-    let mut bytes = 0;
+    let (mut bytes, none) = (0, HashSet::new());
     for (path, _) in dirs(source, target)? {
         let present = match target.backing.open_dir(&path) {
-            Ok(_) => files(target, &path)?,
+            Ok(_) => files(target, &path, &none)?,
             Err(_) => BTreeMap::new(),
         };
         let wanted = match source.backing.open_dir(&path) {
-            Ok(_) => files(source, &path)?,
+            Ok(_) => files(source, &path, &none)?,
             Err(_) => BTreeMap::new(),
         };
         for (name, size) in wanted {
@@ -190,7 +218,7 @@ pub fn missing_bytes(source: &Site, target: &Site) -> Result<u64> {
             }
         }
     }
-    let catalog = files(source, &private(""))?;
+    let catalog = files(source, &private(""), &none)?;
     bytes += catalog
         .iter()
         .filter(|(name, _)| name.as_bytes().starts_with(b"catalog.db"))
@@ -239,19 +267,28 @@ fn make_dir(target: &Site, path: &RelPath) -> Result<()> {
     }
 }
 
-/// Names and sizes of what is no directory.
-fn files(site: &Site, path: &RelPath) -> Result<BTreeMap<EntryName, u64>> {
+/// Names and sizes of what is no directory; the size of what is known does not matter.
+fn files(
+    site: &Site,
+    path: &RelPath,
+    known: &HashSet<EntryName>,
+) -> Result<BTreeMap<EntryName, u64>> {
     let dir = site.dir(path)?;
     let mut found = BTreeMap::new();
     for entry in site.backing.list(&dir).context("list", site.at(path))? {
-        if entry.kind != Kind::Dir {
-            let stat = match site.backing.stat_at(&dir, &entry.name) {
-                // It went between the two looks.
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                other => other.context("look at", site.at(&path.join(&entry.name)))?,
-            };
-            found.insert(entry.name, stat.size);
+        if entry.kind == Kind::Dir {
+            continue;
         }
+        if known.contains(&entry.name) {
+            found.insert(entry.name, 0);
+            continue;
+        }
+        let stat = match site.backing.stat_at(&dir, &entry.name) {
+            // It went between the two looks.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            other => other.context("look at", site.at(&path.join(&entry.name)))?,
+        };
+        found.insert(entry.name, stat.size);
     }
     Ok(found)
 }

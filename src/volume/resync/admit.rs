@@ -11,9 +11,6 @@ use crate::history::{OWN, preserved_dir, preserved_name};
 use crate::replica::Handles;
 use crate::replica::backing::{Access, Backing, Handle};
 use crate::replica::intent::DirtySet;
-use crate::store::copy::Copier;
-use crate::store::fill::history::History as HistoryFiles;
-use crate::store::quarantine::Quarantine;
 use crate::types::{ContentId, EntryName};
 
 use super::super::nodes::{Node, State};
@@ -21,11 +18,10 @@ use super::mirror::Mirror;
 use super::rounds::Rounds;
 use crate::replica::PrivateDir;
 
-/// How long the last round waits for running operations before it lets others pass again.
+/// How long the last round waits for running operations before it lets others pass again; twice
+/// that the next time.
 const CUT_WAIT: Duration = Duration::from_millis(500);
-/// Before the last round what differs is made equal until that takes no longer than this.
-const CAUGHT_UP: Duration = Duration::from_millis(30);
-/// So often at most.
+/// Before the last round what differs is made equal so often at most.
 const CATCH_UPS_MAX: usize = 20;
 /// If more objects than this were dirtied meanwhile, operations are let go on once more.
 const LAST_OBJECTS: usize = 16;
@@ -38,11 +34,9 @@ impl Rounds<'_> {
     /// Does the last round and takes the replica into use.
     pub(super) fn finish(&mut self, joining: Joining<'_>) -> Result<()> {
         let (volume, id) = (self.volume, self.arrival.id);
-        self.gauge.hurry.store(true, Ordering::Relaxed);
-        crate::sys::be_normal();
-        let finished = self.catch_up(CATCH_UPS_MAX).and_then(|()| self.last_round(joining));
-        crate::sys::be_idle();
-        finished?;
+        self.hurry();
+        self.catch_up(CATCH_UPS_MAX)?;
+        self.last_round(joining)?;
         // If we die before its marker says so, it is no whole copy and is resynced again.
         self.sync_all()?;
         volume.catalog().flush(Durability::Durable)?;
@@ -52,7 +46,7 @@ impl Rounds<'_> {
     /// Stops operations as soon as little differs, and admits the replica.
     fn last_round(&mut self, mut joining: Joining<'_>) -> Result<()> {
         let volume = self.volume;
-        let mut tries = 0;
+        let (mut tries, mut wait) = (0, CUT_WAIT);
         loop {
             // Nothing is packed, swept, healed or checkpointed meanwhile. These come before `cut`:
             // who has `cut` waits for them for a while only.
@@ -62,13 +56,18 @@ impl Rounds<'_> {
             self.catch_up(2)?;
             joining.catch_up()?;
             self.progress.advance(0, 0)?;
-            let Some(cut) = volume.cut.try_write_for(CUT_WAIT) else { continue };
+            let Some(cut) = volume.cut.try_write_for(wait) else {
+                // Where every operation takes long, one is waited for in the end.
+                wait *= 2;
+                continue;
+            };
             let begun = Instant::now();
             let (set, dirtied) = self.next_set();
             tries += 1;
             if dirtied > LAST_OBJECTS && tries < TRIES_MAX {
                 // Nobody is to wait so long.
                 drop(cut);
+                self.pace.press();
                 self.round(Some(&set))?;
                 continue;
             }
@@ -78,20 +77,6 @@ impl Rounds<'_> {
             log::info!("operations waited {waited} ms for the end of a resync");
             return outcome;
         }
-    }
-
-    /// Makes equal what differs, until so little does that it takes no time, or `most` times.
-    fn catch_up(&mut self, most: usize) -> Result<()> {
-        for _ in 0..most {
-            let begun = Instant::now();
-            self.history(true)?;
-            let (set, _) = self.next_set();
-            self.round(Some(&set))?;
-            if begun.elapsed() <= CAUGHT_UP {
-                break;
-            }
-        }
-        Ok(())
     }
 
     /// With `cut` and `maintenance` held.
@@ -121,22 +106,9 @@ impl Rounds<'_> {
         let mut mirror = Mirror::new(self.volume, sides, &mut self.places, self.progress, since)?;
         mirror.set(set)?;
         mirror.clear_aside()?;
-        let mut copied = mirror.copier.bytes_written();
-        let mut copier = Copier::new(&source, &self.target, self.progress)?;
-        let mut quarantine = Quarantine::new(&self.target);
-        let catalog = Some(self.volume.catalog());
-        let mut files = HistoryFiles {
-            source: &source,
-            target: &self.target,
-            catalog,
-            changing: false,
-            bounds: None,
-            seen: &mut self.history_seen,
-        };
-        files.fill(&mut copier, &mut quarantine)?;
-        copied += copier.bytes_written();
+        let copied = mirror.copier.bytes_written();
         self.gauge.copied.fetch_add(copied, Ordering::Relaxed);
-        Ok(())
+        self.history(false)
     }
 }
 

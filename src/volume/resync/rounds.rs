@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use rustix::io::Errno;
 
 use super::super::Volume;
 use super::super::intend::Tracker;
+use super::brake::Pace;
 use super::gauge::Gauge;
 use super::mirror::Mirror;
 use super::places::Places;
@@ -20,11 +22,7 @@ use crate::store::fill::history::{History as HistoryFiles, Seen};
 use crate::store::quarantine::Quarantine;
 use crate::store::site::Site;
 
-/// A round that dirtied no more objects than this is short enough to be followed by the last one.
-const LAST_OBJECTS: usize = 64;
-/// Likewise in bytes copied.
-const LAST_BYTES: u64 = 16 << 20;
-/// After so many rounds the last one comes, however much is dirtied meanwhile.
+/// After so many rounds the catalog is copied, however much is dirtied meanwhile.
 const ROUNDS_MAX: usize = 12;
 
 /// What lasts over the rounds of one resync.
@@ -41,35 +39,56 @@ pub(super) struct Rounds<'a> {
     pub progress: &'a Progress,
     pub dirty: Tracker<'a>,
     pub history_seen: Seen,
+    pub pace: Pace<'a>,
 }
 
 impl Rounds<'_> {
     /// Does all of them.
     pub fn run(&mut self) -> Result<()> {
+        let outcome = self.do_all();
+        crate::sys::be_idle();
+        outcome
+    }
+
+    fn do_all(&mut self) -> Result<()> {
         let differing = self.differing.take();
         self.round(differing.as_ref())?;
-        self.history(true)?;
         // The copy of the catalog takes its time as well: what it makes dirty comes after it.
-        let mut round = 0;
-        loop {
-            let (set, objects) = self.next_set();
-            let copied = self.round(Some(&set))?;
-            round += 1;
-            if objects <= LAST_OBJECTS && copied <= LAST_BYTES || round >= ROUNDS_MAX {
-                break;
-            }
-        }
+        self.catch_up(ROUNDS_MAX)?;
         // What the target's catalog told is used up, and the catalog is replaced.
         self.own = None;
+        self.pace.anew();
         let file = self.volume.store.catalog_file(self.arrival.id);
         let progress = self.progress.clone();
         let mut joining = self.volume.catalog().copy_live(&file, &mut || progress.advance(0, 0))?;
-        self.history(true)?;
-        let (set, _) = self.next_set();
-        self.round(Some(&set))?;
+        self.catch_up(1)?;
         self.sync_all()?;
         joining.catch_up()?;
         self.finish(joining)
+    }
+
+    /// Makes equal what differs, until so little does that it takes no time, or `most` times.
+    pub fn catch_up(&mut self, most: usize) -> Result<()> {
+        for _ in 0..most {
+            let begun = Instant::now();
+            self.history(true)?;
+            let (set, _) = self.next_set();
+            self.round(Some(&set))?;
+            if self.pace.round_took(begun.elapsed()) {
+                break;
+            }
+            if self.pace.is_braking() {
+                self.hurry();
+            }
+        }
+        Ok(())
+    }
+
+    /// From here on others wait for us, and we for nobody.
+    pub fn hurry(&self) {
+        if !self.gauge.hurry.swap(true, Ordering::Relaxed) {
+            crate::sys::be_normal();
+        }
     }
 
     /// The replica that is copied from: one in use.
@@ -112,18 +131,21 @@ impl Rounds<'_> {
         Ok(copied)
     }
 
-    /// Makes the history files equal.
+    /// Makes the history files equal; `changing` while operations run.
     pub fn history(&mut self, changing: bool) -> Result<()> {
         let source = self.source()?;
-        let mut copier = Copier::new(&source, &self.target, self.progress)?.of_changing();
+        let mut copier = Copier::new(&source, &self.target, self.progress)?;
+        if changing {
+            copier = copier.of_changing();
+        }
         let mut quarantine = Quarantine::new(&self.target);
-        let catalog = Some(self.volume.catalog());
         let mut files = HistoryFiles {
             source: &source,
             target: &self.target,
-            catalog,
+            catalog: Some(self.volume.catalog()),
             changing,
             bounds: None,
+            sealed_before: self.volume.history.undo().first_open(),
             seen: &mut self.history_seen,
         };
         files.fill(&mut copier, &mut quarantine)?;
