@@ -274,13 +274,16 @@ fn kill(pid: u32) {
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
 }
 
-/// Bytes that the last resync copied, as the log tells.
-fn copied_bytes(store: &Mounted) -> u64 {
+/// How many objects the last resync compared, and how many bytes it copied, as the log tells.
+fn looked_at(store: &Mounted) -> (u64, u64) {
     let log = fs::read_to_string(store.backings[0].join(".rearview/log")).unwrap();
     let line = log.lines().rfind(|line| line.contains("bytes copied")).expect("a resync ended");
     let words: Vec<&str> = line.split(' ').collect();
-    let at = words.iter().position(|word| word.starts_with("bytes")).unwrap();
-    words[at - 1].parse().unwrap()
+    let before = |what| {
+        let at = words.iter().position(|word| *word == what).unwrap();
+        words[at - 1].parse().unwrap()
+    };
+    (before("objects"), before("bytes"))
 }
 
 #[test]
@@ -290,8 +293,9 @@ fn only_what_changed_is_copied() {
     offline(&store, 1);
     sh(&store, "mv big renamed; head -c 100000 /dev/urandom > d/new; chmod 700 renamed/1");
     online(&store, 1);
-    let copied = copied_bytes(&store);
+    let (compared, copied) = looked_at(&store);
     assert!((100_000..1_000_000).contains(&copied), "{copied} bytes were copied");
+    assert!((1..40).contains(&compared), "{compared} objects were compared");
     finish_equal(store);
 }
 
@@ -500,5 +504,42 @@ fn a_disk_that_failed_is_brought_back_once_it_takes_changes_again() {
     immutable("-i");
     let done = store.rearview(&["resync", "--wait"]);
     assert_eq!(done.code, 0, "{}", done.told());
+    finish_equal(store);
+}
+
+#[test]
+fn of_a_replica_that_failed_only_what_is_doubtful_is_compared() {
+    let disk = LoopFs::ext4(64);
+    let scratch = common::scratch();
+    let steady = scratch.path().join("steady");
+    fs::create_dir(&steady).unwrap();
+    let flaky = disk.root().join("flaky");
+    let mut store = Mounted::over(vec![steady, flaky.clone()]);
+    sh(&store, "mkdir -p gone/x; mkdir d{1..20}; for d in d*; do touch $d/f{1..100}; done");
+    // A checkpoint: what is changed from here on is doubtful when the disk fails, and no more.
+    store.snapshot("before");
+    sh(&store, "echo just before > d1/f1; mv d2 moved; mkdir made; echo new > made/x; rm d5/f5");
+    let immutable = |how: &str| {
+        run(Command::new("chattr").arg(how).arg(flaky.join("gone"))).ok();
+    };
+    immutable("+i");
+    sh(&store, "rmdir gone/x; echo after > d3/f3; mv moved/f1 made; rm moved/f2");
+    assert_eq!(store.rearview(&["status"]).code, 20);
+    immutable("-i");
+    let done = store.rearview(&["resync", "--wait"]);
+    assert_eq!(done.code, 0, "{}", done.told());
+    let (compared, _) = looked_at(&store);
+    // Three of twenty directories with a hundred files each are looked at, some of them twice.
+    assert!((300..1000).contains(&compared), "{compared} objects were compared");
+    // The same where the store was not in use meanwhile.
+    immutable("+i");
+    sh(&store, "mkdir gone/y; echo after > d4/f4");
+    store.unmount();
+    immutable("-i");
+    store.mount().ok();
+    let done = store.rearview(&["resync", "--wait"]);
+    assert_eq!(done.code, 0, "{}", done.told());
+    let (compared, _) = looked_at(&store);
+    assert!((1..1000).contains(&compared), "{compared} objects were compared");
     finish_equal(store);
 }

@@ -11,12 +11,13 @@ use uuid::Uuid;
 
 use super::identify::{self, Candidate, Found};
 use super::marker::{CleanMark, MARKER_FILE, Marker, Peer, PeerState, Phase};
-use super::settle::holds_stale;
+use super::settle::{holds_stale, past_of};
 use super::site::Site;
 use super::{CATALOG_FILE, Member, Store, lock};
 use crate::catalog::Head;
 use crate::error::{Error, IoContext, Result};
 use crate::replica::health::State;
+use crate::replica::intent::DirtySet;
 use crate::types::{PRIVATE_DIR, ReplicaId, Timestamp};
 
 /// How far clocks and the grain of a filesystem's times may be apart, in nanoseconds.
@@ -32,6 +33,8 @@ pub struct Arrival {
     pub was_whole: bool,
     /// It ended cleanly: its catalog told its tree exactly.
     pub was_clean: bool,
+    /// Where its catalog may not tell its tree exactly; `None` if that is not known.
+    pub doubtful: Option<DirtySet>,
     /// What was changed on either side before this moment was changed before they were apart.
     pub apart_since: Timestamp,
 }
@@ -482,12 +485,24 @@ fn arrival(id: ReplicaId, site: &Site, marker: &Marker) -> Result<Arrival> {
     };
     let head = crate::catalog::Catalog::inspect(&site.private_path(CATALOG_FILE)).ok();
     let fits = |mark: &CleanMark| head.as_ref().is_some_and(|head| mark.fits(head));
+    let was_whole = marker.phase == Phase::Ok && head.is_some();
+    let was_clean = marker.phase == Phase::Ok && marker.clean.as_ref().is_some_and(fits);
     Ok(Arrival {
         id,
-        was_whole: marker.phase == Phase::Ok && head.is_some(),
-        was_clean: marker.phase == Phase::Ok && marker.clean.as_ref().is_some_and(fits),
+        was_whole,
+        was_clean,
+        doubtful: if was_clean { Some(DirtySet::default()) } else { doubtful(site, marker, &head) },
         apart_since: Timestamp::from_nanos(apart.saturating_sub(CLOCK_SLACK_NANOS)),
     })
+}
+
+/// What may differ from the catalog on a replica that did not end cleanly: all that its intent log
+/// has since its last checkpoint. What came after it failed is in the others' catalogs only.
+fn doubtful(site: &Site, marker: &Marker, head: &Option<Head>) -> Option<DirtySet> {
+    let past = past_of(site, marker)?;
+    // Commits that were durable are gone: nothing that the disk has can be relied on.
+    let lost = head.as_ref().is_none_or(|head| head.sequence < past.base.sequence);
+    (!lost && !past.everything).then_some(past.dirty)
 }
 
 /// Orders the members of a store that is being opened: who is to be resynced comes last, for the

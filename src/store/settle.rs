@@ -60,7 +60,8 @@ pub(super) fn settle(
     options: &OpenOptions,
     progress: &Progress,
 ) -> Result<(usize, Vec<bool>)> {
-    let pasts: Vec<Option<Past>> = members.iter().map(past_of).collect();
+    let pasts: Vec<Option<Past>> =
+        members.iter().map(|member| past_of(&member.site, &member.marker)).collect();
     let judged = members.iter().zip(&pasts);
     let mut heads: Vec<Option<Head>> =
         judged.map(|(member, past)| member.head(past.is_some())).collect();
@@ -98,11 +99,10 @@ struct Bounded {
 }
 
 /// What the intent log of a replica says of its last mount, if that did not end cleanly.
-fn past_of(member: &Member) -> Option<Past> {
-    let marker = &member.marker;
+pub(super) fn past_of(site: &Site, marker: &Marker) -> Option<Past> {
     let mount = marker.opened.filter(|_| marker.phase == Phase::Ok && marker.clean.is_none())?;
-    let shown = member.site.private_path(intent::format::LOG_FILE);
-    match intent::format::read(&*member.site.backing) {
+    let shown = site.private_path(intent::format::LOG_FILE);
+    match intent::format::read(&*site.backing) {
         Ok(Some(past)) if past.mount == mount => return Some(past),
         // As an older version leaves it, which knows of no log.
         Ok(Some(_)) => log::warn!("{} is not of the last mount", shown.display()),

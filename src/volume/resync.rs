@@ -1,7 +1,9 @@
 //! Bringing replicas back while the mount is in use.
 //!
 //! A replica that missed changes, or is new, is made equal to the others in rounds. The first
-//! compares the whole tree; each later one what was dirtied during the one before
+//! compares where the two can differ: where their catalogs do, and what was dirtied on the replica
+//! since its last checkpoint if it failed while it was in use; or the whole tree where that is not
+//! known. Each later one compares what was dirtied during the one before
 //! ([`crate::replica::intent`]). When little is left, operations are stopped for the last round:
 //! with it the replica's catalog joins the others and the replica is admitted. Killed anywhere, the
 //! next resync finds what was copied and does not copy it again.
@@ -271,10 +273,11 @@ impl Volume {
         let progress = Progress::new(gauge.clone(), stop.clone());
         match self.resync(&arrival, fork, &gauge, &progress) {
             Ok(()) => {
-                let copied = gauge.extent().copied;
+                let Extent { items, copied, .. } = gauge.extent();
                 let took = gauge.begun.elapsed().as_secs_f64();
                 log::info!(
-                    "{}: resynced in {took:.1} s, {copied} bytes copied; it is in use",
+                    "{}: resynced in {took:.1} s, {items} objects compared, {copied} bytes copied; \
+                     it is in use",
                     path.display()
                 );
                 if let Some(job) = self.resyncs.jobs.lock().get_mut(&id) {
@@ -328,13 +331,15 @@ impl Volume {
             None => places::find_aside(&target, &mut places)?,
         }
         let mut differing = None;
-        if arrival.was_clean && own.is_some() {
-            // Its catalog tells its tree exactly: only where the store's differs is to be looked.
+        if let (Some(doubtful), true) = (&arrival.doubtful, own.is_some()) {
+            // But for what is doubtful its catalog tells its tree exactly: only that, and where the
+            // store's differs, is to be looked at.
             let found = self.catalog().differing(&self.store.catalog_file(id))?;
             places.all_done();
             progress.begin("", (found.files.len() + found.dirs.len()) as u64, found.bytes);
             touched.files.extend(found.files);
             touched.dirs.extend(found.dirs);
+            touched.join(doubtful);
             differing = Some(touched);
         } else {
             let totals = self.catalog().totals()?;

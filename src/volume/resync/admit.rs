@@ -10,12 +10,11 @@ use crate::error::{Error, Result};
 use crate::history::{OWN, preserved_dir, preserved_name};
 use crate::replica::Handles;
 use crate::replica::backing::{Access, Backing, Handle};
-use crate::replica::intent::DirtySet;
 use crate::types::{ContentId, EntryName};
 
 use super::super::nodes::{Node, State};
 use super::mirror::Mirror;
-use super::rounds::Rounds;
+use super::rounds::{Due, Rounds};
 use crate::replica::PrivateDir;
 
 /// How long the last round waits for running operations before it lets others pass again; twice
@@ -62,16 +61,16 @@ impl Rounds<'_> {
                 continue;
             };
             let begun = Instant::now();
-            let (set, dirtied) = self.next_set();
+            let due = self.next_due();
             tries += 1;
-            if dirtied > LAST_OBJECTS && tries < TRIES_MAX {
+            if due.dirtied > LAST_OBJECTS && tries < TRIES_MAX {
                 // Nobody is to wait so long.
                 drop(cut);
                 self.pace.press();
-                self.round(Some(&set))?;
+                self.round(Some(&due))?;
                 continue;
             }
-            let outcome = self.admit(joining, &set);
+            let outcome = self.admit(joining, &due);
             drop(cut);
             let waited = begun.elapsed().as_millis();
             log::info!("operations waited {waited} ms for the end of a resync");
@@ -80,9 +79,9 @@ impl Rounds<'_> {
     }
 
     /// With `cut` and `maintenance` held.
-    fn admit(&mut self, joining: Joining<'_>, set: &DirtySet) -> Result<()> {
+    fn admit(&mut self, joining: Joining<'_>, due: &Due) -> Result<()> {
         let (volume, id) = (self.volume, self.arrival.id);
-        self.last_copy(set)?;
+        self.last_copy(due)?;
         let opened = volume.open_on_newcomer(id)?;
         volume.history.join(volume.replicas(), id)?;
         volume.join_log(id)?;
@@ -99,12 +98,12 @@ impl Rounds<'_> {
         Ok(())
     }
 
-    fn last_copy(&mut self, set: &DirtySet) -> Result<()> {
+    fn last_copy(&mut self, due: &Due) -> Result<()> {
         let source = self.source()?;
         let sides = (&source, &self.target);
         let since = self.arrival.apart_since;
         let mut mirror = Mirror::new(self.volume, sides, &mut self.places, self.progress, since)?;
-        mirror.set(set)?;
+        mirror.due(due)?;
         mirror.clear_aside()?;
         let copied = mirror.copier.bytes_written();
         self.gauge.copied.fetch_add(copied, Ordering::Relaxed);

@@ -24,6 +24,7 @@ use crate::types::{EntryName, Kind, NodeId, RelPath, Timestamp};
 
 use super::super::Volume;
 use super::places::{ON_THE_WAY, Places, Seen, aside_name, aside_node};
+use super::rounds::Due;
 
 /// A file that was changed this recently may change again without a new time of change: the
 /// kernel's clock for these has a grain of up to 10 ms.
@@ -90,8 +91,18 @@ impl<'a> Mirror<'a> {
         self.walk(NodeId::ROOT, true)
     }
 
-    /// Compares what was dirtied.
-    pub fn set(&mut self, set: &DirtySet) -> Result<()> {
+    /// Compares what is due.
+    pub fn due(&mut self, due: &Due) -> Result<()> {
+        self.set(&due.set)?;
+        for &dir in &due.stale {
+            if let Some(pair) = unless_changed(self.source, self.pair(dir))?.flatten() {
+                unless_changed(self.source, self.dir_attributes(&pair))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, set: &DirtySet) -> Result<()> {
         self.born_from = set.born_from;
         let mut dirs: Vec<(usize, NodeId)> = Vec::new();
         for &dir in &set.dirs {
@@ -114,10 +125,7 @@ impl<'a> Mirror<'a> {
     fn walk(&mut self, dir: NodeId, deep: bool) -> Result<()> {
         let mut waiting = vec![(dir, deep)];
         while let Some((dir, deep)) = waiting.pop() {
-            match self.dir(dir, deep, &mut waiting) {
-                Err(error) if has_changed(self.source, &error) => {}
-                other => other?,
-            }
+            unless_changed(self.source, self.dir(dir, deep, &mut waiting))?;
         }
         Ok(())
     }
@@ -160,10 +168,7 @@ impl<'a> Mirror<'a> {
                 self.progress.advance(1, 0)?;
                 continue;
             }
-            match self.entry(&pair, entry) {
-                Err(error) if has_changed(self.source, &error) => {}
-                other => other?,
-            }
+            unless_changed(self.source, self.entry(&pair, entry))?;
         }
         self.dir_attributes(&pair)?;
         self.places.done.insert(node);
@@ -381,25 +386,15 @@ impl<'a> Mirror<'a> {
     /// Compares a node that is no directory, by one of its names.
     fn file(&mut self, node: NodeId) -> Result<()> {
         for (parent, name) in self.volume.catalog().names(node)? {
-            let pair = match self.pair(parent) {
-                Ok(Some(pair)) => pair,
-                Ok(None) => continue,
-                Err(error) if has_changed(self.source, &error) => continue,
-                Err(error) => return Err(error),
-            };
+            let pair = unless_changed(self.source, self.pair(parent))?.flatten();
+            let Some(pair) = pair else { continue };
             let Some((found, kind)) = self.volume.catalog().lookup(parent, &name)? else {
                 continue;
             };
             let entry = Listed { name, node: found, kind };
-            match self.entry(&pair, &entry) {
-                Err(error) if has_changed(self.source, &error) => {}
-                other => other?,
-            }
+            unless_changed(self.source, self.entry(&pair, &entry))?;
             // Its directory got new times if it was copied.
-            match self.dir_attributes(&pair) {
-                Err(error) if has_changed(self.source, &error) => {}
-                other => other?,
-            }
+            unless_changed(self.source, self.dir_attributes(&pair))?;
         }
         Ok(())
     }
@@ -578,5 +573,13 @@ impl<'a> Mirror<'a> {
         }
         let linked = self.target.backing.link(&from, first_name, &pair.to, name);
         linked.map_err(|error| blame(self.target, "link", &pair.to_path.join(name), error))
+    }
+}
+
+/// `None` where something of the source was changed while it was looked at: the next round knows.
+fn unless_changed<T>(source: &Site, outcome: Result<T>) -> Result<Option<T>> {
+    match outcome {
+        Err(error) if has_changed(source, &error) => Ok(None),
+        other => other.map(Some),
     }
 }

@@ -21,9 +21,20 @@ use crate::store::copy::Copier;
 use crate::store::fill::history::{History as HistoryFiles, Seen};
 use crate::store::quarantine::Quarantine;
 use crate::store::site::Site;
+use crate::types::NodeId;
 
 /// After so many rounds the catalog is copied, however much is dirtied meanwhile.
 const ROUNDS_MAX: usize = 12;
+
+/// What one round is to make equal.
+#[derive(Default)]
+pub(super) struct Due {
+    pub set: DirtySet,
+    /// Directories whose times alone may differ: what happened in them was looked at.
+    pub stale: Vec<NodeId>,
+    /// How many objects were dirtied.
+    pub dirtied: usize,
+}
 
 /// What lasts over the rounds of one resync.
 pub(super) struct Rounds<'a> {
@@ -52,6 +63,7 @@ impl Rounds<'_> {
 
     fn do_all(&mut self) -> Result<()> {
         let differing = self.differing.take();
+        let differing = differing.map(|set| Due { set, ..Due::default() });
         self.round(differing.as_ref())?;
         // The copy of the catalog takes its time as well: what it makes dirty comes after it.
         self.catch_up(ROUNDS_MAX)?;
@@ -72,8 +84,8 @@ impl Rounds<'_> {
         for _ in 0..most {
             let begun = Instant::now();
             self.history(true)?;
-            let (set, _) = self.next_set();
-            self.round(Some(&set))?;
+            let due = self.next_due();
+            self.round(Some(&due))?;
             if self.pace.round_took(begun.elapsed()) {
                 break;
             }
@@ -98,24 +110,23 @@ impl Rounds<'_> {
     }
 
     /// What was dirtied since the last call, and what is not settled yet.
-    /// The number is that of what was dirtied.
-    pub fn next_set(&mut self) -> (DirtySet, usize) {
+    pub fn next_due(&mut self) -> Due {
         let mut set = self.dirty.next();
         let dirtied = set.files.len() + set.dirs.len();
         set.files.extend(self.volume.unsealed.lock().keys());
-        set.dirs.extend(self.volume.stale_dirs.lock().iter());
-        (set, dirtied)
+        let stale = self.volume.stale_dirs.lock().difference(&set.dirs).copied().collect();
+        Due { set, stale, dirtied }
     }
 
-    /// One round over a set, or over everything. Returns how many bytes were copied.
-    pub fn round(&mut self, set: Option<&DirtySet>) -> Result<u64> {
+    /// One round over what is due, or over everything.
+    pub fn round(&mut self, due: Option<&Due>) -> Result<()> {
         let source = self.source()?;
         let since = self.arrival.apart_since;
         let sides = (&source, &self.target);
         let mut mirror = Mirror::new(self.volume, sides, &mut self.places, self.progress, since)?;
         mirror.own = self.own.as_ref();
-        match set {
-            Some(set) => mirror.set(set)?,
+        match due {
+            Some(due) => mirror.due(due)?,
             None => mirror.tree()?,
         }
         let copied = mirror.copier.bytes_written();
@@ -128,7 +139,7 @@ impl Rounds<'_> {
             );
         }
         self.gauge.copied.fetch_add(copied, Ordering::Relaxed);
-        Ok(copied)
+        Ok(())
     }
 
     /// Makes the history files equal; `changing` while operations run.
