@@ -294,6 +294,8 @@ impl<'a> Copier<'a> {
         let a = a.context("open", source.at(&path))?;
         let b = target.backing.open_file(to, to_name, Access::Read);
         let b = b.context("open", target.at(&path))?;
+        // After a write that failed the kernel may have in memory what the disk has not.
+        target.backing.forget_cached(&b);
         self.other.resize(COPY_BYTES, 0);
         let mut offset = 0;
         loop {
