@@ -21,6 +21,7 @@ mod apply;
 mod attach;
 mod audit;
 mod commit;
+mod database;
 mod diff;
 pub mod digest;
 mod freed;

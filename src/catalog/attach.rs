@@ -12,15 +12,16 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rusqlite::Connection;
 use rusqlite::backup::{Backup, StepResult};
-use rusqlite::{Connection, params};
 
 use super::apply::{Committed, apply};
 use super::commit::Writer;
-use super::open::{BACKUP_PAGES, beside, finish, put_in_place, remove_database};
+use super::database::{self, Place};
+use super::open::{BACKUP_PAGES, finish, new_beside, put_in_place};
 use super::overlay::Batch;
 use super::schema::{Use, connect, name_damage, read_head, read_head_only};
-use super::{Catalog, Durability, Shared, trust};
+use super::{Catalog, Durability, Shared};
 use crate::error::{Error, Result};
 use crate::types::{Kind, NodeId, ReplicaId};
 
@@ -85,16 +86,11 @@ impl Catalog {
     /// What the live tree has otherwise than the catalog in `older`, an earlier one of this store
     /// that nobody writes.
     pub fn differing(&self, older: &Path) -> Result<Differing> {
-        use std::os::unix::ffi::OsStrExt;
         self.flush(Durability::Written)?;
         let mut found = Differing::default();
         self.shared.read(|db| {
             found = Differing::default();
-            db.execute("ATTACH ?1 AS old", params![older.as_os_str().as_bytes()])?;
-            let outcome = collect_differing(db, &mut found);
-            db.flush_prepared_statement_cache();
-            db.execute("DETACH old", [])?;
-            outcome
+            database::attach(db, older, || collect_differing(db, &mut found))
         })?;
         Ok(found)
     }
@@ -117,15 +113,15 @@ impl Catalog {
         let file = to.to_path_buf();
         // From here on its drop ends the keeping.
         let mut joining = Joining { catalog: self, file, writer: None, sequence: 0 };
-        let new = beside(to, ".new");
+        let place = Place::of(to)?;
         let mut ended = Ok(());
         // Pinned for the length of the copy, which is then the state of one commit.
         self.shared.read_at_once(|db| {
-            if remove_database(&new).is_err() {
-                return Err(rusqlite::Error::InvalidPath(new.clone()));
-            }
+            let Ok(new) = new_beside(&place) else {
+                return Err(rusqlite::Error::InvalidPath(to.to_path_buf()));
+            };
             joining.sequence = read_head(db)?.head.sequence;
-            let mut target = trust::open_new(&new)?;
+            let mut target = new.open_new()?;
             let backup = Backup::new(db, &mut target)?;
             loop {
                 ended = step();
@@ -134,10 +130,10 @@ impl Catalog {
                 }
             }
             drop(backup);
-            target.close().map_err(|(_, error)| error)
+            target.close()
         })?;
         ended?;
-        put_in_place(&new, to)?;
+        put_in_place(&place)?;
         let db = connect(to, Use::Write)?;
         joining.writer = Some(Writer::new(db));
         joining.catch_up()?;

@@ -20,10 +20,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use rusqlite::Connection;
 
 use super::actor::{self, Actor, Known};
 use super::apply::{Committed, apply};
+use super::database::Db;
 use super::overlay::{Batch, Plan};
 use super::schema::NextIds;
 use super::scratch::Looks;
@@ -48,7 +48,7 @@ const TICK_NANOS: i64 = 10_000_000;
 
 /// A replica's database, open for writing.
 pub(super) struct Writer {
-    pub db: Connection,
+    pub db: Db,
     /// Whether `synchronous` is FULL at the moment.
     pub full: bool,
     /// Changes since the WAL was last copied into the database.
@@ -63,11 +63,8 @@ pub(super) struct Writer {
 
 impl Writer {
     /// Takes a database that was opened for writing.
-    pub fn new(db: Connection) -> Writer {
-        // Not by opening the file itself: closing it again would take SQLite's locks on it away
-        // (fcntl(2): they go with the first descriptor that the process closes).
-        let dir = db.path().and_then(|path| std::path::Path::new(path).parent());
-        let device = dir.and_then(|dir| Device::of(std::fs::File::open(dir).ok()?));
+    pub fn new(db: Db) -> Writer {
+        let device = Device::of(db.dir());
         Writer { db, full: false, in_wal: 0, written: 0, dirty: true, device }
     }
 }

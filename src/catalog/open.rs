@@ -1,6 +1,6 @@
 //! The life of a catalog: made, inspected, copied, opened, closed.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,11 +13,13 @@ use rusqlite::config::DbConfig;
 
 use super::actor::{self, Acts, Known};
 use super::commit::{Queue, TickClock, Waiting, Writer};
+use super::database::{Db, Place};
 use super::lane::Lanes;
 use super::reader::Readers;
 use super::schema::read_head_only;
-use super::schema::{self, HeadRow, NextIds, Use, connect, damaged, name_damage, read_head};
-use super::trust;
+use super::schema::{
+    self, HeadRow, NextIds, Use, connect, connect_at, damaged, name_damage, read_head,
+};
 use super::wal::Copies;
 use super::xattr::Interned;
 use super::{Catalog, Change, Durability, Head, PackChange, Shared};
@@ -35,6 +37,8 @@ pub(super) const BACKUP_PAGES: i32 = 1024;
 const TIGHTENED_BYTES: u64 = 64 << 20;
 /// What one change takes in a catalog, about.
 const CHANGE_BYTES: u64 = 64;
+/// What the name of a copy ends with until it is whole.
+const NEW: &str = ".new";
 /// Catalogs below this size are checked at every mount: it takes well under a second.
 const CHECKED_BYTES: u64 = 64 << 20;
 
@@ -135,22 +139,21 @@ impl Catalog {
             return Err(Error::Refused(format!("there is a catalog at {shown} already")));
         }
         schema::create(file, store, time)?;
-        sync_parent(file)
+        Place::of(file)?.sync_dir()
     }
 
     /// Replaces the catalog in `to` by a copy of the one in `from`; neither may be open. `to` is
     /// whole at every moment: the copy is written beside it, made durable and renamed.
     pub fn copy(from: &Path, to: &Path) -> Result<()> {
-        let new = beside(to, ".new");
-        remove_database(&new)?;
+        let place = Place::of(to)?;
         let source = connect(from, Use::Read)?;
-        let mut target = trust::open_new(&new)?;
+        let mut target = new_beside(&place)?.open_new()?;
         Backup::new(&source, &mut target)?
             .run_to_completion(BACKUP_PAGES, Duration::ZERO, None)
             .map_err(|error| name_damage(from, error))?;
-        target.close().map_err(|(_, error)| error)?;
+        target.close()?;
         drop(source);
-        put_in_place(&new, to)
+        put_in_place(&place)
     }
 
     /// The file of a replica's catalog, if it has one.
@@ -414,26 +417,36 @@ fn check_head(file: &Path, head: &HeadRow) -> Result<()> {
     Ok(())
 }
 
-/// Makes the fresh copy `new`, which nobody has open, the catalog `to`, durably.
-pub(super) fn put_in_place(new: &Path, to: &Path) -> Result<()> {
+/// The place for a copy of a catalog until it is whole, where nothing lies.
+pub(super) fn new_beside(place: &Place) -> Result<Place> {
+    for suffix in [NEW, ".new-wal", ".new-shm", ".new-journal"] {
+        place.beside(suffix)?.remove()?;
+    }
+    place.beside(NEW)
+}
+
+/// Makes the fresh copy that [`new_beside`] had a place for, and nobody has open, the catalog at
+/// `to`, durably.
+pub(super) fn put_in_place(to: &Place) -> Result<()> {
+    let new = to.beside(NEW)?;
     // Opened once as what it is now, and emptied: no WAL belongs to the copy.
-    let copy = connect(new, Use::Write)?;
-    read_head(&copy).map_err(|error| name_damage(new, error))?;
+    let copy = connect_at(to.beside(NEW)?, Use::Write)?;
+    read_head(&copy).map_err(|error| name_damage(new.shown(), error))?;
     finish(copy)?;
-    File::open(new).and_then(|file| file.sync_all()).context("sync", new)?;
+    new.sync()?;
     // A WAL beside the new file must not be taken for its own. What the old WAL holds goes into
     // the old database first, so that this is whole if we die before the rename. If it cannot
     // even be opened, there is nothing to lose.
-    if let Ok(old) = connect(to, Use::Write) {
+    if let Ok(old) = connect_at(to.beside("")?, Use::Write) {
         let _ = finish(old);
     }
-    remove_if_there(&beside(to, "-wal"))?;
-    remove_if_there(&beside(to, "-shm"))?;
-    sync_parent(to)?;
+    to.beside("-wal")?.remove()?;
+    to.beside("-shm")?.remove()?;
+    to.sync_dir()?;
     // Before the rename `to` is the old catalog, after it the new one; both are complete files.
-    fs::rename(new, to).context("rename", new)?;
-    remove_if_there(&beside(new, "-shm"))?;
-    sync_parent(to)
+    new.rename(to)?;
+    new.beside("-shm")?.remove()?;
+    to.sync_dir()
 }
 
 /// Writes the database anew, without the room that rows left when they grew or went, if this mount
@@ -452,36 +465,9 @@ fn tighten(db: &Connection, written: usize) -> rusqlite::Result<()> {
 }
 
 /// Moves the WAL into the database and closes it, so that the one file is all there is.
-pub(super) fn finish(db: Connection) -> rusqlite::Result<()> {
+pub(super) fn finish(db: Db) -> rusqlite::Result<()> {
     db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
     db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
     db.flush_prepared_statement_cache();
-    db.close().map_err(|(_, error)| error)
-}
-
-/// `file` with a longer name.
-pub(super) fn beside(file: &Path, suffix: &str) -> PathBuf {
-    let mut name = file.as_os_str().to_os_string();
-    name.push(suffix);
-    PathBuf::from(name)
-}
-
-pub(super) fn remove_database(file: &Path) -> Result<()> {
-    remove_if_there(file)?;
-    remove_if_there(&beside(file, "-wal"))?;
-    remove_if_there(&beside(file, "-shm"))?;
-    remove_if_there(&beside(file, "-journal"))
-}
-
-fn remove_if_there(file: &Path) -> Result<()> {
-    match fs::remove_file(file) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other.context("remove", file),
-    }
-}
-
-fn sync_parent(file: &Path) -> Result<()> {
-    let parent = file.parent().filter(|path| !path.as_os_str().is_empty());
-    let parent = parent.unwrap_or_else(|| Path::new("."));
-    File::open(parent).and_then(|dir| dir.sync_all()).context("sync", parent)
+    db.close()
 }

@@ -10,6 +10,7 @@ use parking_lot::{Mutex, RwLock};
 use rusqlite::{Connection, ErrorCode};
 
 use super::Shared;
+use super::database::Db;
 use super::schema::{Use, connect};
 use crate::error::{Error, Result};
 use crate::types::{ReplicaId, ReplicaMap};
@@ -21,7 +22,7 @@ const IDLE_MAX: usize = 4;
 pub(super) struct Readers {
     files: RwLock<ReplicaMap<Option<PathBuf>>>,
     gone: ReplicaMap<AtomicBool>,
-    idle: Mutex<Vec<(ReplicaId, Connection)>>,
+    idle: Mutex<Vec<(ReplicaId, Db)>>,
     /// Counts the files that were replaced: a connection from before is of a file that is gone.
     replaced: AtomicU64,
 }
@@ -62,7 +63,7 @@ impl Readers {
         self.replaced.load(Ordering::Acquire) != since
     }
 
-    fn take(&self) -> Result<(ReplicaId, Connection)> {
+    fn take(&self) -> Result<(ReplicaId, Db)> {
         let id = self.gone.iter().find(|(_, gone)| !gone.load(Ordering::Acquire)).map(|(id, _)| id);
         let (id, file) =
             id.and_then(|id| Some((id, self.files.read()[id].clone()?))).ok_or_else(|| {
@@ -83,7 +84,7 @@ impl Readers {
         }
     }
 
-    fn give_back(&self, id: ReplicaId, db: Connection, taken_at: u64) {
+    fn give_back(&self, id: ReplicaId, db: Db, taken_at: u64) {
         let mut idle = self.idle.lock();
         if !self.is_replaced(taken_at)
             && idle.len() < IDLE_MAX

@@ -48,8 +48,8 @@ use std::path::Path;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, Row, params};
 
-use super::trust::{self, Pinned};
-use super::{Head, NodeRow, UndoFile, UndoPlace, UndoRow};
+use super::database::{Db, Place};
+use super::{Head, NodeRow, UndoFile, UndoPlace, UndoRow, trust};
 use crate::error::{Error, Result};
 use crate::types::{ContentId, Generation, NodeId, Timestamp, escape};
 
@@ -229,21 +229,25 @@ pub(super) enum Use {
 }
 
 /// Opens an existing catalog and checks that it is one that we can read.
-pub(super) fn connect(file: &Path, for_use: Use) -> Result<Connection> {
-    match connect_plainly(file, for_use) {
+pub(super) fn connect(file: &Path, for_use: Use) -> Result<Db> {
+    connect_at(Place::of(file)?, for_use)
+}
+
+/// As [`connect`].
+pub(super) fn connect_at(place: Place, for_use: Use) -> Result<Db> {
+    let file = &place.shown().to_path_buf();
+    match connect_plainly(place, file, for_use) {
         Err(Error::Catalog(error)) => Err(name_damage(file, error)),
         other => other,
     }
 }
 
-fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
+fn connect_plainly(place: Place, file: &Path, for_use: Use) -> Result<Db> {
     let access = match for_use {
         Use::Write => OpenFlags::SQLITE_OPEN_READ_WRITE,
         Use::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
     };
-    let pinned = Pinned::at(file)?;
-    let flags = access | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
-    let mut db = Connection::open_with_flags(&pinned.path, flags)?;
+    let mut db = Db::open(place, access)?;
     settle(&db, for_use)?;
     let id: i32 = db.query_row("PRAGMA application_id", [], |row| row.get(0))?;
     let format: i32 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
@@ -263,7 +267,7 @@ fn connect_plainly(file: &Path, for_use: Use) -> Result<Connection> {
     }
     trust::check_schema(&db, file, format)?;
     // The files beside it were opened by now as well.
-    pinned.check()?;
+    db.check()?;
     if format < FORMAT && for_use == Use::Write {
         upgrade(&mut db, format)?;
     }
@@ -333,7 +337,7 @@ fn settle(db: &Connection, for_use: Use) -> rusqlite::Result<()> {
 
 /// Makes an empty catalog. The file may exist only if it is empty.
 pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<()> {
-    let mut db = trust::open_new(file)?;
+    let mut db = Place::of(file)?.open_new()?;
     db.execute_batch(&format!(
         "PRAGMA page_size = 4096; PRAGMA application_id = {APPLICATION_ID}; \
          PRAGMA journal_mode = WAL; \
@@ -350,7 +354,7 @@ pub(super) fn create(file: &Path, store: uuid::Uuid, now: Timestamp) -> Result<(
     transaction.execute("INSERT INTO tick VALUES(0, ?1)", params![now.as_nanos()])?;
     transaction.commit()?;
     db.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?;
-    db.close().map_err(|(_, error)| error)?;
+    db.close()?;
     Ok(())
 }
 

@@ -7,7 +7,6 @@
 //! then copied between two commits: without that the WAL would never be whole in the database, and
 //! never begin anew.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use rusqlite::Connection;
@@ -34,7 +33,7 @@ impl Copies {
 
     /// Begins to copy a replica's WAL, unless that runs already.
     fn begin(&mut self, id: ReplicaId, writer: &Writer) {
-        let Some(file) = writer.db.path().map(PathBuf::from) else { return };
+        let file = writer.db.file().to_path_buf();
         if self.running[id].is_none() {
             let copy = move || copy(&file).map_err(|error| error.to_string());
             self.running[id] = Some(self.lanes.begin(id, writer.device, copy));
@@ -61,7 +60,8 @@ impl Copies {
 }
 
 fn copy(file: &std::path::Path) -> crate::error::Result<()> {
-    checkpoint(&connect(file, Use::Write)?, "PASSIVE")?;
+    let db = connect(file, Use::Write)?;
+    checkpoint(&db, "PASSIVE")?;
     Ok(())
 }
 
