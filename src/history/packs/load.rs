@@ -40,7 +40,16 @@ impl PackStore {
                 troubles.push(format!("{}: {trouble}", replicas.get(id).path.display()));
                 self.note_damage(replicas, id, pack, &trouble, Some(row));
                 // Whatever it is, the next replica may have the chunk.
-                Err(Errno::IO.into())
+                match trouble {
+                    Trouble::Io(error) if error.kind() != io::ErrorKind::NotFound => {
+                        Err(Errno::IO.into())
+                    }
+                    // Its device has answered: no failed read, but other bytes than ours.
+                    _ => {
+                        replicas.count_checksum_error(id);
+                        Err(io::Error::other("damaged"))
+                    }
+                }
             });
             match answer {
                 Err(error) if error.is(Errno::IO) => {}

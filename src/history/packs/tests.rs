@@ -187,6 +187,8 @@ fn a_flipped_bit_is_healed() {
     let rig = Rig::new();
     flip(&rig.file(0), 5000);
     rig.read_and_heal(1);
+    let health = rig.set.health(rig.set.primary().expect("one"));
+    assert_eq!((health.read_errors, health.checksum_errors), (0, 1));
 }
 
 #[test]
@@ -203,7 +205,9 @@ fn a_device_that_cannot_read_is_passed_over_and_found_well_again() {
     *rig.failing[0].lock() = Some(("read_at", Errno::IO));
     assert!(rig.read().expect("the other has it") == rig.content);
     assert_eq!(rig.set.online().count(), 2);
-    assert!(rig.set.health(rig.set.primary().expect("one")).read_errors > 0);
+    let health = rig.set.health(rig.set.primary().expect("one"));
+    assert!(health.read_errors > 0);
+    assert_eq!(health.checksum_errors, 0);
     *rig.failing[0].lock() = None;
     assert_eq!(rig.store.heal(&rig.set).expect("heal"), 0);
     assert!(rig.store.damages.lock().is_empty());
