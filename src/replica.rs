@@ -41,6 +41,7 @@ pub mod faulty;
 pub mod guarded;
 pub mod handles;
 pub mod health;
+mod held;
 pub mod intent;
 mod room;
 mod together;

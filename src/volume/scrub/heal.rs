@@ -141,9 +141,8 @@ impl Work<'_> {
         good: &[bool],
     ) -> Result<Option<Source>> {
         for (copy, _) in copies.iter().zip(good).filter(|(_, good)| **good) {
-            let b_replica = self.volume.replicas().get(copy.on);
-            let b = b_replica.backing();
-            if let Ok(Some((dir, Some(name), _))) = find(b, &standing.path)
+            let b = self.volume.replicas().backing(copy.on);
+            if let Ok(Some((dir, Some(name), _))) = find(&*b, &standing.path)
                 && let Ok(file) = b.open_file(&dir, &name, Access::Read)
             {
                 return Ok(Some(Source::File(copy.on, file)));
@@ -164,8 +163,7 @@ impl Work<'_> {
         expected: Option<Digest>,
     ) -> Result<Option<EntryName>> {
         let volume = self.volume;
-        let b_replica = volume.replicas().get(copy.on);
-        let b = b_replica.backing();
+        let b = volume.replicas().backing(copy.on);
         let size = standing.record.row.size;
         let Some((parent, name)) = standing.path.split_last() else {
             return Err(Error::Posix(Errno::ISDIR));
@@ -176,10 +174,10 @@ impl Work<'_> {
             // In place, so that it stays the same file for its other names and for who has it open.
             let file = b.open_file(&dir, name, Access::ReadWrite)?;
             let kept = self.keep_copy(copy.on, &file, name)?;
-            self.copy_into(source, b, &file, size, expected)?;
+            self.copy_into(source, &*b, &file, size, expected)?;
             b.sync(&file, true)?;
             let node = b.open_node(&dir, name)?;
-            set_attributes(b, &node, &standing.record)?;
+            set_attributes(&*b, &node, &standing.record)?;
             return Ok(Some(kept));
         }
         let times = b.stat(&dir)?;
@@ -192,10 +190,10 @@ impl Work<'_> {
         let made = self.quarantine_name(name);
         let file = b.create(tmp, &made, 0o600, OWN)?;
         let filled = (|| -> Result<()> {
-            self.copy_into(source, b, &file, size, expected)?;
+            self.copy_into(source, &*b, &file, size, expected)?;
             b.sync(&file, true)?;
             let node = b.open_node(tmp, &made)?;
-            set_attributes(b, &node, &standing.record)?;
+            set_attributes(&*b, &node, &standing.record)?;
             Ok(b.rename(tmp, &made, &dir, name, RenameMode::NoReplace)?)
         })();
         if filled.is_err() {
@@ -291,8 +289,7 @@ impl Work<'_> {
             if own.is_empty() {
                 continue;
             }
-            let b_replica = volume.replicas().get(copy.on);
-            let b = b_replica.backing();
+            let b = volume.replicas().backing(copy.on);
             let mut wanted = standing.record.clone();
             if let Some(object) = &copy.object {
                 keep_aspects(&mut wanted, object, &lost);
@@ -305,7 +302,7 @@ impl Work<'_> {
                     Some((parent, name)) => b.open_node(&b.open_dir(&parent)?, name)?,
                     None => b.open_dir(&standing.path)?,
                 };
-                set_attributes(b, &node, &wanted)
+                set_attributes(&*b, &node, &wanted)
             })();
             let (outcome, detail) = match set {
                 Ok(()) => (Outcome::Healed, format!("{own:?}")),
@@ -346,12 +343,9 @@ impl Work<'_> {
         dir: &Handle,
         name: &EntryName,
     ) -> Result<EntryName> {
-        let quarantine = self.volume.replicas().private(PrivateDir::Quarantine)?;
-        let to = self.quarantine_name(name);
-        let b_replica = self.volume.replicas().get(on);
-        let b = b_replica.backing();
-        b.rename(dir, name, quarantine.get(on)?, &to, RenameMode::NoReplace)?;
-        Ok(to)
+        self.put_in_quarantine(on, name, |b, quarantine, to| {
+            Ok(b.rename(dir, name, quarantine, to, RenameMode::NoReplace)?)
+        })
     }
 
     /// Copies a file to quarantine, as far as it can be read.
@@ -361,24 +355,34 @@ impl Work<'_> {
         file: &Handle,
         name: &EntryName,
     ) -> Result<EntryName> {
-        let quarantine = self.volume.replicas().private(PrivateDir::Quarantine)?;
-        let to = self.quarantine_name(name);
-        let b_replica = self.volume.replicas().get(on);
-        let b = b_replica.backing();
-        let size = b.stat(file)?.size;
-        let copy = b.create(quarantine.get(on)?, &to, 0o600, OWN)?;
-        let mut buffer = vec![0; PIECE_BYTES];
-        let mut at = 0;
-        while at < size {
-            let length = (size - at).min(PIECE_BYTES as u64);
-            if let Ok(count) = b.read_at(file, &mut buffer[..length as usize], at)
-                && buffer[..count].iter().any(|byte| *byte != 0)
-            {
-                b.write_at(&copy, &buffer[..count], at)?;
+        self.put_in_quarantine(on, name, |b, quarantine, to| {
+            let size = b.stat(file)?.size;
+            let copy = b.create(quarantine, to, 0o600, OWN)?;
+            let mut buffer = vec![0; PIECE_BYTES];
+            let mut at = 0;
+            while at < size {
+                let length = (size - at).min(PIECE_BYTES as u64);
+                if let Ok(count) = b.read_at(file, &mut buffer[..length as usize], at)
+                    && buffer[..count].iter().any(|byte| *byte != 0)
+                {
+                    b.write_at(&copy, &buffer[..count], at)?;
+                }
+                at += length;
             }
-            at += length;
-        }
-        b.truncate(&copy, size)?;
+            Ok(b.truncate(&copy, size)?)
+        })
+    }
+
+    /// Lets `put` bring something into the quarantine of a replica, by a name that nothing has.
+    fn put_in_quarantine(
+        &mut self,
+        on: ReplicaId,
+        name: &EntryName,
+        put: impl FnOnce(&dyn Backing, &Handle, &EntryName) -> Result<()>,
+    ) -> Result<EntryName> {
+        let to = self.quarantine_name(name);
+        let quarantine = self.volume.replicas().private(PrivateDir::Quarantine)?;
+        put(self.volume.replicas().get(on).backing(), quarantine.get(on)?, &to)?;
         Ok(to)
     }
 
@@ -386,8 +390,7 @@ impl Work<'_> {
     pub(super) fn adopt(&mut self, node: &Arc<Node>, edit: Edit) -> Result<()> {
         let volume = self.volume;
         let caller = Caller { creds: Creds::DAEMON, pid: 0 };
-        let b_replica = volume.replicas().get(edit.on);
-        let b = b_replica.backing();
+        let b = volume.replicas().backing(edit.on);
         let adopted = (|| {
             let quarantine = volume.replicas().private(PrivateDir::Quarantine)?;
             let file = b.open_file(quarantine.get(edit.on)?, &edit.name, Access::Read)?;

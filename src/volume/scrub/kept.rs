@@ -243,14 +243,13 @@ impl<'a> Work<'a> {
         let volume = self.volume;
         let mut copies = Vec::new();
         for on in volume.replicas().online().collect::<Vec<_>>() {
-            let b_replica = volume.replicas().get(on);
-            let b = b_replica.backing();
+            let b = volume.replicas().backing(on);
             let mut copy = Kept { on, size: None, digest: None, error: None };
-            match open_kept(b, dir, name) {
+            match open_kept(&*b, dir, name) {
                 Ok(None) => {}
                 Ok(Some((dir, size))) => {
                     copy.size = Some(size);
-                    match self.digest_on(b, &dir, name)? {
+                    match self.digest_on(&*b, &dir, name)? {
                         Ok(digest) => copy.digest = Some(digest),
                         Err(error) => copy.error = Some(error),
                     }
@@ -306,19 +305,18 @@ impl<'a> Work<'a> {
         fill: impl FnOnce(&dyn Backing, &Handle) -> io::Result<()>,
     ) -> Result<Option<EntryName>> {
         let volume = self.volume;
-        let b_replica = volume.replicas().get(on);
-        let b = b_replica.backing();
+        let b = volume.replicas().backing(on);
         let tmp = volume.replicas().private(PrivateDir::Tmp)?;
         let tmp = tmp.get(on)?;
         let _ = b.unlink(tmp, name);
         let file = b.create(tmp, name, 0o600, OWN)?;
-        if let Err(error) = fill(b, &file).and_then(|()| b.sync(&file, false)) {
+        if let Err(error) = fill(&*b, &file).and_then(|()| b.sync(&file, false)) {
             let _ = b.unlink(tmp, name);
             return Err(error.into());
         }
-        let there = open_kept(b, dir, name)?.is_some();
+        let there = open_kept(&*b, dir, name)?.is_some();
         // The kept handle may be of a directory that is gone: by its path, made where missing.
-        let parent = crate::replica::handles::open_private(b, dir)?;
+        let parent = crate::replica::handles::open_private(&*b, dir)?;
         let kept = if there { Some(self.set_aside(on, &parent, name)?) } else { None };
         b.rename(tmp, name, &parent, name, RenameMode::NoReplace)?;
         b.sync(&parent, false)?;
@@ -388,10 +386,9 @@ impl<'a> Work<'a> {
         }
         let name = undo::segment_name(segment);
         for on in volume.replicas().online().collect::<Vec<_>>() {
-            let b_replica = volume.replicas().get(on);
-            let b = b_replica.backing();
+            let b = volume.replicas().backing(on);
             let read = (|| {
-                let Some((dir, size)) = open_kept(b, PrivateDir::Undo, &name)? else {
+                let Some((dir, size)) = open_kept(&*b, PrivateDir::Undo, &name)? else {
                     return Ok(None);
                 };
                 let file = b.open_file(&dir, &name, Access::Read)?;

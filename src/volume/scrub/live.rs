@@ -171,15 +171,14 @@ impl Work<'_> {
         let volume = self.volume;
         let mut copies = Vec::new();
         for on in volume.replicas().online() {
-            let b_replica = volume.replicas().get(on);
-            let b = b_replica.backing();
+            let b = volume.replicas().backing(on);
             let mut copy = Copy { on, object: None, digest: None, error: None };
-            match find(b, &standing.path) {
+            match find(&*b, &standing.path) {
                 Ok(Some((dir, name, object))) => {
                     let is_file = object.stat.kind == Kind::File;
                     copy.object = Some(object);
                     if let (true, true, Some(name)) = (read, is_file, name) {
-                        match self.digest_on(b, &dir, &name)? {
+                        match self.digest_on(&*b, &dir, &name)? {
                             Ok(digest) => copy.digest = Some(digest),
                             Err(error) => copy.error = Some(error),
                         }
@@ -245,9 +244,8 @@ impl Work<'_> {
         let mut broken = Vec::new();
         for copy in copies {
             let Some(object) = &copy.object else { continue };
-            let b_replica = self.volume.replicas().get(copy.on);
-            let b = b_replica.backing();
-            let same = |path: &RelPath| match find(b, path) {
+            let b = self.volume.replicas().backing(copy.on);
+            let same = |path: &RelPath| match find(&*b, path) {
                 Ok(Some((_, _, other))) => other.stat.ino == object.stat.ino,
                 _ => false,
             };
@@ -337,8 +335,7 @@ impl Work<'_> {
     /// Compares the entries of a directory on one replica with the catalog's.
     fn entries(&mut self, node: &Arc<Node>, path: &RelPath, on: ReplicaId) -> Result<Looked> {
         let volume = self.volume;
-        let b_replica = volume.replicas().get(on);
-        let b = b_replica.backing();
+        let b = volume.replicas().backing(on);
         let place = volume.replicas().get(on).path.join(shown_path(path));
         let listed = match b.open_dir(path).and_then(|dir| b.list(&dir)) {
             Ok(listed) => listed,

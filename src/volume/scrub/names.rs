@@ -47,8 +47,7 @@ impl Work<'_> {
     }
 
     fn make_special(&mut self, standing: &Standing, copy: &Copy) -> Result<()> {
-        let b_replica = self.volume.replicas().get(copy.on);
-        let b = b_replica.backing();
+        let b = self.volume.replicas().backing(copy.on);
         let Some((parent, name)) = standing.path.split_last() else {
             return Err(Error::Posix(Errno::ISDIR));
         };
@@ -62,7 +61,7 @@ impl Work<'_> {
             Kind::Symlink => b.symlink(&dir, name, &standing.record.target, Creds::DAEMON)?,
             kind => b.mknod(&dir, name, kind, 0o600, row.rdev, Creds::DAEMON)?,
         }
-        set_attributes(b, &b.open_node(&dir, name)?, &standing.record)?;
+        set_attributes(&*b, &b.open_node(&dir, name)?, &standing.record)?;
         b.set_times(&dir, SetTime::To(times.atime), SetTime::To(times.mtime))?;
         Ok(())
     }
@@ -83,8 +82,7 @@ impl Work<'_> {
             return Ok(Looked::Busy);
         }
         for copy in copies {
-            let b_replica = volume.replicas().get(copy.on);
-            let b = b_replica.backing();
+            let b = volume.replicas().backing(copy.on);
             let place = volume.place_on(copy.on, &standing.path);
             let trouble = trouble_of(standing, copy);
             let made = (|| {
@@ -95,7 +93,7 @@ impl Work<'_> {
                     self.set_aside(copy.on, &dir, name)?;
                 }
                 b.mkdir(&dir, name, 0o700, Creds::DAEMON)?;
-                set_attributes(b, &b.open_node(&dir, name)?, &standing.record)?;
+                set_attributes(&*b, &b.open_node(&dir, name)?, &standing.record)?;
                 b.set_times(&dir, SetTime::To(times.atime), SetTime::To(times.mtime))?;
                 Ok::<(), Error>(())
             })();
@@ -124,16 +122,15 @@ impl Work<'_> {
         let volume = self.volume;
         let names = volume.catalog().names(node.id)?;
         for on in self.broken_links(node, copies)? {
-            let b_replica = volume.replicas().get(on);
-            let b = b_replica.backing();
+            let b = volume.replicas().backing(on);
             let place = volume.place_on(on, &standing.path);
             let linked = (|| {
-                let Some((dir, Some(name), object)) = find(b, &standing.path)? else {
+                let Some((dir, Some(name), object)) = find(&*b, &standing.path)? else {
                     return Err(Error::Posix(Errno::NOENT));
                 };
                 for (parent, other) in &names {
                     let path = volume.path_of(*parent)?.join(other);
-                    let there = find(b, &path)?;
+                    let there = find(&*b, &path)?;
                     if there.as_ref().is_some_and(|(_, _, o)| o.stat.ino == object.stat.ino) {
                         continue;
                     }
@@ -173,9 +170,8 @@ impl Work<'_> {
         if moved || volume.catalog().lookup(parent.id, name)?.is_some() {
             return Ok(());
         }
-        let b_replica = volume.replicas().get(on);
-        let b = b_replica.backing();
-        let Some((dir, _, object)) = find(b, &path.join(name))? else { return Ok(()) };
+        let b = volume.replicas().backing(on);
+        let Some((dir, _, object)) = find(&*b, &path.join(name))? else { return Ok(()) };
         let place = volume.place_on(on, &path.join(name));
         let aside = (|| {
             let times = b.stat(&dir)?;
