@@ -38,6 +38,7 @@ mod retain;
 mod schema;
 mod scratch;
 mod snapshot;
+mod sums;
 mod sweep;
 #[cfg(test)]
 mod tests;

@@ -24,6 +24,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
 use crate::history;
 use crate::progress::Progress;
+use crate::replica::intent::format::LOG_FILE;
 use crate::replica::intent::{Base, Intents};
 use crate::replica::{Replica, ReplicaSet};
 use crate::retention::StorePolicy;
@@ -532,19 +533,26 @@ impl Store {
         }
     }
 
-    /// Reads the markers of all replicas in use and writes those anew that are not what we wrote.
-    /// Returns those, and how that went.
-    pub fn check_markers(&self) -> Vec<(ReplicaId, PathBuf, Result<()>)> {
-        let members = self.members.lock();
+    /// Reads the markers and locks of all replicas in use, and the intent logs, and writes those
+    /// anew that are not what we wrote. Returns those, and how that went.
+    pub fn check_own_files(&self) -> Vec<(ReplicaId, PathBuf, Result<()>)> {
+        let mut members = self.members.lock();
         let mut found = Vec::new();
-        for id in self.replicas.ids() {
-            let Some(member) = members.get(id.index()).filter(|member| !member.stale) else {
+        for id in self.replicas.online() {
+            let Some(member) = members.get_mut(id.index()).filter(|member| !member.stale) else {
                 continue;
             };
             let written = Marker::read(&member.site);
             if !written.is_ok_and(|written| written.as_ref() == Some(&member.marker)) {
                 let path = member.site.private_path(marker::MARKER_FILE);
                 found.push((id, path, member.write_marker()));
+            }
+            if let Some(healed) = member.lock.as_mut().and_then(|lock| lock.heal(&member.site)) {
+                found.push((id, member.site.private_path(lock::LOCK_FILE), healed));
+            }
+            if let Some(healed) = self.intents.heal(&self.replicas, id) {
+                let path = member.site.private_path(LOG_FILE);
+                found.push((id, path, healed.map_err(Error::from_io)));
             }
         }
         found

@@ -494,7 +494,7 @@ impl Volume {
                 let path = &self.replicas().get(replica).path;
                 // A disk that fails would fail again: only what the file holds is mended so.
                 let corrupt = reason.contains("malformed") || reason.contains("not a database");
-                if corrupt && self.catalog().replace(replica).is_ok() {
+                if corrupt && self.catalog().replace(replica, None).is_ok() {
                     log::warn!("{}: its catalog failed and was replaced: {reason}", path.display());
                     continue;
                 }

@@ -27,6 +27,7 @@ use super::database::Db;
 use super::overlay::{Batch, Plan};
 use super::schema::NextIds;
 use super::scratch::Looks;
+use super::sums::Sums;
 use super::{Catalog, Change, Durability, Shared};
 use crate::error::{Error, Result};
 use crate::sys::device::Device;
@@ -48,7 +49,11 @@ const TICK_NANOS: i64 = 10_000_000;
 
 /// A replica's database, open for writing.
 pub(super) struct Writer {
+    // Closed before the sums' own descriptor of it is.
     pub db: Db,
+    pub sums: Option<Sums>,
+    /// The WAL is being copied beside the commits.
+    pub copying: bool,
     /// Whether `synchronous` is FULL at the moment.
     pub full: bool,
     /// Changes since the WAL was last copied into the database.
@@ -65,7 +70,8 @@ impl Writer {
     /// Takes a database that was opened for writing.
     pub fn new(db: Db) -> Writer {
         let device = Device::of(db.dir());
-        Writer { db, full: false, in_wal: 0, written: 0, dirty: true, device }
+        let sums = Sums::of(&db).ok();
+        Writer { db, sums, copying: false, full: false, in_wal: 0, written: 0, dirty: true, device }
     }
 }
 
@@ -484,7 +490,10 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
     writer.dirty = true;
     writer.in_wal += plan.batch.count + 1;
     writer.written += plan.batch.count;
-    apply(&mut writer.db, plan)
+    let committed = apply(&mut writer.db, plan)?;
+    let quiet = !writer.copying;
+    writer.with_sums(|sums| sums.note(quiet));
+    Ok(committed)
 }
 
 #[cfg(test)]

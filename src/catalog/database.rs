@@ -6,6 +6,8 @@
 //! nobody elsewhere. The descriptor stays open as long as the database, which opens its WAL later.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::Write;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -90,11 +92,30 @@ impl Place {
         rustix::fs::renameat(&self.dir, &self.name, &to.dir, &to.name).context("rename", &self.file)
     }
 
+    /// Opens what lies here for reading; `None` if nothing does. Where it is a database, closing
+    /// it takes SQLite's locks on it away (fcntl(2): they go with the first descriptor that the
+    /// process closes).
+    pub fn open(&self) -> Result<Option<File>> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match rustix::fs::openat(&self.dir, &self.name, flags, Mode::empty()) {
+            Err(Errno::NOENT) => Ok(None),
+            file => Ok(Some(file.context("open", &self.file)?.into())),
+        }
+    }
+
+    /// Writes a file here anew.
+    pub fn write(&self, bytes: &[u8]) -> Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC;
+        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.dir, &self.name, flags, Mode::RUSR | Mode::WUSR);
+        let mut file = File::from(file.context("create", &self.file)?);
+        file.write_all(bytes).context("write", &self.file)
+    }
+
     /// Makes what lies here durable, which nobody may have open.
     pub fn sync(&self) -> Result<()> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.dir, &self.name, flags, Mode::empty());
-        file.and_then(rustix::fs::fsync).context("sync", &self.file)
+        let Some(file) = self.open()? else { return Err(not_opened(&self.file, Errno::NOENT)) };
+        file.sync_all().context("sync", &self.file)
     }
 
     /// Makes durable what was made, renamed and removed in the directory.
@@ -144,6 +165,11 @@ impl Db {
     /// Where it was found.
     pub fn file(&self) -> &Path {
         &self.place.file
+    }
+
+    /// The same, for what lies beside it.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// The directory that it lies in.

@@ -22,7 +22,7 @@ use super::schema::{
 };
 use super::wal::Copies;
 use super::xattr::Interned;
-use super::{Catalog, Change, Durability, Head, PackChange, Shared};
+use super::{Catalog, Change, Durability, Head, PackChange, Shared, sums};
 use crate::error::{Error, IoContext, Result};
 use crate::types::{
     ChunkId, ContentId, NodeId, PackId, ReplicaId, ReplicaMap, SnapshotId, Timestamp, XattrSetId,
@@ -161,12 +161,13 @@ impl Catalog {
         self.shared.readers.file(replica)
     }
 
-    /// Replaces a replica's catalog by a copy of another's while both are in use; one that failed
-    /// is in use again after it. Nothing is committed meanwhile.
-    pub fn replace(&self, replica: ReplicaId) -> Result<()> {
+    /// Replaces a replica's catalog by a copy of that of `from`, or of any other replica's, while
+    /// they are in use; one that failed is in use again after it. Nothing is committed meanwhile.
+    pub fn replace(&self, replica: ReplicaId, from: Option<ReplicaId>) -> Result<()> {
         let mut writers = self.shared.writers.lock();
-        let sound = writers.ids().find(|id| *id != replica && writers[*id].is_some());
-        let source = sound.and_then(|id| self.file(id));
+        let sound = |id: &ReplicaId| *id != replica && writers[*id].is_some();
+        let source = from.or_else(|| writers.ids().find(sound)).filter(sound);
+        let source = source.and_then(|id| self.file(id));
         let (Some(to), Some(source)) = (self.file(replica), source) else {
             return Err(Error::Refused("no other replica has a catalog in use".into()));
         };
@@ -210,6 +211,7 @@ impl Catalog {
             let db = connect(file, Use::Write)?;
             let (head, tick) = read_start(&db).map_err(|error| name_damage(file, error))?;
             check_head(file, &head)?;
+            let chain = head.head.chain;
             match &first {
                 Some((other, other_file, _)) if other.head != head.head => {
                     return Err(Error::Refused(format!(
@@ -224,7 +226,9 @@ impl Catalog {
                     first = Some((head, file, tick));
                 }
             }
-            writers[id] = Some(Writer::new(db));
+            let mut writer = Writer::new(db);
+            writer.with_sums(|sums| sums.take_up(clean.then_some(&chain)));
+            writers[id] = Some(writer);
         }
         let Some((mut head, _, tick)) = first else {
             return Err(Error::NoStore("no replica has a catalog".into()));
@@ -295,13 +299,22 @@ impl Catalog {
         self.shared.copies.lock().end();
         let mut turns = Vec::new();
         for id in writers.ids() {
-            let Some(writer) = writers[id].take() else { continue };
+            let Some(mut writer) = writers[id].take() else { continue };
             let turn = self.shared.lanes.begin(id, writer.device, move || {
                 if let Err(error) = tighten(&writer.db, writer.written) {
                     // It is as it was: the room is what is missing, most likely.
                     log::info!("the catalog of replica {} is not tightened: {error}", id.index());
                 }
-                finish(writer.db)
+                let head = read_head_only(&writer.db);
+                writer.with_sums(|sums| sums.note(true));
+                finish(writer.db)?;
+                // Torn, lost or not written they say nothing.
+                if let (Some(mut sums), Ok(head)) = (writer.sums, head)
+                    && let Err(error) = sums.settle().and_then(|()| sums.leave(&head.chain))
+                {
+                    log::info!("the sums of a catalog's pages are not kept: {error}");
+                }
+                Ok::<(), rusqlite::Error>(())
             });
             turns.push((id, turn));
         }
@@ -442,6 +455,7 @@ pub(super) fn put_in_place(to: &Place) -> Result<()> {
     }
     to.beside("-wal")?.remove()?;
     to.beside("-shm")?.remove()?;
+    to.beside(sums::SUFFIX)?.remove()?;
     to.sync_dir()?;
     // Before the rename `to` is the old catalog, after it the new one; both are complete files.
     new.rename(to)?;

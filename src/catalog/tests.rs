@@ -15,6 +15,7 @@ mod history;
 mod lifecycle;
 mod model;
 mod speed;
+mod sums;
 mod sweep;
 
 const ROOT: NodeId = NodeId::ROOT;

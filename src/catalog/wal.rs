@@ -15,6 +15,7 @@ use super::Shared;
 use super::commit::{HANGS, Writer};
 use super::lane::{Lanes, Turn};
 use super::schema::{BUSY_MS, Use, connect};
+use super::sums::Sums;
 use crate::types::{ReplicaId, ReplicaMap};
 
 /// Changes after which a busy writer's WAL is copied into the database: 10 to 30 MiB of it.
@@ -75,6 +76,7 @@ impl Shared {
         for id in writers.ids() {
             let Some(writer) = &mut writers[id] else { continue };
             let ended = copies.ended(id);
+            writer.copying &= ended.is_none();
             let how = match ended {
                 Some(Err(error)) => {
                     self.detach(id, Some(error));
@@ -86,6 +88,7 @@ impl Shared {
                 _ => {
                     if !idle && writer.in_wal >= WAL_CHANGES_MAX {
                         writer.in_wal = 0;
+                        writer.copying = true;
                         copies.begin(id, writer);
                     }
                     continue;
@@ -94,12 +97,15 @@ impl Shared {
             let Some(mut writer) = writers[id].take() else { continue };
             let device = writer.device;
             let work = move || {
-                let busy = checkpoint(&writer.db, how);
-                if let Ok(busy) = busy {
+                let copied = checkpoint(&writer.db, how);
+                if let Ok(copied) = copied {
                     writer.in_wal = 0;
-                    writer.dirty = writer.dirty && (busy || how == "PASSIVE");
+                    writer.dirty = writer.dirty && (copied == Copied::Busy || how == "PASSIVE");
+                    if copied == Copied::Whole {
+                        writer.with_sums(Sums::settle);
+                    }
                 }
-                (writer, busy)
+                (writer, copied)
             };
             turns.push((id, self.lanes.begin(id, device, work)));
         }
@@ -117,12 +123,29 @@ impl Shared {
     }
 }
 
-/// Runs a checkpoint; tells whether a reader or writer was in its way. That is no error, the next
-/// time will do, and it is not waited for: commits would wait meanwhile.
-fn checkpoint(db: &Connection, how: &str) -> rusqlite::Result<bool> {
+/// What a checkpoint has done.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Copied {
+    /// All of the WAL is in the database.
+    Whole,
+    /// A part of it is.
+    Part,
+    /// A reader or writer was in its way.
+    Busy,
+}
+
+/// Runs a checkpoint. That something is in its way is no error, the next time will do, and it is
+/// not waited for: commits would wait meanwhile.
+fn checkpoint(db: &Connection, how: &str) -> rusqlite::Result<Copied> {
     db.busy_timeout(Duration::ZERO)?;
-    let busy: rusqlite::Result<i64> =
-        db.query_row(&format!("PRAGMA wal_checkpoint({how})"), [], |row| row.get(0));
+    let counts: rusqlite::Result<(i64, i64, i64)> =
+        db.query_row(&format!("PRAGMA wal_checkpoint({how})"), [], |row| {
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+        });
     db.busy_timeout(Duration::from_millis(BUSY_MS))?;
-    Ok(busy? != 0)
+    Ok(match counts? {
+        (0, frames, copied) if frames == copied => Copied::Whole,
+        (0, ..) => Copied::Part,
+        _ => Copied::Busy,
+    })
 }

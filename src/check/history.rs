@@ -16,12 +16,13 @@ use crate::store::site::{PRIVATE_DIRS, Site, private};
 use crate::types::{ContentId, EntryName, NodeId, PackId, RelPath};
 
 /// Files of ours that may lie beside the directories.
-const OWN_FILES: [&str; 11] = [
+const OWN_FILES: [&str; 12] = [
     "store.toml",
     "store.toml.new",
     "catalog.db",
     "catalog.db-wal",
     "catalog.db-shm",
+    "catalog.db.sums",
     "lock",
     "control.sock",
     "log",

@@ -109,7 +109,9 @@ pub fn rebuild(backings: &[PathBuf], progress: &Progress) -> Result<RebuildRepor
 fn set_aside_catalog(member: &Member, time: i64) -> Result<()> {
     let from = member.site.dir(&private(""))?;
     let to = member.site.dir(&private("quarantine"))?;
-    for name in [CATALOG_FILE, "catalog.db-wal", "catalog.db-shm", "catalog.db.new"] {
+    let names =
+        [CATALOG_FILE, "catalog.db-wal", "catalog.db-shm", "catalog.db.new", "catalog.db.sums"];
+    for name in names {
         let aside = own_name(&format!("rebuild-{time}-{name}"));
         let moved =
             member.site.backing.rename(&from, &own_name(name), &to, &aside, RenameMode::NoReplace);

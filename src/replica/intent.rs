@@ -258,6 +258,11 @@ impl Intents {
         self.log.join(replicas, id, backing)
     }
 
+    /// Looks at a replica's log, and writes it anew if it is not whole; see [`Log::heal`].
+    pub fn heal(&self, replicas: &ReplicaSet, id: ReplicaId) -> Option<std::io::Result<()>> {
+        self.log.heal(replicas, id, &*replicas.backing(id))
+    }
+
     /// Waits until all operations of epochs before `epoch`, which is open, have ended.
     pub fn drain(&self, epoch: Epoch) {
         let mut book = self.book.lock();

@@ -15,7 +15,8 @@ use crate::error::{Error, IoContext, Result};
 use crate::replica::backing::{Access, Handle};
 use crate::store::site::{Site, own_creds, own_name, private};
 
-const LOCK_FILE: &str = "lock";
+/// Its name in the private directory.
+pub(super) const LOCK_FILE: &str = "lock";
 const OWNER_BYTES_MAX: usize = 16 * 1024;
 /// A look at the store ([`peek`]) holds the lock for an instant: a mounter tries again that often.
 const TRIES: u32 = 20;
@@ -37,7 +38,31 @@ pub struct Owner {
 /// A held lock; released when dropped.
 #[derive(Debug)]
 pub struct StoreLock {
-    _file: Handle,
+    file: Handle,
+    owner: Owner,
+}
+
+impl StoreLock {
+    /// Looks whether the lock is what lies under its name, and tells who holds it; if not, that is
+    /// mended. `None` for one that is whole. Without the file a second mounter would get in.
+    pub fn heal(&mut self, site: &Site) -> Option<Result<()>> {
+        let path = site.private_path(LOCK_FILE);
+        let there = site
+            .backing
+            .open_dir(&private(""))
+            .and_then(|dir| site.backing.open_file(&dir, &own_name(LOCK_FILE), Access::Read))
+            .and_then(|file| Ok((site.backing.stat(&file)?.ino, read_text(site, &file))));
+        let own = site.backing.stat(&self.file).map(|stat| stat.ino);
+        match (there, own) {
+            (Ok((ino, text)), Ok(own)) if ino == own => {
+                let wanted = self.owner.text();
+                (text != wanted.as_bytes())
+                    .then(|| write_text(site, &self.file, &wanted).context("write", &path))
+            }
+            // The old one is held until the new one is.
+            _ => Some(acquire(site, &self.owner).map(|lock| *self = lock)),
+        }
+    }
 }
 
 impl Owner {
@@ -52,6 +77,10 @@ impl Owner {
                 .unwrap_or_default(),
             started: jiff::Timestamp::now().to_string(),
         }
+    }
+
+    fn text(&self) -> String {
+        toml::to_string(self).expect("strings and numbers are TOML")
     }
 
     fn describe(&self) -> String {
@@ -97,13 +126,23 @@ pub fn acquire(site: &Site, owner: &Owner) -> Result<StoreLock> {
             Err(error) => return Err(error).context("lock", &path),
         }
     }
-    let text = toml::to_string(owner).expect("strings and numbers are TOML");
     // The record is for people: a full disk must not keep the store from being mounted.
-    let written = site.backing.write_at(&file, text.as_bytes(), 0);
-    if let Err(error) = written.and_then(|()| site.backing.truncate(&file, text.len() as u64)) {
+    if let Err(error) = write_text(site, &file, &owner.text()) {
         log::warn!("write {}: {error}", path.display());
     }
-    Ok(StoreLock { _file: file })
+    Ok(StoreLock { file, owner: owner.clone() })
+}
+
+fn write_text(site: &Site, file: &Handle, text: &str) -> io::Result<()> {
+    site.backing.write_at(file, text.as_bytes(), 0)?;
+    site.backing.truncate(file, text.len() as u64)
+}
+
+fn read_text(site: &Site, file: &Handle) -> Vec<u8> {
+    let mut bytes = vec![0; OWNER_BYTES_MAX];
+    let count = site.backing.read_at(file, &mut bytes, 0).unwrap_or(0);
+    bytes.truncate(count);
+    bytes
 }
 
 fn in_use(site: &Site, file: &Handle) -> Error {
@@ -116,9 +155,7 @@ fn in_use(site: &Site, file: &Handle) -> Error {
 }
 
 fn read_owner(site: &Site, file: &Handle) -> Owner {
-    let mut bytes = vec![0; OWNER_BYTES_MAX];
-    let count = site.backing.read_at(file, &mut bytes, 0).unwrap_or(0);
-    std::str::from_utf8(&bytes[..count])
+    std::str::from_utf8(&read_text(site, file))
         .ok()
         .and_then(|text| toml::from_str(text).ok())
         .unwrap_or_default()

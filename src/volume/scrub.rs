@@ -1,6 +1,6 @@
 //! Scrub: reading every copy of everything while the store is in use, and healing what is damaged.
 //!
-//! A run looks at the catalogs, the markers and the files of history, then at live objects in the
+//! A run looks at the catalogs, our other files and the files of history, then at live objects in the
 //! order of their node ids, going on where the last run ended. So what was looked at longest ago
 //! comes first, without a record for every file. The default plan is SnapRAID's: a part of the live
 //! tree per run, and nothing that is younger than ten days; `all` looks at everything.
@@ -284,7 +284,7 @@ impl<'a> Work<'a> {
     fn run(&mut self) -> Result<()> {
         if self.run.stage == Stage::Own {
             self.catalogs()?;
-            self.markers()?;
+            self.own_files()?;
             self.preserved()?;
             self.segments()?;
             self.packs()?;

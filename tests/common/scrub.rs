@@ -31,10 +31,13 @@ pub enum Damage {
     Preserved,
     Undo,
     Catalog,
+    CatalogBit,
+    Intents,
+    Lock,
     Marker,
 }
 
-const ALL: [Damage; 22] = [
+const ALL: [Damage; 25] = [
     Damage::Flip,
     Damage::ZeroBlock,
     Damage::Truncate,
@@ -56,6 +59,9 @@ const ALL: [Damage; 22] = [
     Damage::Preserved,
     Damage::Undo,
     Damage::Catalog,
+    Damage::CatalogBit,
+    Damage::Intents,
+    Damage::Lock,
     Damage::Marker,
 ];
 
@@ -185,15 +191,15 @@ impl Damager {
             Damage::Preserved => self.spoil_ours(backing, "preserved"),
             Damage::Undo => self.spoil_ours(backing, "undo"),
             Damage::Catalog => self.spoil_catalog(&backing.join(".rearview/catalog.db")),
-            Damage::Marker => {
-                let target = backing.join(".rearview/store.toml");
-                if self.random(2) == 0 {
-                    fs::remove_file(&target).unwrap();
-                    return (target, "removed".into());
-                }
+            Damage::CatalogBit => {
+                let target = backing.join(".rearview/catalog.db");
+                await_empty_log(&target);
                 let what = self.spoil(&target, Damage::Flip);
                 (target, what)
             }
+            Damage::Intents => self.spoil_intents(&backing.join(".rearview/intent.log")),
+            Damage::Lock => self.spoil_or_remove(&backing.join(".rearview/lock")),
+            Damage::Marker => self.spoil_or_remove(&backing.join(".rearview/store.toml")),
         }
     }
 
@@ -270,12 +276,46 @@ impl Damager {
         (target, what)
     }
 
+    fn spoil_or_remove(&mut self, target: &Path) -> (PathBuf, String) {
+        if self.random(2) == 0 {
+            fs::remove_file(target).unwrap();
+            return (target.to_owned(), "removed".into());
+        }
+        (target.to_owned(), self.spoil(target, Damage::Flip))
+    }
+
+    /// What counts of the log is its newest header: records of what is closed, and places that
+    /// were never written, may hold anything.
+    fn spoil_intents(&mut self, target: &Path) -> (PathBuf, String) {
+        let file = fs::OpenOptions::new().read(true).write(true).open(target).unwrap();
+        match self.random(4) {
+            0 => {
+                fs::remove_file(target).unwrap();
+                (target.to_owned(), "removed".into())
+            }
+            1 => {
+                file.set_len(self.random(1 << 20)).unwrap();
+                (target.to_owned(), "cut short".into())
+            }
+            _ => {
+                let number = |at: u64| {
+                    let mut bytes = [0; 8];
+                    file.read_exact_at(&mut bytes, at + 8).unwrap();
+                    u64::from_le_bytes(bytes)
+                };
+                let newest = if number(0) > number(4096) { 0 } else { 4096 };
+                let at = newest + self.random(128);
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, at).unwrap();
+                file.write_all_at(&[byte[0] ^ (1 << self.random(8))], at).unwrap();
+                (target.to_owned(), format!("a bit at {at}"))
+            }
+        }
+    }
+
     /// Garbage over a page that is part of a tree: what is in the log, or free, is no damage.
     fn spoil_catalog(&mut self, target: &Path) -> (PathBuf, String) {
-        let log = target.with_extension("db-wal");
-        super::wait_until("the catalog's log is emptied", 30, || {
-            fs::metadata(&log).map_or(0, |meta| meta.len()) == 0
-        });
+        await_empty_log(target);
         let file = fs::OpenOptions::new().read(true).write(true).open(target).unwrap();
         let pages = file.metadata().unwrap().len() / 4096;
         let mut free = free_pages(&file);
@@ -306,6 +346,14 @@ fn written_pages(target: &Path) -> Vec<u64> {
         .unwrap();
     let pages = roots.query_map([], |row| row.get::<_, i64>(0)).unwrap();
     pages.map(|page| page.unwrap() as u64).collect()
+}
+
+/// Waits until the catalog's file has all of it.
+fn await_empty_log(catalog: &Path) {
+    let log = catalog.with_extension("db-wal");
+    super::wait_until("the catalog's log is emptied", 30, || {
+        fs::metadata(&log).map_or(0, |meta| meta.len()) == 0
+    });
 }
 
 /// The free pages of an SQLite database, from 0 (<https://sqlite.org/fileformat2.html>, 1.5).

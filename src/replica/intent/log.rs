@@ -11,13 +11,14 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 
 use super::format::{
     Base, HALF_RECORDS, Header, LOG_BYTES, MovedDir, RECORD_BYTES, Said, encode, load, log_name,
-    newest, record_at,
+    newest, parse, record_at,
 };
 use super::{Dirty, Epoch};
 use crate::error::Result;
@@ -31,6 +32,9 @@ const WANTED_AT: u32 = HALF_RECORDS / 4 * 3;
 /// So much of each half of a new log is written with zeros, for records of an ordinary interval:
 /// making one durable there allocates nothing. What is behind it is allocated when it is needed.
 const ZERO_BYTES: usize = 64 << 10;
+
+/// How often it is looked whether nothing is being recorded.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// A batch of records by its number: the order in which they become durable.
 type Batch = u64;
@@ -267,7 +271,35 @@ impl Log {
     /// Begins the log of a replica that comes into use: from here on it has all that the others
     /// have. To be called while no operation runs, before the replica is admitted.
     pub fn join(&self, replicas: &ReplicaSet, id: ReplicaId, b: &dyn Backing) -> io::Result<()> {
+        self.rewrite(&mut self.state.lock(), replicas, id, b)
+    }
+
+    /// Looks whether a replica's log has what is written in it, under its name; if not, it is
+    /// written anew. `None` for one that is whole.
+    pub fn heal(
+        &self,
+        replicas: &ReplicaSet,
+        id: ReplicaId,
+        b: &dyn Backing,
+    ) -> Option<io::Result<()>> {
         let mut state = self.state.lock();
+        // Nothing is recorded meanwhile, nor on its way.
+        while state.writing || !state.waiting.is_empty() {
+            self.more.wait_for(&mut state, LOOK_EVERY);
+        }
+        match is_whole(&state, id, b) {
+            Ok(true) => None,
+            _ => Some(self.rewrite(&mut state, replicas, id, b)),
+        }
+    }
+
+    fn rewrite(
+        &self,
+        state: &mut State,
+        replicas: &ReplicaSet,
+        id: ReplicaId,
+        b: &dyn Backing,
+    ) -> io::Result<()> {
         let (file, _) = open(b)?;
         let mut records = Vec::new();
         for interval in &state.intervals {
@@ -293,6 +325,36 @@ impl Log {
         })));
         Ok(())
     }
+}
+
+/// Whether the log of a replica, as it lies there, says what has been written in it.
+fn is_whole(state: &State, id: ReplicaId, b: &dyn Backing) -> io::Result<bool> {
+    let dir = b.open_dir(&PrivateDir::Root.path())?;
+    let file = b.open_file(&dir, &log_name(), Access::Read)?;
+    if b.stat(&file)?.ino != b.stat(state.files.get(id)?)?.ino {
+        return Ok(false);
+    }
+    b.forget_cached(&file);
+    let bytes = load(b, &file)?;
+    let (Some(header), Some(past)) = (newest(&bytes), parse(&bytes)) else { return Ok(false) };
+    // The last one may be on its way.
+    let number = state.header.number;
+    let known = header.mount == state.header.mount
+        && (header.number == number || header.number + 1 == number);
+    let has = |what: &Dirty| match what {
+        Dirty::File(node) => past.dirty.files.contains(node),
+        Dirty::Dir(node) => past.dirty.dirs.contains(node),
+        // Told by the records of where it lies.
+        Dirty::Moved(_) => true,
+    };
+    Ok(known
+        && state.intervals.iter().all(|interval| match interval.everything {
+            Some(_) => past.everything,
+            None => {
+                interval.recorded.keys().all(has)
+                    && interval.moved.iter().all(|dir| past.moved.contains(dir))
+            }
+        }))
 }
 
 /// Writes records, as few runs as they lie in, and makes them durable.

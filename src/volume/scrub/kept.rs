@@ -1,5 +1,5 @@
-//! Looking at what is ours: the replicas' catalogs and markers, preserved contents, undo segments
-//! and packs.
+//! Looking at what is ours: the replicas' catalogs, markers, locks and intent logs, preserved
+//! contents, undo segments and packs.
 //!
 //! While files of history are healed no packing and no sweep runs: what is looked at stays.
 
@@ -59,6 +59,22 @@ impl<'a> Work<'a> {
         let mut damaged = Vec::new();
         for on in volume.replicas().online() {
             let Some(file) = volume.catalog().file(on) else { continue };
+            // First the pages as they lie there: then nobody has to guess which copy is right.
+            match volume.catalog().rotten_pages(on, &mut |bytes| self.took(bytes)) {
+                Err(Error::Interrupted) => return Err(Error::Interrupted),
+                Err(error) => {
+                    damaged.push((on, file, error.to_string()));
+                    continue;
+                }
+                Ok(pages) if !pages.is_empty() => {
+                    let count = pages.len();
+                    let text =
+                        format!("{count} pages not as they were written, first {}", pages[0]);
+                    damaged.push((on, file, text));
+                    continue;
+                }
+                Ok(_) => {}
+            }
             match Catalog::audit(&file) {
                 Ok(audit) if audit.flaws.is_empty() => sound.push((on, file)),
                 Ok(audit) => damaged.push((on, file, audit.flaws.join("; "))),
@@ -80,9 +96,9 @@ impl<'a> Work<'a> {
             }
         }
         for (on, file, flaw) in damaged {
-            let healed = match sound.is_empty() {
-                false => volume.catalog().replace(on),
-                true => Err(Error::Refused("no replica has a sound catalog".into())),
+            let healed = match sound.first() {
+                Some((from, _)) => volume.catalog().replace(on, Some(*from)),
+                None => Err(Error::Refused("no replica has a sound catalog".into())),
             };
             let (outcome, detail) = match healed {
                 Ok(()) => (Outcome::Healed, flaw),
@@ -131,9 +147,9 @@ impl<'a> Work<'a> {
         Ok(Some(Vec::new()))
     }
 
-    /// The markers: what a replica's says is what we wrote.
-    pub(super) fn markers(&mut self) -> Result<()> {
-        for (on, path, healed) in self.volume.store.check_markers() {
+    /// Markers, locks and intent logs: what a replica's say is what we wrote.
+    pub(super) fn own_files(&mut self) -> Result<()> {
+        for (on, path, healed) in self.volume.store.check_own_files() {
             let (outcome, detail) = match healed {
                 Ok(()) => (Outcome::Healed, String::new()),
                 Err(error) => (Outcome::Unhealed, error.to_string()),
