@@ -8,7 +8,7 @@ use super::*;
 use crate::history::History;
 use crate::replica::Replica;
 use crate::replica::dir_backing::DirBacking;
-use crate::replica::faulty::{Faulty, Injected};
+use crate::replica::faulty::{Faulty, Injected, Plan};
 use crate::replica::{Fault, State as ReplicaState};
 use crate::store::{self, OpenOptions};
 
@@ -31,15 +31,6 @@ struct Rig {
 impl Rig {
     /// With the errors on the replica `faulty`.
     fn new(faulty: usize, errno: Errno) -> Rig {
-        let dirs: Vec<_> = (0..2).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
-        let paths: Vec<_> = dirs.iter().map(|dir| dir.path().canonicalize().unwrap()).collect();
-        let options = OpenOptions { init: true, ..OpenOptions::default() };
-        let recover = |replicas: &ReplicaSet, catalog: &Catalog, from| {
-            History::recover(replicas, catalog, from)
-        };
-        let store = store::open(&paths, &options, &recover, &crate::progress::Progress::silent());
-        let store = store.unwrap();
-        let id = store.replicas.ids().nth(faulty).unwrap();
         let left = Arc::new(AtomicUsize::new(usize::MAX));
         let count = left.clone();
         let plan = move |_: crate::replica::faulty::Call<'_>| {
@@ -52,9 +43,22 @@ impl Rig {
             };
             fails.then_some(Injected::Error(errno))
         };
+        Rig::planned(faulty, left, Arc::new(plan))
+    }
+
+    fn planned(faulty: usize, left: Arc<AtomicUsize>, plan: Plan) -> Rig {
+        let dirs: Vec<_> = (0..2).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
+        let paths: Vec<_> = dirs.iter().map(|dir| dir.path().canonicalize().unwrap()).collect();
+        let options = OpenOptions { init: true, ..OpenOptions::default() };
+        let recover = |replicas: &ReplicaSet, catalog: &Catalog, from| {
+            History::recover(replicas, catalog, from)
+        };
+        let store = store::open(&paths, &options, &recover, &crate::progress::Progress::silent());
+        let store = store.unwrap();
+        let id = store.replicas.ids().nth(faulty).unwrap();
         let before = store.replicas.get(id);
         let inner = Box::new(DirBacking::open(&before.path).unwrap());
-        let backing = Box::new(Faulty::new(inner, Arc::new(plan)));
+        let backing = Box::new(Faulty::new(inner, plan));
         let replica = Replica::new(before.uuid, before.label.clone(), before.path.clone(), backing);
         store.replicas.eject(id, Fault::new("exchange", Errno::IO));
         assert!(store.replicas.replace(id, replica));
@@ -238,4 +242,46 @@ fn a_call_that_fails_costs_its_replica_at_most_and_never_the_operation() {
         }
     }
     assert!(cut_points > 100, "{cut_points}");
+}
+
+/// As a sector that cannot be read, until it is written.
+#[test]
+fn a_file_that_a_device_cannot_read_is_answered_by_another_and_written_anew() {
+    if !crate::sys::is_root() {
+        return;
+    }
+    const BYTES: u64 = 12_345;
+    let bad = Arc::new(AtomicUsize::new(0));
+    let sector = bad.clone();
+    let plan = move |call: crate::replica::faulty::Call<'_>| match (call.op, call.len) {
+        ("write_at", BYTES) => {
+            sector.store(0, Ordering::SeqCst);
+            None
+        }
+        ("read_at", _) if sector.load(Ordering::SeqCst) > 0 => Some(Injected::Error(Errno::IO)),
+        _ => None,
+    };
+    let rig = Rig::planned(0, Arc::new(AtomicUsize::new(usize::MAX)), Arc::new(plan));
+    prepare(&rig);
+    let content = [7; BYTES as usize];
+    rig.create("bad").unwrap();
+    rig.write("bad", &content).unwrap();
+    rig.volume.settle().unwrap();
+    bad.store(1, Ordering::SeqCst);
+    let node = rig.lookup("bad").unwrap();
+    let mut read = [0; BYTES as usize];
+    assert_eq!(rig.volume.read(&node, 0, &mut read).unwrap(), read.len());
+    assert_eq!(read, content);
+    let until = std::time::Instant::now() + Duration::from_secs(60);
+    while bad.load(Ordering::SeqCst) > 0 {
+        assert!(std::time::Instant::now() < until, "it is not written anew");
+        std::thread::yield_now();
+    }
+    let health = rig.volume.replicas().health(rig.id(0));
+    assert!(health.read_errors > 0, "{health:?}");
+    assert_eq!(health.state, ReplicaState::Online);
+    rig.volume.close().unwrap();
+    assert_eq!(std::fs::read(rig.dirs[0].path().join("bad")).unwrap(), content);
+    let quarantine = std::fs::read_dir(rig.dirs[0].path().join(".rearview/quarantine")).unwrap();
+    assert_eq!(quarantine.count(), 1, "what could be read of it");
 }
