@@ -391,7 +391,32 @@ fn no_output_carries_control_characters() {
         named.iter().for_each(|words| ask(words, Some(missing.as_os_str()), json));
         ask(&["status"], Some(missing.as_os_str()), json);
     }
+    // What scrub and check find has such names as well, and so has what lies beside it.
+    let [kept, extra] =
+        [&b"k\x1b[31m\n+ forged"[..], b"x\x9b\x07\r+ forged"].map(OsStr::from_bytes);
+    fs::write(folder.join(kept), "as it was").unwrap();
+    store.snapshot("d");
+    let backing = store.backings[1].join(name);
+    let damage = || {
+        fs::remove_file(backing.join(kept)).unwrap();
+        fs::create_dir(backing.join(extra)).unwrap();
+        fs::write(backing.join(extra).join(kept), "foreign").unwrap();
+    };
+    damage();
+    ask(&["scrub", "start", "--all", "--wait"], None, false);
+    let said = store.rearview(&["scrub", "status"]).ok();
+    assert!(said.contains("found, all healed"), "{said}");
+    ask(&["scrub", "status"], None, true);
     store.unmount();
+    damage();
+    for json in [false, true] {
+        let mut command = Command::new(binary());
+        command.arg("check").args(json.then_some("--json")).args(&store.backings);
+        let done = run(&mut command);
+        assert_ne!(done.code, 0, "{}", done.told());
+        assert_tame("check", &done.stdout);
+        assert_tame("check", &done.stderr);
+    }
     // What a recovery tells of such names goes to standard error and into the log.
     fs::write(store.backings[1].join(name).join("foreign"), "x").unwrap();
     fs::write(store.backings[1].join(OsStr::from_bytes(b"f\x1b[31m\n+ forged")), "x").unwrap();
