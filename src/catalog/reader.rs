@@ -1,10 +1,13 @@
 //! Connections for queries: a few, on the first attached replica, none ever waiting for the writer.
 //!
 //! A replica whose file cannot be read is detached like one that cannot be written, and the query
-//! is asked again of the next.
+//! is asked again of the next. A query runs in the thread that asks, for handing it over would cost
+//! more than most of them: on a disk that hangs it waits as long as the disk does, but whoever asks
+//! after it is answered by another replica.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use rusqlite::{Connection, ErrorCode};
@@ -18,11 +21,17 @@ use crate::types::{ReplicaId, ReplicaMap};
 /// Idle connections kept, with up to 8 MiB of cache each.
 const IDLE_MAX: usize = 4;
 
+/// A replica on which a query has been running for so long is asked only if all are as slow. Of
+/// those that have something to read from the disk nearly all take less than this.
+const SLOW: Duration = Duration::from_secs(1);
+
 /// The pool.
 pub(super) struct Readers {
     files: RwLock<ReplicaMap<Option<PathBuf>>>,
     gone: ReplicaMap<AtomicBool>,
     idle: Mutex<Vec<(ReplicaId, Db)>>,
+    /// When the queries began that run.
+    running: ReplicaMap<Mutex<Vec<Instant>>>,
     /// Counts the files that were replaced: a connection from before is of a file that is gone.
     replaced: AtomicU64,
 }
@@ -33,7 +42,9 @@ impl Readers {
         let files = ReplicaMap::for_all(|id| files.get(id).cloned().flatten());
         let gone = files.map(|_, file| AtomicBool::new(file.is_none()));
         let files = RwLock::new(files);
-        Readers { files, gone, idle: Mutex::new(Vec::new()), replaced: AtomicU64::new(0) }
+        let running = ReplicaMap::for_all(|_| Mutex::default());
+        let (idle, replaced) = (Mutex::default(), AtomicU64::new(0));
+        Readers { files, gone, idle, running, replaced }
     }
 
     /// Closes all idle connections.
@@ -63,8 +74,32 @@ impl Readers {
         self.replaced.load(Ordering::Acquire) != since
     }
 
-    fn take(&self) -> Result<(ReplicaId, Db)> {
-        let id = self.gone.iter().find(|(_, gone)| !gone.load(Ordering::Acquire)).map(|(id, _)| id);
+    /// Which replica is to be asked.
+    fn choose(&self) -> Option<ReplicaId> {
+        let there = || self.gone.iter().filter(|(_, gone)| !gone.load(Ordering::Acquire));
+        let is_slow = |id: ReplicaId| {
+            let running = self.running[id].lock();
+            running.iter().min().is_some_and(|begun| begun.elapsed() >= SLOW)
+        };
+        let mut quick = there().map(|(id, _)| id).filter(|id| !is_slow(*id));
+        quick.next().or_else(|| there().map(|(id, _)| id).next())
+    }
+
+    /// Notes that a query begins; to be ended by [`Readers::end`].
+    fn begin(&self, id: ReplicaId) -> Instant {
+        let now = Instant::now();
+        self.running[id].lock().push(now);
+        now
+    }
+
+    fn end(&self, id: ReplicaId, begun: Instant) {
+        let mut running = self.running[id].lock();
+        if let Some(at) = running.iter().position(|one| *one == begun) {
+            running.swap_remove(at);
+        }
+    }
+
+    fn take(&self, id: Option<ReplicaId>) -> Result<(ReplicaId, Db)> {
         let (id, file) =
             id.and_then(|id| Some((id, self.files.read()[id].clone()?))).ok_or_else(|| {
                 Error::Damaged {
@@ -100,8 +135,16 @@ impl Shared {
     pub fn read<T>(&self, mut query: impl FnMut(&Connection) -> rusqlite::Result<T>) -> Result<T> {
         loop {
             let taken_at = self.readers.replaced.load(Ordering::Acquire);
-            let (id, db) = self.readers.take()?;
-            match query(&db) {
+            let chosen = self.readers.choose();
+            // Opening can hang as well.
+            let begun = chosen.map(|id| (id, self.readers.begin(id)));
+            let taken = self.readers.take(chosen);
+            let outcome = taken.map(|(id, db)| (id, query(&db), db));
+            if let Some((id, begun)) = begun {
+                self.readers.end(id, begun);
+            }
+            let (id, outcome, db) = outcome?;
+            match outcome {
                 Ok(answer) => {
                     self.readers.give_back(id, db, taken_at);
                     return Ok(answer);
@@ -174,4 +217,38 @@ fn is_broken(error: &rusqlite::Error) -> bool {
                 | ErrorCode::CannotOpen
         )
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_channel::unbounded;
+
+    use super::*;
+    use crate::catalog::Catalog;
+
+    #[test]
+    fn behind_a_query_that_hangs_another_replica_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = [0, 1].map(|index| dir.path().join(format!("{index}.db")));
+        Catalog::create(&files[0], uuid::Uuid::nil()).unwrap();
+        Catalog::copy(&files[0], &files[1]).unwrap();
+        let map = ReplicaMap::new(files.iter().cloned().map(Some).collect());
+        let catalog = Catalog::open(map, true).unwrap();
+        let asked = || catalog.shared.readers.choose().unwrap().index();
+        let (go_on, resume) = unbounded::<()>();
+        std::thread::scope(|scope| {
+            let shared = &catalog.shared;
+            scope.spawn(move || shared.read(|_| Ok(drop(resume.recv()))).unwrap());
+            let until = Instant::now() + SLOW * 20;
+            while asked() == 0 {
+                assert!(Instant::now() < until, "the one that hangs is asked on and on");
+                std::thread::yield_now();
+            }
+            assert_eq!(catalog.generation().0, 0);
+            catalog.totals().unwrap();
+            drop(go_on);
+        });
+        assert_eq!(asked(), 0, "it is well again");
+        catalog.close().unwrap();
+    }
 }
