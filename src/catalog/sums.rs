@@ -89,10 +89,14 @@ impl Sums {
     pub fn take_up(&mut self, chain: Option<&[u8; 32]>) -> Result<()> {
         let left = self.place.beside(SUFFIX)?;
         if let (Some(chain), Some(file)) = (chain, left.open()?) {
-            let mut bytes =
-                vec![0; file.metadata().context("look at", left.shown())?.len() as usize];
-            file.read_exact_at(&mut bytes, 0).context("read", left.shown())?;
-            self.pages = decode(&bytes, chain).unwrap_or_default();
+            let size = file.metadata().context("look at", left.shown())?.len();
+            // More than the database has pages is none of ours.
+            let pages = self.file.metadata()?.len() / PAGE_BYTES as u64;
+            if size <= pages * 8 + (HEADER_BYTES + HASH_BYTES) as u64 {
+                let mut bytes = vec![0; size as usize];
+                file.read_exact_at(&mut bytes, 0).context("read", left.shown())?;
+                self.pages = decode(&bytes, chain).unwrap_or_default();
+            }
         }
         // From here on the database changes.
         left.remove()
@@ -163,6 +167,10 @@ impl Sums {
     fn look(&mut self, from: usize) -> Result<(Vec<usize>, usize)> {
         let count = (self.file.metadata()?.len() / PAGE_BYTES as u64) as usize;
         let slice = count.saturating_sub(from).min(SLICE_PAGES);
+        if slice == 0 && self.pages.len() > count {
+            // It was cut off.
+            return Ok((vec![count], 0));
+        }
         self.pages.resize(count.max(self.pages.len()), 0);
         let mut bytes = vec![0; slice * PAGE_BYTES];
         let at = (from * PAGE_BYTES) as u64;

@@ -97,6 +97,8 @@ impl Shared {
             let Some(mut writer) = writers[id].take() else { continue };
             let device = writer.device;
             let work = move || {
+                let quiet = !writer.copying;
+                writer.with_sums(|sums| sums.note(quiet));
                 let copied = checkpoint(&writer.db, how);
                 if let Ok(copied) = copied {
                     writer.in_wal = 0;

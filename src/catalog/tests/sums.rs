@@ -107,3 +107,42 @@ fn rot_is_known_after_the_next_mount_and_after_a_commit_on_its_page() {
     catalog.close().unwrap();
     assert!(rotten(&scratch.open(), 0).contains(&page));
 }
+
+#[test]
+fn a_database_that_was_cut_off_is_found() {
+    let scratch = Scratch::new_in(2, "/dev/shm");
+    let catalog = scratch.open_rooted();
+    fill(&catalog, 100, 500);
+    catalog.shared.checkpoint(true);
+    assert!(rotten(&catalog, 1).is_empty());
+    let file = std::fs::File::options().write(true).open(&scratch.files[1]).unwrap();
+    let pages = file.metadata().unwrap().len() / 4096;
+    file.set_len((pages - 1) * 4096).unwrap();
+    assert_eq!(rotten(&catalog, 1), [pages as usize - 1]);
+    let ids: Vec<ReplicaId> = ReplicaId::all().take(2).collect();
+    catalog.replace(ids[1], Some(ids[0])).unwrap();
+    assert!(rotten(&catalog, 1).is_empty());
+}
+
+#[test]
+fn sums_that_are_damaged_or_of_another_state_say_nothing() {
+    let scratch = Scratch::new_in(1, "/dev/shm");
+    let catalog = scratch.open_rooted();
+    fill(&catalog, 100, 500);
+    catalog.close().unwrap();
+    let file = scratch.files[0].with_extension("db.sums");
+    let sums = std::fs::read(&file).unwrap();
+    let mut flipped = sums.clone();
+    flipped[60] ^= 4;
+    let mut long = sums.clone();
+    long.resize(1 << 20, 0);
+    for left in [&flipped[..], &sums[..50], &[], &long, &sums] {
+        std::fs::write(&file, left).unwrap();
+        let catalog = scratch.open();
+        assert!(rotten(&catalog, 0).is_empty());
+        assert!(!file.exists(), "it is of no use while the catalog changes");
+        fill(&catalog, 5000, 1);
+        catalog.push(vec![remove(1, "a file named 5000"), Change::NodeGone(NodeId(5000))]).unwrap();
+        catalog.close().unwrap();
+    }
+}

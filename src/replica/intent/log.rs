@@ -11,7 +11,6 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
@@ -32,9 +31,6 @@ const WANTED_AT: u32 = HALF_RECORDS / 4 * 3;
 /// So much of each half of a new log is written with zeros, for records of an ordinary interval:
 /// making one durable there allocates nothing. What is behind it is allocated when it is needed.
 const ZERO_BYTES: usize = 64 << 10;
-
-/// How often it is looked whether nothing is being recorded.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// A batch of records by its number: the order in which they become durable.
 type Batch = u64;
@@ -68,6 +64,14 @@ struct State {
     writing: bool,
 }
 
+/// What is durable in the log of every replica.
+struct Durable {
+    header: Header,
+    files: Arc<Handles>,
+    recorded: Vec<Dirty>,
+    everything: bool,
+}
+
 /// The log of a mounted store.
 pub(super) struct Log {
     state: Mutex<State>,
@@ -90,6 +94,18 @@ impl Interval {
 }
 
 impl State {
+    fn durable(&self) -> Durable {
+        let done = |batch: Batch| batch <= self.done && !self.failed.contains(&batch);
+        let intervals = self.intervals.iter();
+        let recorded = intervals.clone().flat_map(|interval| &interval.recorded);
+        Durable {
+            header: self.header,
+            files: self.files.clone(),
+            recorded: recorded.filter(|(_, batch)| done(**batch)).map(|(what, _)| *what).collect(),
+            everything: intervals.clone().any(|interval| interval.everything.is_some_and(done)),
+        }
+    }
+
     /// The place of the interval that an epoch belongs to.
     fn interval_at(&self, epoch: Epoch) -> usize {
         let found = self.intervals.iter().rposition(|interval| interval.first <= epoch);
@@ -271,35 +287,7 @@ impl Log {
     /// Begins the log of a replica that comes into use: from here on it has all that the others
     /// have. To be called while no operation runs, before the replica is admitted.
     pub fn join(&self, replicas: &ReplicaSet, id: ReplicaId, b: &dyn Backing) -> io::Result<()> {
-        self.rewrite(&mut self.state.lock(), replicas, id, b)
-    }
-
-    /// Looks whether a replica's log has what is written in it, under its name; if not, it is
-    /// written anew. `None` for one that is whole.
-    pub fn heal(
-        &self,
-        replicas: &ReplicaSet,
-        id: ReplicaId,
-        b: &dyn Backing,
-    ) -> Option<io::Result<()>> {
         let mut state = self.state.lock();
-        // Nothing is recorded meanwhile, nor on its way.
-        while state.writing || !state.waiting.is_empty() {
-            self.more.wait_for(&mut state, LOOK_EVERY);
-        }
-        match is_whole(&state, id, b) {
-            Ok(true) => None,
-            _ => Some(self.rewrite(&mut state, replicas, id, b)),
-        }
-    }
-
-    fn rewrite(
-        &self,
-        state: &mut State,
-        replicas: &ReplicaSet,
-        id: ReplicaId,
-        b: &dyn Backing,
-    ) -> io::Result<()> {
         let (file, _) = open(b)?;
         let mut records = Vec::new();
         for interval in &state.intervals {
@@ -315,6 +303,56 @@ impl Log {
         }
         records.sort_unstable_by_key(|(at, _)| *at);
         write(b, &file, &records)?;
+        self.begin_with(&mut state, replicas, id, b, file)
+    }
+
+    /// Looks whether a replica's log has what is written in it, under its name. If not, it says
+    /// from here on that everything may be dirty: nobody has to wait for that, and the next
+    /// checkpoint makes it as exact as the others. `None` for one that is whole.
+    pub fn heal(
+        &self,
+        replicas: &ReplicaSet,
+        id: ReplicaId,
+        b: &dyn Backing,
+    ) -> Option<io::Result<()>> {
+        let known = self.state.lock().durable();
+        if is_whole(&known, id, b).is_ok_and(|whole| whole) {
+            return None;
+        }
+        // A checkpoint came between, or it is damaged.
+        let mut state = self.state.lock();
+        match is_whole(&state.durable(), id, b) {
+            Ok(true) => None,
+            _ => Some(self.write_everything(&mut state, replicas, id, b)),
+        }
+    }
+
+    fn write_everything(
+        &self,
+        state: &mut State,
+        replicas: &ReplicaSet,
+        id: ReplicaId,
+        b: &dyn Backing,
+    ) -> io::Result<()> {
+        let (file, _) = open(b)?;
+        for interval in &state.intervals {
+            // No other record ever has the last place.
+            let at = record_at(interval.half, HALF_RECORDS - 1);
+            b.write_at(&file, &encode(state.header.mount, interval.first, Said::Everything), at)?;
+        }
+        b.sync(&file, true)?;
+        self.begin_with(state, replicas, id, b, file)
+    }
+
+    /// Writes the header of a log that has its records, and takes it into use.
+    fn begin_with(
+        &self,
+        state: &mut State,
+        replicas: &ReplicaSet,
+        id: ReplicaId,
+        b: &dyn Backing,
+        file: Handle,
+    ) -> io::Result<()> {
         // Last, for without it the records count for nothing.
         b.write_at(&file, &state.header.encode(), state.header.at())?;
         b.sync(&file, true)?;
@@ -327,34 +365,26 @@ impl Log {
     }
 }
 
-/// Whether the log of a replica, as it lies there, says what has been written in it.
-fn is_whole(state: &State, id: ReplicaId, b: &dyn Backing) -> io::Result<bool> {
+/// Whether the log of a replica, as it lies there, says what is known to be durable in it.
+fn is_whole(known: &Durable, id: ReplicaId, b: &dyn Backing) -> io::Result<bool> {
     let dir = b.open_dir(&PrivateDir::Root.path())?;
     let file = b.open_file(&dir, &log_name(), Access::Read)?;
-    if b.stat(&file)?.ino != b.stat(state.files.get(id)?)?.ino {
+    if b.stat(&file)?.ino != b.stat(known.files.get(id)?)?.ino {
         return Ok(false);
     }
     b.forget_cached(&file);
     let bytes = load(b, &file)?;
     let (Some(header), Some(past)) = (newest(&bytes), parse(&bytes)) else { return Ok(false) };
     // The last one may be on its way.
-    let number = state.header.number;
-    let known = header.mount == state.header.mount
-        && (header.number == number || header.number + 1 == number);
+    let (last, number) = (known.header.number, header.number);
+    let current = header.mount == known.header.mount && (number == last || number + 1 == last);
     let has = |what: &Dirty| match what {
         Dirty::File(node) => past.dirty.files.contains(node),
         Dirty::Dir(node) => past.dirty.dirs.contains(node),
-        // Told by the records of where it lies.
-        Dirty::Moved(_) => true,
+        Dirty::Moved(node) => past.moved.iter().any(|dir| dir.node == *node),
     };
-    Ok(known
-        && state.intervals.iter().all(|interval| match interval.everything {
-            Some(_) => past.everything,
-            None => {
-                interval.recorded.keys().all(has)
-                    && interval.moved.iter().all(|dir| past.moved.contains(dir))
-            }
-        }))
+    let all = past.everything || (!known.everything && known.recorded.iter().all(has));
+    Ok(current && all)
 }
 
 /// Writes records, as few runs as they lie in, and makes them durable.
