@@ -30,7 +30,7 @@ pub use session::{ServeOptions, Session, serve};
 
 use convert::{
     TTL_MOUNTED, answer_empty, answer_entry, answer_xattr, attr, caller, errno, file_type, name,
-    negative, set_time, ttl,
+    negative, plus_max, set_time, ttl,
 };
 
 /// Requests the kernel may have under way in the background; more than its default of 12, above
@@ -426,7 +426,8 @@ impl fuser::Filesystem for Fuse {
     ) {
         guarded(|| match self.fs.list(ino.0, Fh(fh.0), offset == 0) {
             Ok(lines) => {
-                for (index, line) in lines.iter().enumerate().skip(offset as usize) {
+                let most = plus_max(ino, offset, lines.len());
+                for (index, line) in lines.iter().enumerate().skip(offset as usize).take(most) {
                     let dot = line.name == b"." || line.name == b"..";
                     let found = if dot {
                         self.fs.stat(line.ino)

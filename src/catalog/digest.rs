@@ -7,11 +7,17 @@
 //!
 //! A content gets its digest when its file has been quiet for a while, and keeps it wherever its
 //! bytes come to lie. One without a digest was not quiet long enough before it was replaced.
+//!
+//! What is packed as one chunk has the chunk's hash, and what has the bytes of another content has
+//! that one's digest: a digest that says the same is not stored. One that says something else is,
+//! for then the bytes are not those that were written.
 
 use std::collections::BTreeMap;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
+use super::packed::{lone_chunk, lone_recipe};
+use super::schema::ContentState;
 use super::{Catalog, NEVER};
 use crate::error::Result;
 use crate::types::{ContentId, Kind, NodeId};
@@ -49,10 +55,23 @@ impl Catalog {
         if let Some(digest) = self.shared.overlay(|batch| batch.digests.get(&content).copied()) {
             return Ok(Some(digest));
         }
-        self.shared.read(|db| {
-            db.prepare_cached("SELECT hash FROM digest WHERE content = ?1")?
-                .query_row(params![content], |row| row.get(0))
-                .optional()
+        self.shared.read_at_once(|db| recorded(db, content))
+    }
+
+    /// A packed content whose bytes have this digest and size, if any has.
+    pub fn packed_like(&self, digest: &Digest, size: u64) -> Result<Option<ContentId>> {
+        self.shared.read_at_once(|db| {
+            let stored = db
+                .prepare_cached(
+                    "SELECT c.id FROM content c JOIN digest d ON d.content = c.id \
+                     WHERE c.state = 2 AND c.size = ?2 AND d.hash = ?1 LIMIT 1",
+                )?
+                .query_row(params![digest, size as i64], |row| row.get(0))
+                .optional()?;
+            match stored {
+                Some(content) => Ok(Some(content)),
+                None => implied_like(db, digest, size),
+            }
         })
     }
 
@@ -72,6 +91,79 @@ impl Catalog {
             rows.collect()
         })
     }
+}
+
+/// The digest that is stored, or else the one that follows from where the bytes lie.
+fn recorded(db: &Connection, content: ContentId) -> rusqlite::Result<Option<Digest>> {
+    match stored(db, content)? {
+        None => implied(db, content),
+        stored => Ok(stored),
+    }
+}
+
+fn stored(db: &Connection, content: ContentId) -> rusqlite::Result<Option<Digest>> {
+    db.prepare_cached("SELECT hash FROM digest WHERE content = ?1")?
+        .query_row(params![content], |row| row.get(0))
+        .optional()
+}
+
+/// The digest that follows from where the bytes of a content lie. Not where it has before-images:
+/// then it has other bytes than what lies there.
+fn implied(db: &Connection, content: ContentId) -> rusqlite::Result<Option<Digest>> {
+    let place: Option<(i64, Option<ContentId>)> = db
+        .prepare_cached(
+            "SELECT state, same FROM content c WHERE id = ?1 AND state IN (2, 4) AND NOT EXISTS( \
+             SELECT 1 FROM undo WHERE node = c.node AND content = c.id)",
+        )?
+        .query_row(params![content], |row| Ok((row.get(0)?, row.get(1)?)))
+        .optional()?;
+    match place {
+        Some((_, Some(same))) => match stored(db, same)? {
+            None => packed_hash(db, same),
+            stored => Ok(stored),
+        },
+        Some(_) => packed_hash(db, content),
+        None => Ok(None),
+    }
+}
+
+/// The digest of a content that is packed as one chunk and has no before-images.
+fn packed_hash(db: &Connection, content: ContentId) -> rusqlite::Result<Option<Digest>> {
+    let packed = db
+        .prepare_cached(
+            "SELECT 1 FROM content c WHERE id = ?1 AND state = ?2 AND NOT EXISTS( \
+             SELECT 1 FROM undo WHERE node = c.node AND content = c.id)",
+        )?
+        .exists(params![content, ContentState::Packed as i64])?;
+    Ok(match packed {
+        true => lone_chunk(db, content)?.map(|hash| first_half(&hash)),
+        false => None,
+    })
+}
+
+/// Removes the digest of a content that came to lie elsewhere, if it says no more than that place.
+pub(super) fn forget_implied(db: &Connection, content: ContentId) -> rusqlite::Result<()> {
+    let Some(digest) = stored(db, content)? else { return Ok(()) };
+    if implied(db, content)? == Some(digest) {
+        db.prepare_cached("DELETE FROM digest WHERE content = ?1")?.execute(params![content])?;
+    }
+    Ok(())
+}
+
+/// A content of this digest and size that is packed as one chunk.
+fn implied_like(
+    db: &Connection,
+    digest: &Digest,
+    size: u64,
+) -> rusqlite::Result<Option<ContentId>> {
+    let Some(body) = lone_recipe(db, digest, size)? else { return Ok(None) };
+    db.prepare_cached(
+        "SELECT c.id FROM recipe r JOIN content c ON c.id = r.id WHERE r.body = ?1 \
+         AND c.state = 2 AND c.size = ?2 AND NOT EXISTS( \
+         SELECT 1 FROM undo WHERE node = c.node AND content = c.id) LIMIT 1",
+    )?
+    .query_row(params![body, size as i64], |row| row.get(0))
+    .optional()
 }
 
 /// Writes the digests of a batch. A content that was forgotten meanwhile gets none.

@@ -11,6 +11,7 @@ use fuser::{
 
 use crate::error::{Error, Result};
 use crate::fs::{Found, Keep};
+use crate::past::Past;
 use crate::replica::backing::{Creds, SetTime, Stat};
 use crate::types::{EntryName, Kind, Timestamp};
 use crate::volume::Caller;
@@ -19,6 +20,17 @@ use crate::volume::Caller;
 const TTL_ALWAYS: Duration = Duration::from_secs(10 * 365 * 86400);
 /// The live tree changes through this mount only, and the kernel notes its own changes.
 pub(super) const TTL_MOUNTED: Duration = Duration::from_secs(86400);
+
+/// Entries with attributes in the first answer of a past directory's listing: each costs queries,
+/// which a mere `ls` has no use for.
+const PLUS_FIRST_MAX: usize = 32;
+
+/// How many entries an answer with attributes may have. The kernel begins every listing with such
+/// a request, whether somebody wants the attributes or not; if so, it goes on with them.
+pub(super) fn plus_max(of: INodeNo, offset: u64, lines: usize) -> usize {
+    let begins = offset == 0 && Past::owns(of.0) && lines > PLUS_FIRST_MAX;
+    if begins { PLUS_FIRST_MAX } else { usize::MAX }
+}
 
 /// The errno of an error. What a person must read is logged.
 pub(super) fn errno(error: &Error) -> Errno {
