@@ -198,8 +198,9 @@ fn bind_node(
     to.raw_bind_parameter(14, born)
 }
 
-/// The statements that write directory entries.
+/// The statements that write directory entries. The states of the nodes are written before.
 struct Entries<'c> {
+    kind: CachedStatement<'c>,
     add: CachedStatement<'c>,
     remove: CachedStatement<'c>,
     past: CachedStatement<'c>,
@@ -208,17 +209,27 @@ struct Entries<'c> {
 impl<'c> Entries<'c> {
     fn prepare(db: &'c Connection) -> rusqlite::Result<Entries<'c>> {
         Ok(Entries {
+            kind: db.prepare_cached(
+                "SELECT nullif(coalesce((SELECT kind FROM node WHERE id = ?1), \
+                 (SELECT kind FROM node_h WHERE id = ?1 LIMIT 1)), 8)",
+            )?,
             add: db.prepare_cached(
-                "INSERT INTO entry(parent, name, node, born) VALUES(?1, ?2, ?3, ?4) \
+                "INSERT INTO entry(parent, name, node, born, kind) VALUES(?1, ?2, ?3, ?4, ?5) \
                  ON CONFLICT DO NOTHING",
             )?,
             remove: db.prepare_cached(
-                "DELETE FROM entry WHERE parent = ?1 AND name = ?2 RETURNING node, born",
+                "DELETE FROM entry WHERE parent = ?1 AND name = ?2 RETURNING node, born, kind",
             )?,
             past: db.prepare_cached(
-                "INSERT INTO entry_h(parent, name, node, born, died) VALUES(?1, ?2, ?3, ?4, ?5)",
+                "INSERT INTO entry_h(parent, name, node, born, died, kind) \
+                 VALUES(?1, ?2, ?3, ?4, ?5, ?6)",
             )?,
         })
+    }
+
+    /// What an entry's `kind` is to be.
+    fn kind(&mut self, node: NodeId) -> rusqlite::Result<Option<i64>> {
+        self.kind.query_row(params![node], |row| row.get(0))
     }
 
     fn write(
@@ -231,17 +242,19 @@ impl<'c> Entries<'c> {
                 self.retire(parent, name, delta.base_died, touched)?;
             }
             for &(node, born, died) in &delta.past {
-                self.past.execute(params![parent, name, node, born, died])?;
+                let kind = self.kind(node)?;
+                self.past.execute(params![parent, name, node, born, died, kind])?;
                 touched.extend([(born, node), (died, node)]);
             }
             if let Some((node, born)) = delta.current {
                 if born < NEVER {
                     touched.push((born, node));
                 }
-                if self.add.execute(params![parent, name, node, born])? == 0 {
+                let kind = self.kind(node)?;
+                if self.add.execute(params![parent, name, node, born, kind])? == 0 {
                     // The name was not free after all: history keeps what it meant.
                     self.retire(parent, name, delta.base_died, touched)?;
-                    self.add.execute(params![parent, name, node, born])?;
+                    self.add.execute(params![parent, name, node, born, kind])?;
                 }
             }
         }
@@ -255,11 +268,15 @@ impl<'c> Entries<'c> {
         died: Generation,
         touched: &mut Touched,
     ) -> rusqlite::Result<()> {
-        let pair = |row: &Row<'_>| Ok((row.get::<_, NodeId>(0)?, row.get::<_, Generation>(1)?));
-        if let Some((node, born)) = self.remove.query_row(params![parent, name], pair).optional()?
+        type Parts = (NodeId, Generation, Option<i64>);
+        let parts = |row: &Row<'_>| -> rusqlite::Result<Parts> {
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+        };
+        let removed = self.remove.query_row(params![parent, name], parts).optional()?;
+        if let Some((node, born, kind)) = removed
             && born < NEVER
         {
-            self.past.execute(params![parent, name, node, born, died])?;
+            self.past.execute(params![parent, name, node, born, died, kind])?;
             touched.push((died, node));
         }
         Ok(())

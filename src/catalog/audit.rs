@@ -29,7 +29,7 @@ pub struct Audit {
 
 /// Rows that contradict an invariant: what is wrong with them, and the query that finds them as
 /// one text each. `?1` is [`NEVER`].
-const CONTRADICTIONS: [(&str, &str); 22] = [
+const CONTRADICTIONS: [(&str, &str); 24] = [
     (
         "a name means no node",
         "SELECT parent || '/' || quote(name) FROM entry e \
@@ -39,6 +39,17 @@ const CONTRADICTIONS: [(&str, &str); 22] = [
         "a name lies in no directory",
         "SELECT parent || '/' || quote(name) FROM entry e \
          WHERE NOT EXISTS(SELECT 1 FROM node WHERE id = e.parent AND kind = 4)",
+    ),
+    (
+        "an entry says something else of its node than the node",
+        "SELECT e.parent || '/' || quote(e.name) FROM entry e JOIN node n ON n.id = e.node \
+         WHERE coalesce(e.kind, 8) <> n.kind",
+    ),
+    (
+        "a past name says something else of its node than the node",
+        "SELECT e.parent || '/' || quote(e.name) FROM entry_h e \
+         LEFT JOIN node n ON n.id = e.node WHERE coalesce(e.kind, 8) <> coalesce(n.kind, \
+         (SELECT kind FROM node_h WHERE id = e.node LIMIT 1))",
     ),
     (
         "a live node has no name",

@@ -204,15 +204,14 @@ fn list_merged(db: &Connection, parent: NodeId, names: &Names) -> rusqlite::Resu
         };
         list.extend(kind.map(|kind| Listed { name: name.clone(), node, kind }));
     }
-    let mut statement = db.prepare_cached(
-        "SELECT e.name, e.node, n.kind FROM entry e JOIN node n ON n.id = e.node \
-         WHERE e.parent = ?1 ORDER BY e.name",
-    )?;
+    let mut statement =
+        db.prepare_cached("SELECT name, node, kind FROM entry WHERE parent = ?1 ORDER BY name")?;
     let mut rows = statement.query(params![parent])?;
     while let Some(row) = rows.next()? {
         let name: EntryName = row.get(0)?;
         if !names.contains_key(&name) {
-            list.push(Listed { name, node: row.get(1)?, kind: row.get(2)? });
+            let kind = row.get::<_, Option<Kind>>(2)?.unwrap_or(Kind::File);
+            list.push(Listed { name, node: row.get(1)?, kind });
         }
     }
     if !names.is_empty() {

@@ -8,7 +8,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::overlay::Bytes;
 use super::schema::{ContentState, HeadRow, read_head, undo_row, unsigned};
-use super::{Catalog, ChunkPlace, ChunkRow, PackChange, Recipe, UndoRow};
+use super::{Catalog, ChunkPlace, ChunkRow, PackChange, Recipe, UndoRow, digest as digests};
 use crate::error::Result;
 use crate::types::{ChunkId, ContentId, EntryName, Generation, Kind, NodeId, PackId};
 
@@ -283,7 +283,8 @@ pub(super) fn apply(
             }
         }
         PackChange::ContentPacked(id) => {
-            leave_preserved(db, *id, ContentState::Packed, None, head)?
+            leave_preserved(db, *id, ContentState::Packed, None, head)?;
+            digests::forget_implied(db, *id)?;
         }
         PackChange::ContentSame { id, to } => {
             leave_preserved(db, *id, ContentState::Same, Some(*to), head)?;
@@ -294,6 +295,7 @@ pub(super) fn apply(
                  WHERE node = (SELECT node FROM content WHERE id = ?1) AND content = ?1)",
             )?
             .execute(params![id, to])?;
+            digests::forget_implied(db, *id)?;
         }
         PackChange::UndoMove { node, content, offset, stream, at } => {
             let length: Option<i64> = db
@@ -444,6 +446,32 @@ pub(super) fn recipe_parts(
         )
     })?;
     Ok(Some(parts))
+}
+
+/// The hash of the chunk that a recipe consists of, if it is only one.
+pub(super) fn lone_chunk(db: &Connection, id: ContentId) -> rusqlite::Result<Option<[u8; 32]>> {
+    let parts = recipe_parts(db, id)?.unwrap_or_default();
+    let [(chunk, _)] = parts.as_slice() else { return Ok(None) };
+    db.prepare_cached("SELECT hash FROM chunk WHERE id = ?1")?
+        .query_row(params![chunk], |row| row.get(0))
+        .optional()
+}
+
+/// The body of a recipe that consists of a chunk whose hash begins like this.
+pub(super) fn lone_recipe(
+    db: &Connection,
+    hash: &[u8; 16],
+    size: u64,
+) -> rusqlite::Result<Option<Vec<u8>>> {
+    let chunk: Option<ChunkId> = db
+        .prepare_cached(
+            "SELECT id FROM chunk WHERE substr(hash, 1, 5) = substr(?1, 1, 5) \
+             AND substr(hash, 1, 16) = ?1 AND length = ?2",
+        )?
+        .query_row(params![hash, size as i64], |row| row.get(0))
+        .optional()?;
+    let length = u32::try_from(size).ok();
+    Ok(chunk.zip(length).map(|part| encode(&[part])))
 }
 
 /// Chunk ids and lengths as LEB128.

@@ -161,20 +161,4 @@ impl Catalog {
             statement.query_map([], |row| unsigned(row, 0))?.collect()
         })
     }
-
-    /// A packed content whose bytes have this digest and size, if any has.
-    pub fn packed_like(
-        &self,
-        digest: &super::digest::Digest,
-        size: u64,
-    ) -> Result<Option<ContentId>> {
-        self.shared.read(|db| {
-            db.prepare_cached(
-                "SELECT c.id FROM content c JOIN digest d ON d.content = c.id \
-                 WHERE c.state = 2 AND c.size = ?2 AND d.hash = ?1 LIMIT 1",
-            )?
-            .query_row(params![digest, size as i64], |row| row.get(0))
-            .optional()
-        })
-    }
 }

@@ -4,7 +4,7 @@
 //! Every query is one statement or one transaction, so a commit in between cannot move a row past
 //! it.
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::retain::{visible, visible_from};
 use super::schema::{ContentState, NODE_COLUMNS, node_row, read_head_only, undo_row, unsigned};
@@ -64,20 +64,36 @@ impl Catalog {
         })
     }
 
+    /// As [`Catalog::lookup_at`], and how many names a file had.
+    pub fn find_at(
+        &self,
+        at: Generation,
+        parent: NodeId,
+        name: &EntryName,
+    ) -> Result<Option<(NodeRow, u32)>> {
+        let at = self.settled(at)?;
+        self.shared.read_at_once(|db| {
+            let Some(node) = entry_at(db, at, parent, name)? else { return Ok(None) };
+            let Some(row) = node_at(db, at, node)? else { return Ok(None) };
+            let links = if row.kind == Kind::Dir { 1 } else { links_at(db, at, node)? };
+            Ok(Some((row, links)))
+        })
+    }
+
     /// The entries of a directory, ordered by name.
     pub fn list_at(&self, at: Generation, parent: NodeId) -> Result<Vec<Listed>> {
         let at = self.settled(at)?;
         self.shared.read_at_once(|db| {
             let mut statement = db.prepare_cached(
-                "SELECT name, node FROM entry WHERE parent = ?1 AND born <= ?2 \
-                 UNION ALL SELECT name, node FROM entry_h \
+                "SELECT name, node, kind FROM entry WHERE parent = ?1 AND born <= ?2 \
+                 UNION ALL SELECT name, node, kind FROM entry_h \
                  WHERE parent = ?1 AND died > ?2 AND born <= ?2",
             )?;
             let rows = statement.query_map(params![parent, at], |row| {
-                Ok(Listed { name: row.get(0)?, node: row.get(1)?, kind: Kind::File })
+                let kind = row.get::<_, Option<Kind>>(2)?.unwrap_or(Kind::File);
+                Ok(Listed { name: row.get(0)?, node: row.get(1)?, kind })
             })?;
             let mut list = rows.collect::<rusqlite::Result<Vec<_>>>()?;
-            fill_kinds(db, &mut list)?;
             list.sort_unstable_by(|a, b| a.name.cmp(&b.name));
             Ok(list)
         })
@@ -86,13 +102,7 @@ impl Catalog {
     /// How many names a node had.
     pub fn links_at(&self, at: Generation, node: NodeId) -> Result<u32> {
         let at = self.settled(at)?;
-        self.shared.read(|db| {
-            db.prepare_cached(
-                "SELECT (SELECT count(*) FROM entry WHERE node = ?1 AND born <= ?2) + \
-                 (SELECT count(*) FROM entry_h WHERE node = ?1 AND died > ?2 AND born <= ?2)",
-            )?
-            .query_row(params![node, at], |row| row.get(0))
-        })
+        self.shared.read(|db| links_at(db, at, node))
     }
 
     /// One path of a node (the first by parent and name), root-relative; `None` if it had none.
@@ -193,7 +203,7 @@ impl Catalog {
     /// visible or not. `None` before the store's first.
     pub fn recorded_before(&self, time: Timestamp) -> Result<Option<Generation>> {
         self.settle_pending()?;
-        self.shared.read(|db| tick_at(db, time))
+        self.shared.read_at_once(|db| tick_at(db, time))
     }
 
     /// Whether a generation can still be looked at: retention may have taken it out meanwhile.
@@ -214,11 +224,30 @@ impl Catalog {
     }
 }
 
-/// The first generation of the last time on record that is not later than `time`.
-fn tick_at(db: &Connection, time: Timestamp) -> rusqlite::Result<Option<Generation>> {
-    db.prepare_cached("SELECT g FROM tick WHERE t <= ?1 ORDER BY t DESC LIMIT 1")?
-        .query_row(params![time.as_nanos()], |row| row.get(0))
-        .optional()
+/// The first generation of the last time on record that is not later than `time`. Both columns of
+/// `tick` ascend, so an index by time is not needed: it is found by halving.
+pub(super) fn tick_at(db: &Connection, time: Timestamp) -> rusqlite::Result<Option<Generation>> {
+    let ends = |row: &Row<'_>| Ok((row.get::<_, Option<i64>>(0)?, row.get::<_, Option<i64>>(1)?));
+    let (first, last) = db
+        .prepare_cached("SELECT (SELECT min(g) FROM tick), (SELECT max(g) FROM tick)")?
+        .query_row([], ends)?;
+    let (Some(mut low), Some(mut high)) = (first, last) else { return Ok(None) };
+    let mut before =
+        db.prepare_cached("SELECT g, t FROM tick WHERE g <= ?1 ORDER BY g DESC LIMIT 1")?;
+    let mut found = None;
+    while low <= high {
+        let middle = low + (high - low) / 2;
+        // There is one: the lower bound of the search has or had a tick before it.
+        let (g, t): (i64, i64) =
+            before.query_row(params![middle], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        if t <= time.as_nanos() {
+            found = Some(Generation(g.unsigned_abs()));
+            low = middle + 1;
+        } else {
+            high = g - 1;
+        }
+    }
+    Ok(found)
 }
 
 /// A content that has another's bytes leads to no third one: see [`super::PackChange`].
@@ -267,35 +296,6 @@ pub(super) fn sources(
     Err(rusqlite::Error::QueryReturnedNoRows)
 }
 
-/// Nodes between two wanted ones that are read with them rather than passed over.
-const PASSED_MAX: u64 = 32;
-
-/// Finds out what listed nodes are. They are read in the order of the table: files that came into
-/// being together lie together, so a large directory is read from a few places of the disk.
-fn fill_kinds(db: &Connection, list: &mut [Listed]) -> rusqlite::Result<()> {
-    list.sort_unstable_by_key(|listed| listed.node);
-    let mut run = db.prepare_cached("SELECT id, kind FROM node WHERE id >= ?1 AND id <= ?2")?;
-    let mut past = db.prepare_cached("SELECT kind FROM node_h WHERE id = ?1 LIMIT 1")?;
-    let near = |a: &Listed, b: &Listed| b.node.0 - a.node.0 <= PASSED_MAX;
-    for part in list.chunk_by_mut(near) {
-        let (Some(first), Some(last)) = (part.first(), part.last()) else { continue };
-        let mut rows = run.query(params![first.node, last.node])?;
-        let mut live: Option<(NodeId, Kind)> = None;
-        for listed in part {
-            while live.is_none_or(|(id, _)| id < listed.node)
-                && let Some(row) = rows.next()?
-            {
-                live = Some((row.get(0)?, row.get(1)?));
-            }
-            listed.kind = match live {
-                Some((id, kind)) if id == listed.node => kind,
-                _ => past.query_row(params![listed.node], |row| row.get(0))?,
-            };
-        }
-    }
-    Ok(())
-}
-
 /// The time of the tick that a generation belongs to.
 pub(super) fn time_of(db: &Connection, generation: Generation) -> rusqlite::Result<Timestamp> {
     let nanos: Option<i64> = db
@@ -303,6 +303,15 @@ pub(super) fn time_of(db: &Connection, generation: Generation) -> rusqlite::Resu
         .query_row(params![generation], |row| row.get(0))
         .optional()?;
     Ok(Timestamp::from_nanos(nanos.unwrap_or(0)))
+}
+
+/// How many names a node had at a settled generation.
+fn links_at(db: &Connection, at: Generation, node: NodeId) -> rusqlite::Result<u32> {
+    db.prepare_cached(
+        "SELECT (SELECT count(*) FROM entry WHERE node = ?1 AND born <= ?2) + \
+         (SELECT count(*) FROM entry_h WHERE node = ?1 AND died > ?2 AND born <= ?2)",
+    )?
+    .query_row(params![node, at], |row| row.get(0))
 }
 
 /// The state of a node at a settled generation. Live first: rows only ever move to history.

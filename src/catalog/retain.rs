@@ -13,6 +13,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::apply::write_undo;
 use super::overlay::Bytes;
+use super::query::tick_at;
 use super::schema::{ContentState, HeadRow, Time, read_head};
 use super::{Catalog, Change, ForgetChange, Sweep, SweepPlace, packed};
 use crate::error::Result;
@@ -134,14 +135,15 @@ impl Catalog {
         until: Timestamp,
     ) -> Result<Vec<(Generation, Timestamp)>> {
         self.settle_pending()?;
-        self.shared.read(|db| {
+        self.shared.read_at_once(|db| {
+            let last = tick_at(db, until)?.map_or(-1, |last| last.0 as i64);
             let mut statement = db.prepare_cached(
                 "SELECT g, t FROM tick WHERE g >= ?1 \
-                 AND g <= coalesce((SELECT min(g) FROM tick WHERE t > ?2), ?3) ORDER BY g",
+                 AND g <= coalesce((SELECT min(g) FROM tick WHERE g > ?2), ?3) ORDER BY g",
             )?;
-            let values = params![from, until.as_nanos(), i64::MAX];
-            let rows = statement
-                .query_map(values, |row| Ok((row.get(0)?, Timestamp::from_nanos(row.get(1)?))))?;
+            let rows = statement.query_map(params![from, last, i64::MAX], |row| {
+                Ok((row.get(0)?, Timestamp::from_nanos(row.get(1)?)))
+            })?;
             rows.collect()
         })
     }

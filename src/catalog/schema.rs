@@ -12,7 +12,7 @@
 //! | `meta` | settings by name |
 //! | `tick` | generation → time, one row for about 10 ms; both columns strictly ascending |
 //! | `snapshot` | named generations |
-//! | `entry`, `entry_h` | directory entries |
+//! | `entry`, `entry_h` | directory entries; `kind` of what they name, NULL for a file |
 //! | `node`, `node_h` | states of nodes |
 //! | `symlink` | targets, for ever the same |
 //! | `content` | sealed contents; `state` see [`ContentState`]; `same`: has that one's bytes |
@@ -32,9 +32,9 @@
 //! What history does not show is in `node` and `entry` with a `born` of 2^62 and never comes into
 //! their siblings.
 //!
-//! Version 1 had none of the tables from `recipe` on. In version 2 `entry_h` was clustered by
-//! directory, with each name three times, and `chunk` had the first 8 bytes of the hash as `key`,
-//! and there was no `digest`. Opening either for writing makes it one of version 3. Indexes that
+//! Version 1 had none of the tables from `recipe` on. In version 2 each name was in `entry_h`
+//! three times, `chunk` had the first 8 bytes of the hash as `key`, `tick`
+//! an index by time, and there was no `digest`. Opening either for writing makes it one of version 3. Indexes that
 //! came later are made whenever a file that lacks them is opened for writing.
 //!
 //! [`sweep`]: super::sweep
@@ -141,18 +141,25 @@ CREATE TABLE purged(id INTEGER PRIMARY KEY, time NOT NULL, path BLOB NOT NULL,
     versions INTEGER NOT NULL, bytes INTEGER NOT NULL);
 ";
 /// What version 3 stores in less room, and the digests of contents that it added. Names of the past
-/// lie in the order in which they ended, once in the table and once in an index.
+/// lie by directory, once in the table and once in the index by node. A name tells what it is a
+/// name of, unless that is a file: a directory is listed without a look at a thousand nodes.
 const TABLES_3: &str = "
+DROP INDEX tick_time;
 DROP INDEX entry_h_name;
 DROP INDEX entry_h_node;
+ALTER TABLE entry ADD COLUMN kind INTEGER;
+UPDATE entry SET kind = (SELECT kind FROM node WHERE id = entry.node)
+    WHERE node IN (SELECT id FROM node WHERE kind <> 8);
 ALTER TABLE entry_h RENAME TO entry_h_2;
-CREATE TABLE entry_h(parent INTEGER NOT NULL, name BLOB NOT NULL, node INTEGER NOT NULL,
-    born INTEGER NOT NULL, died INTEGER NOT NULL);
-INSERT INTO entry_h(parent, name, node, born, died)
-    SELECT parent, name, node, born, died FROM entry_h_2 ORDER BY died, parent, name;
+CREATE TABLE entry_h(parent INTEGER NOT NULL, name BLOB NOT NULL, died INTEGER NOT NULL,
+    born INTEGER NOT NULL, node INTEGER NOT NULL, kind INTEGER,
+    PRIMARY KEY(parent, name, died)) WITHOUT ROWID;
+INSERT INTO entry_h(parent, name, died, born, node, kind)
+    SELECT parent, name, died, born, node, nullif(coalesce(
+        (SELECT kind FROM node WHERE id = entry_h_2.node),
+        (SELECT kind FROM node_h WHERE id = entry_h_2.node LIMIT 1)), 8)
+    FROM entry_h_2 ORDER BY parent, name, died;
 DROP TABLE entry_h_2;
-CREATE INDEX entry_h_parent ON entry_h(parent, died);
-CREATE INDEX entry_h_name ON entry_h(parent, name, died);
 CREATE INDEX entry_h_node ON entry_h(node, died);
 DROP INDEX chunk_key;
 ALTER TABLE chunk DROP COLUMN key;
@@ -532,15 +539,16 @@ mod tests {
             "PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 2; {TABLES} {TABLES_2}
              INSERT INTO entry_h(parent, died, name, born, node) VALUES(1, 9, x'62', 3, 5);
              INSERT INTO entry_h(parent, died, name, born, node) VALUES(1, 4, x'63', 2, 6);
+             INSERT INTO node_h VALUES(5, 9, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3);
              INSERT INTO chunk VALUES(7, 42, x'0102030405060708', 1, 2, 3, 4, 5, 6);"
         ))
         .unwrap();
         drop(db);
         let db = connect(&file, Use::Write).unwrap();
-        let names = "SELECT group_concat(hex(name) || node || ' ' || born || ' ' || died) \
-                     FROM entry_h ORDER BY rowid";
+        let names = "SELECT group_concat(hex(name) || node || ' ' || born || ' ' || died || \
+                     coalesce(kind, '')) FROM (SELECT * FROM entry_h ORDER BY died)";
         let names: String = db.query_row(names, [], |row| row.get(0)).unwrap();
-        assert_eq!(names, "636 2 4,625 3 9");
+        assert_eq!(names, "636 2 4,625 3 94");
         let chunk = "SELECT refs FROM chunk WHERE substr(hash, 1, 5) = x'0102030405'";
         assert_eq!(db.query_row(chunk, [], |row| row.get::<_, i64>(0)).unwrap(), 6);
         drop(db);

@@ -137,3 +137,43 @@ fn a_catalog_that_grew_in_the_middle_is_written_anew_when_closed() {
     let catalog = scratch.open();
     assert_eq!(catalog.list_at(catalog.generation(), ROOT).unwrap().len(), 3998);
 }
+
+#[test]
+fn a_digest_that_follows_from_where_the_bytes_lie_is_not_stored() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    let hash = |id: u64| *blake3::hash(&id.to_le_bytes()).as_bytes();
+    let digest = |id: u64| digest::first_half(&hash(id));
+    // Content 7 is packed as the chunk that it says it is, 8 as another, 9 has the bytes of 7.
+    for (id, said) in [(7, 7), (8, 3), (9, 7)] {
+        catalog.push(create(1, &format!("{id}"), same_sized(id, id))).unwrap();
+        let said = Change::DigestAdd { content: ContentId(id), digest: digest(said) };
+        catalog.push(vec![content_add(id, id), said]).unwrap();
+        let gone = vec![remove(1, &format!("{id}")), Change::NodeGone(NodeId(id))];
+        catalog.push(gone).unwrap();
+        catalog.push(vec![Change::ContentPreserved { id: ContentId(id), cloned: false }]).unwrap();
+    }
+    let pack = catalog.next_pack();
+    let mut changes = vec![PackChange::PackAdd { id: pack, bytes: 100, hash: [0; 32] }];
+    for id in [7, 8] {
+        let chunk = catalog.next_chunk();
+        let place = ChunkPlace { pack, frame: id, at: 0 };
+        let row = ChunkRow { id: chunk, hash: hash(id), place, length: 100, stored: 50 };
+        changes.push(PackChange::ChunkAdd(row));
+        let chunks = vec![(chunk, 100)];
+        changes.push(PackChange::RecipeAdd { id: ContentId(id), chunks });
+        changes.push(PackChange::ContentPacked(ContentId(id)));
+    }
+    changes.push(PackChange::ContentSame { id: ContentId(9), to: ContentId(7) });
+    catalog.push(changes.into_iter().map(Change::Pack).collect()).unwrap();
+    catalog.flush(Durability::Written).unwrap();
+    for (id, said) in [(7, 7), (8, 3), (9, 7)] {
+        assert_eq!(catalog.digest(ContentId(id)).unwrap(), Some(digest(said)), "{id}");
+    }
+    let db = rusqlite::Connection::open(&scratch.files[0]).unwrap();
+    let stored = "SELECT group_concat(content) FROM digest";
+    assert_eq!(db.query_row(stored, [], |row| row.get::<_, String>(0)).unwrap(), "8");
+    assert_eq!(catalog.packed_like(&digest(7), 100).unwrap(), Some(ContentId(7)));
+    assert_eq!(catalog.packed_like(&digest(3), 100).unwrap(), Some(ContentId(8)));
+    assert_eq!(catalog.packed_like(&digest(8), 100).unwrap(), Some(ContentId(8)));
+}

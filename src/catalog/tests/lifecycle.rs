@@ -146,7 +146,7 @@ fn rows_out_of_range_are_errors_and_no_panics() {
     let db = rusqlite::Connection::open(&scratch.files[0]).unwrap();
     db.execute_batch(
         "UPDATE node SET kind = -4, mode = 'x' WHERE id = 2; UPDATE entry SET born = -1;
-         INSERT INTO entry VALUES(1, 'a/b', 2, 1)",
+         INSERT INTO entry VALUES(1, 'a/b', 2, 1, NULL)",
     )
     .unwrap();
     drop(db);

@@ -63,6 +63,7 @@ fn no_query_reads_a_whole_table() {
         "FROM entry e JOIN node n ON n.id = e.node WHERE n.kind = ?1",
         // For healing a file of which no replica has a good copy.
         "FROM content c JOIN digest d",
+        "FROM recipe r JOIN content c",
     ];
     // Another catalog, for those that compare two.
     db.execute("ATTACH ?1 AS old", [scratch.files[0].to_str()]).unwrap();
