@@ -13,7 +13,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use lru::LruCache;
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::diff::touched;
 use super::overlay::Bytes;
@@ -193,16 +193,22 @@ impl Catalog {
     /// Who made what began or ended with a generation; `None` where no process asked for it, and
     /// where it is not known.
     pub fn actor_of(&self, generation: Generation) -> Result<Option<Actor>> {
-        let generation = self.settled(generation)?;
-        self.shared.read(|db| {
-            db.prepare_cached(
+        Ok(self.actors_of(&[generation])?.pop().flatten())
+    }
+
+    /// As [`Catalog::actor_of`], for many generations.
+    pub fn actors_of(&self, generations: &[Generation]) -> Result<Vec<Option<Actor>>> {
+        let settled: Vec<Generation> =
+            generations.iter().map(|at| self.settled(*at)).collect::<Result<_>>()?;
+        self.shared.read_at_once(|db| {
+            let mut of = db.prepare_cached(
                 "SELECT uid, pid, command FROM actor WHERE id = \
                  (SELECT actor FROM act WHERE g <= ?1 ORDER BY g DESC LIMIT 1)",
-            )?
-            .query_row(params![generation], |row| {
+            )?;
+            let actor = |row: &Row<'_>| {
                 Ok(Actor { uid: row.get(0)?, pid: row.get(1)?, command: row.get(2)? })
-            })
-            .optional()
+            };
+            settled.iter().map(|at| of.query_row(params![at], actor).optional()).collect()
         })
     }
 

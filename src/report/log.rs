@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::who::{self, ByReport};
+use super::who::ByReport;
 use super::{PathText, time_text};
 use crate::catalog::{Catalog, NameInterval, NodeRow, Snapshot, Version};
 use crate::error::{Error, Result};
@@ -253,16 +253,17 @@ fn lifetime(catalog: &Catalog, span: &Span, snapshots: &[Snapshot]) -> Result<Ve
         let end = until.map_or(snapshots.len(), count_before);
         let shown = snapshots[count_before(from).min(end)..end].iter();
         let mut entry = entry(span, &version.row, events, time_text(time), from);
-        entry.by = who::by(catalog, from)?;
         entry.snapshots = shown.map(|snapshot| snapshot.name.clone()).collect();
         entries.push(entry);
         before = Some(&version.row);
     }
     if let (Some(row), Some(died), true) = (before, span.died, span.gone) {
         let time = time_text(catalog.time_of(died)?);
-        let mut end = entry(span, row, vec![Event::Removed], time, died);
-        end.by = who::by(catalog, died)?;
-        entries.push(end);
+        entries.push(entry(span, row, vec![Event::Removed], time, died));
+    }
+    let generations: Vec<_> = entries.iter().map(|entry| Generation(entry.generation)).collect();
+    for (entry, by) in entries.iter_mut().zip(catalog.actors_of(&generations)?) {
+        entry.by = by.as_ref().map(ByReport::from);
     }
     Ok(entries)
 }
