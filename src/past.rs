@@ -34,7 +34,7 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
-use crate::catalog::{Catalog, Durability, NodeRow};
+use crate::catalog::{Catalog, Durability, NodeRow, Snapshot};
 use crate::error::Result;
 use crate::past::ino::Target;
 use crate::past::table::Table;
@@ -57,8 +57,8 @@ const DIRS_MAX: usize = 4_096;
 const INSTANTS_MAX: usize = 1_024;
 /// Live directories of which it is known that their past was entered.
 const ENTERED_MAX: usize = 16_384;
-/// Snapshots whose names are kept at hand.
-const SNAPSHOT_NAMES_MAX: usize = 4_096;
+/// Snapshots that are kept at hand, as of an epoch of theirs.
+const SNAPSHOTS_MAX: usize = 4_096;
 /// What a directory's size is said to be: the past has no blocks of its own.
 const DIR_SIZE: u64 = 4_096;
 /// The name of the access ACL among the extended attributes.
@@ -164,7 +164,7 @@ struct Tables {
     moments: Table<Moment>,
     version_dirs: Table<VersionDir>,
     known: LruCache<u64, Known>,
-    snapshot_names: LruCache<SnapshotId, String>,
+    snapshots: LruCache<SnapshotId, (u64, Snapshot)>,
     /// Live directories whose past was entered: what the kernel knows of it lies below.
     entered: LruCache<NodeId, ()>,
     /// What relative instants in use mean.
@@ -208,7 +208,7 @@ impl Past {
             moments: Table::new(MOMENTS_MAX, 1 << 58),
             version_dirs: Table::new(VERSION_DIRS_MAX, 1 << 58),
             known: LruCache::new(capacity(KNOWN_MAX)),
-            snapshot_names: LruCache::new(capacity(SNAPSHOT_NAMES_MAX)),
+            snapshots: LruCache::new(capacity(SNAPSHOTS_MAX)),
             entered: LruCache::new(capacity(ENTERED_MAX)),
             instants: LruCache::new(capacity(INSTANTS_MAX)),
             births: LruCache::new(capacity(DIRS_MAX)),
@@ -264,8 +264,10 @@ impl Past {
                 if *name == self.options.snapdir_name {
                     return Err(Errno::NOENT.into());
                 }
-                let row = self.catalog().lookup_at(view.generation, node, name)?;
-                self.object_entry(slot, view.generation, row.ok_or(Errno::NOENT)?, true)
+                let found = self.catalog().find_at(view.generation, node, name)?;
+                let (row, links) = found.ok_or(Errno::NOENT)?;
+                let ino = Target::Object { slot, node: row.id }.encode();
+                Ok(self.known_entry(ino, row, links.max(1), true))
             }
         }
     }

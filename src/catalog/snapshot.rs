@@ -26,7 +26,7 @@ impl Catalog {
     /// hundred thousand of them take longer to read than to show.
     pub fn snapshots(&self) -> Result<Arc<Vec<Snapshot>>> {
         // Counted before the list is read: what changes meanwhile makes it an old one.
-        let changes = self.shared.snapshot_changes.load(Ordering::Acquire);
+        let changes = self.snapshot_epoch();
         if let Some((at, list)) = &*self.shared.snapshot_list.lock()
             && *at == changes
             && !self.shared.read_only
@@ -36,6 +36,12 @@ impl Catalog {
         let list = Arc::new(self.read_snapshots()?);
         *self.shared.snapshot_list.lock() = Some((changes, list.clone()));
         Ok(list)
+    }
+
+    /// Grows with every change of the snapshots. Asked before a snapshot is, it tells later whether
+    /// the answer still holds.
+    pub fn snapshot_epoch(&self) -> u64 {
+        self.shared.snapshot_changes.load(Ordering::Acquire)
     }
 
     fn read_snapshots(&self) -> Result<Vec<Snapshot>> {

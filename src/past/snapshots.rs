@@ -22,6 +22,7 @@ const GMT_PREFIX: &str = "@GMT-";
 
 impl Past {
     pub(super) fn lookup_snapshots(&self, dir: NodeId, name: &EntryName) -> Result<Entry> {
+        let epoch = self.catalog().snapshot_epoch();
         // Every name here is UTF-8.
         let text = std::str::from_utf8(name.as_bytes()).map_err(|_| Errno::NOENT)?;
         let target = match text {
@@ -36,12 +37,12 @@ impl Past {
                 let snapshots = self.catalog().snapshots()?;
                 let mut newest = snapshots.iter().rev();
                 let snapshot = newest.find(|s| gmt_name(s.time) == text).ok_or(Errno::NOENT)?;
-                self.remember(snapshot);
+                self.remember(epoch, snapshot);
                 return self.enter_view(view(dir, snapshot, Way::Gmt(snapshot.id)));
             }
             _ => {
                 let snapshot = self.catalog().snapshot(text)?.ok_or(Errno::NOENT)?;
-                self.remember(&snapshot);
+                self.remember(epoch, &snapshot);
                 return self.enter_view(view(dir, &snapshot, Way::Snapshot(snapshot.id)));
             }
         };
@@ -151,11 +152,6 @@ impl Past {
         }
         self.catalog().rename_snapshot(&snapshot.name, new_name)?;
         Ok(())
-    }
-
-    /// Keeps the name at hand by which the snapshot is found again.
-    fn remember(&self, snapshot: &Snapshot) {
-        self.tables.lock().snapshot_names.put(snapshot.id, snapshot.name.clone());
     }
 
     fn snapshot_named(&self, name: &EntryName) -> Result<Snapshot> {

@@ -6,7 +6,7 @@
 
 use rustix::io::Errno;
 
-use crate::catalog::{NodeRow, Snapshot};
+use crate::catalog::Snapshot;
 use crate::error::Result;
 use crate::past::ino::{STABLE_SLOTS, Target};
 use crate::past::{Entry, Past};
@@ -89,44 +89,38 @@ impl Past {
         if row.kind != Kind::Dir {
             return Err(Errno::NOENT.into());
         }
-        let slot = self.slot(&view);
+        let ino = Target::Object { slot: self.slot(&view), node: row.id }.encode();
         // What the name means can change (a snapshot deleted, `.at/10m` moving on): not lasting.
-        self.object_entry(slot, view.generation, row, false)
+        Ok(self.known_entry(ino, row, 1, false))
     }
 
-    /// An object of a view as an entry.
-    pub(super) fn object_entry(
-        &self,
-        slot: u64,
-        generation: Generation,
-        row: NodeRow,
-        lasting: bool,
-    ) -> Result<Entry> {
-        let ino = Target::Object { slot, node: row.id }.encode();
-        let nlink = match row.kind {
-            Kind::Dir => 1,
-            _ => self.catalog().links_at(generation, row.id)?.max(1),
-        };
-        Ok(self.known_entry(ino, row, nlink, lasting))
-    }
-
-    /// The snapshot of this id. The name it last had is remembered, so that this is one indexed
-    /// query and not a walk over all snapshots.
+    /// The snapshot of this id. It is remembered as of the epoch at which it was asked for, and by
+    /// its name then: to find it again is at most one indexed query and not a walk over all.
     pub(super) fn snapshot_by_id(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
-        let name = self.tables.lock().snapshot_names.get(&id).cloned();
-        if let Some(name) = name
-            && let Some(snapshot) = self.catalog().snapshot(&name)?
-            && snapshot.id == id
-        {
-            return Ok(Some(snapshot));
+        let epoch = self.catalog().snapshot_epoch();
+        let known = self.tables.lock().snapshots.get(&id).cloned();
+        if let Some((at, snapshot)) = known {
+            if at == epoch {
+                return Ok(Some(snapshot));
+            }
+            if let Some(snapshot) = self.catalog().snapshot(&snapshot.name)?
+                && snapshot.id == id
+            {
+                self.remember(epoch, &snapshot);
+                return Ok(Some(snapshot));
+            }
         }
         let found = self.catalog().snapshots()?.iter().find(|snapshot| snapshot.id == id).cloned();
-        let mut tables = self.tables.lock();
         match &found {
-            Some(snapshot) => tables.snapshot_names.put(id, snapshot.name.clone()),
-            None => tables.snapshot_names.pop(&id),
-        };
+            Some(snapshot) => self.remember(epoch, snapshot),
+            None => drop(self.tables.lock().snapshots.pop(&id)),
+        }
         Ok(found)
+    }
+
+    /// Keeps a snapshot at hand that was asked for after the epoch was.
+    pub(super) fn remember(&self, epoch: u64, snapshot: &Snapshot) {
+        self.tables.lock().snapshots.put(snapshot.id, (epoch, snapshot.clone()));
     }
 }
 
