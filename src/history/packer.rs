@@ -6,6 +6,10 @@
 //! originals count and the packs are orphans or hold chunks that nobody uses, or the recipes count
 //! and the originals are leftovers. Recovery and the sweep remove either.
 //!
+//! What is recorded is committed in small pieces, each of which is true by itself: a content with its
+//! recipe, a pack before its chunks, a stream before what moves into it. Nothing is read from the
+//! new places unless the rest follows, and after a death in between the rest is packed again.
+//!
 //! One thread at a time packs, repacks and sweeps, so a chunk that is found stays while it is
 //! wanted.
 
@@ -36,6 +40,9 @@ const HOLE_BYTES_MAX: u64 = 1 << 30;
 /// consists of its headers.
 const REPACK_PERCENT: u64 = 40;
 const REPACK_BYTES_MIN: u64 = 64 << 10;
+/// Rows that one commit of ours writes, about: whoever waits for the commit of something else waits
+/// for ours as well. One recipe of many chunks is more.
+const COMMIT_ROWS: usize = 64;
 /// Where space is short, a pack is copied for less, in percent, before history yields.
 const SQUEEZE_PERCENT: u64 = 10;
 /// Packs smaller than this are joined when there are [`JOIN_COUNT`] of them.
@@ -56,6 +63,9 @@ pub enum Claim {
     /// The catalog was told that it has the bytes of another content.
     Same,
 }
+
+/// Changes that are pushed together, in their order.
+type Groups = Vec<Vec<Change>>;
 
 /// What a run did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -131,12 +141,12 @@ impl<'a> Packer<'a> {
         }
         // First, so that an end in between leaves none of them behind.
         if !same.is_empty() {
-            self.record(Vec::new())?;
+            self.record(Groups::new())?;
             self.remove_originals(&same)?;
         }
         // Versions of one file beside each other compress together.
         run.sort_unstable_by_key(|content| (content.node, content.id));
-        let mut changes = Vec::new();
+        let mut changes = Groups::new();
         let mut originals = Vec::new();
         for content in &run {
             match self.content(content, &mut changes) {
@@ -165,7 +175,7 @@ impl<'a> Packer<'a> {
     }
 
     /// Cuts and adds one content.
-    fn content(&mut self, content: &WaitingContent, changes: &mut Vec<Change>) -> Result<()> {
+    fn content(&mut self, content: &WaitingContent, changes: &mut Groups) -> Result<()> {
         let sources = self.catalog.sources(content.node, content.id)?;
         let of = Base::Preserved { node: content.node, content: content.id };
         if sources.base != of {
@@ -227,13 +237,16 @@ impl<'a> Packer<'a> {
         self.note_version(content.node, content.id)?;
         self.note_recipe(content.id, &parts);
         let chunks = parts.chunks;
-        changes.push(Change::Pack(PackChange::RecipeAdd { id: content.id, chunks }));
-        changes.push(Change::Pack(PackChange::ContentPacked(content.id)));
+        let mut group = vec![
+            Change::Pack(PackChange::RecipeAdd { id: content.id, chunks }),
+            Change::Pack(PackChange::ContentPacked(content.id)),
+        ];
         // An orphan that was overwritten while it was open: the recipe has the old bytes.
-        changes.extend(own.iter().map(|row| {
+        group.extend(own.iter().map(|row| {
             let (node, content, offset) = (row.node, row.content, row.offset);
             Change::Forget(ForgetChange::Undo { node, content, offset })
         }));
+        changes.push(group);
         Ok(())
     }
 
@@ -243,7 +256,7 @@ impl<'a> Packer<'a> {
         for segment in self.history.undo.complete(self.replicas)? {
             let rows = self.catalog.segment_rows(segment)?;
             if !rows.is_empty() {
-                let mut changes = Vec::new();
+                let mut changes = Groups::new();
                 let images = self.history.undo.load(self.replicas, segment, &rows)?;
                 let mut first = 0;
                 while first < rows.len() {
@@ -280,7 +293,7 @@ impl<'a> Packer<'a> {
         &mut self,
         bytes: &[u8],
         rows: impl Iterator<Item = (&'r UndoRow, &'r Option<Vec<u8>>)>,
-        changes: &mut Vec<Change>,
+        changes: &mut Groups,
     ) -> Result<()> {
         let stream = self.catalog.next_content();
         let mut parts = Cut::default();
@@ -290,7 +303,7 @@ impl<'a> Packer<'a> {
         }
         self.note_recipe(stream, &parts);
         let chunks = parts.chunks;
-        changes.push(Change::Pack(PackChange::RecipeAdd { id: stream, chunks }));
+        let mut group = vec![Change::Pack(PackChange::RecipeAdd { id: stream, chunks })];
         let mut at = 0;
         let mut told = None;
         for (row, image) in rows {
@@ -302,7 +315,7 @@ impl<'a> Packer<'a> {
                 self.note_version(node, content)?;
             }
             self.note(Record::Image(ImageRecord { stream, node, content, offset, length, at }));
-            changes.push(Change::Pack(PackChange::UndoMove {
+            group.push(Change::Pack(PackChange::UndoMove {
                 node: row.node,
                 content: row.content,
                 offset: row.offset,
@@ -310,7 +323,12 @@ impl<'a> Packer<'a> {
                 at,
             }));
             at += row.length;
+            // The first group has at least one image, by which the stream is known.
+            if group.len() >= COMMIT_ROWS {
+                changes.push(std::mem::take(&mut group));
+            }
         }
+        changes.push(group);
         Ok(())
     }
 
@@ -398,26 +416,49 @@ impl<'a> Packer<'a> {
         self.history.packs.write(self.replicas, &pack)?;
         (self.step)("a pack was written")?;
         let (id, bytes, hash) = (pack.id, pack.bytes.len() as u64, pack.hash);
-        let mut changes = vec![Change::Pack(PackChange::PackAdd { id, bytes, hash })];
+        let mut changes = vec![vec![Change::Pack(PackChange::PackAdd { id, bytes, hash })]];
         changes.extend(building.into_iter().zip(pack.chunks).map(|(id, chunk)| {
-            Change::Pack(PackChange::ChunkAdd(ChunkRow {
+            vec![Change::Pack(PackChange::ChunkAdd(ChunkRow {
                 id,
                 hash: chunk.hash,
                 place: chunk.place,
                 length: chunk.length,
                 stored: chunk.stored,
-            }))
+            }))]
         }));
-        self.catalog.push(changes)?;
+        self.push(changes)?;
         (self.step)("a pack was recorded")
     }
 
+    /// Pushes groups in their order, each whole, a few with each commit.
+    fn push(&self, groups: Groups) -> Result<()> {
+        let rows = |change: &Change| match change {
+            Change::Pack(PackChange::RecipeAdd { chunks, .. }) => 1 + chunks.len(),
+            _ => 1,
+        };
+        let (mut piece, mut count) = (Vec::new(), 0);
+        for group in groups {
+            let more: usize = group.iter().map(rows).sum();
+            if count > 0 && count + more > COMMIT_ROWS {
+                self.catalog.push(std::mem::take(&mut piece))?;
+                self.catalog.flush(Durability::Written)?;
+                count = 0;
+            }
+            piece.extend(group);
+            count += more;
+        }
+        if !piece.is_empty() {
+            self.catalog.push(piece)?;
+        }
+        Ok(())
+    }
+
     /// Finishes the packs and records, durably, what uses them.
-    fn record(&mut self, changes: Vec<Change>) -> Result<()> {
+    fn record(&mut self, changes: Groups) -> Result<()> {
         self.finish_pack()?;
         self.fresh.clear();
         if !changes.is_empty() {
-            self.catalog.push(changes)?;
+            self.push(changes)?;
             (self.step)("recipes were recorded")?;
         }
         self.catalog.flush(Durability::Durable)?;
@@ -455,7 +496,7 @@ impl<'a> Packer<'a> {
     /// Copies what is used out of these packs, at most `bytes_max` bytes of it, and removes them.
     fn copy_out(&mut self, packs: Vec<PackRow>, bytes_max: u64) -> Result<u64> {
         let mut removed = Vec::new();
-        let mut changes = Vec::new();
+        let mut changes = Groups::new();
         let mut copied = 0;
         for pack in packs {
             if pack.live > 0 {
@@ -475,7 +516,7 @@ impl<'a> Packer<'a> {
             return Ok(0);
         }
         self.finish_copy(&mut changes)?;
-        changes.extend(removed.iter().map(|&id| Change::Pack(PackChange::PackRemove(id))));
+        changes.extend(removed.iter().map(|&id| vec![Change::Pack(PackChange::PackRemove(id))]));
         self.record(changes)?;
         let left: HashSet<_> = self.catalog.packs()?.into_iter().map(|pack| pack.id).collect();
         let mut count = 0;
@@ -489,7 +530,7 @@ impl<'a> Packer<'a> {
         Ok(count)
     }
 
-    fn copy(&mut self, row: &ChunkRow, bytes: &[u8], changes: &mut Vec<Change>) -> Result<()> {
+    fn copy(&mut self, row: &ChunkRow, bytes: &[u8], changes: &mut Groups) -> Result<()> {
         self.building.push(row.id);
         let builder = self.builder();
         builder.add(row.hash, bytes);
@@ -500,17 +541,17 @@ impl<'a> Packer<'a> {
     }
 
     /// Writes the pack of copies; the chunks move when the changes are pushed.
-    fn finish_copy(&mut self, changes: &mut Vec<Change>) -> Result<()> {
+    fn finish_copy(&mut self, changes: &mut Groups) -> Result<()> {
         let Some(builder) = self.builder.take() else { return Ok(()) };
         let building = std::mem::take(&mut self.building);
         let pack = builder.finish();
         self.history.packs.write(self.replicas, &pack)?;
         (self.step)("a pack was written")?;
         let (id, bytes, hash) = (pack.id, pack.bytes.len() as u64, pack.hash);
-        changes.push(Change::Pack(PackChange::PackAdd { id, bytes, hash }));
+        changes.push(vec![Change::Pack(PackChange::PackAdd { id, bytes, hash })]);
         changes.extend(building.into_iter().zip(pack.chunks).map(|(id, chunk)| {
             let (place, stored) = (chunk.place, chunk.stored);
-            Change::Pack(PackChange::ChunkMove { id, place, stored })
+            vec![Change::Pack(PackChange::ChunkMove { id, place, stored })]
         }));
         Ok(())
     }
