@@ -105,9 +105,13 @@ impl World {
             .iter()
             .map(|one| self.catalog.freed_without(one, self.since).unwrap())
             .collect();
+        // Any four, beginning with another one in each sequence.
+        let begin = self.catalog.generation().0 as usize;
+        let chosen = (begin..begin + snapshots.len().min(4)).map(|index| index % snapshots.len());
         self.catalog.close().unwrap();
         let whole = std::fs::read(&self.scratch.files[0]).unwrap();
-        for (index, (snapshot, told)) in snapshots.iter().zip(told).enumerate().take(4) {
+        for (index, at) in chosen.enumerate() {
+            let (snapshot, told) = (&snapshots[at], told[at]);
             let copy = Scratch::new(1);
             std::fs::write(&copy.files[0], &whole).unwrap();
             self.catalog = open(&copy, &self.clock, true);
