@@ -5,13 +5,13 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::Thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
+use super::flag::Flag;
 use super::workers::Shared;
 use crate::error::{Error, Result};
 use crate::replica::Replica;
@@ -63,7 +63,7 @@ pub(in crate::replica) fn relay<T: Send + 'static>(
 struct Leg<T> {
     caller: Thread,
     stage: Mutex<Stage<T>>,
-    done: AtomicBool,
+    done: Flag,
 }
 
 struct Stage<T> {
@@ -80,11 +80,7 @@ struct Stage<T> {
 impl<T> Leg<T> {
     fn new(verdict: Verdict<T>) -> Leg<T> {
         let stage = Stage { verdict: Some(verdict), left: None, answer: None, dealt: 0 };
-        Leg {
-            caller: std::thread::current(),
-            stage: Mutex::new(stage),
-            done: AtomicBool::new(false),
-        }
+        Leg { caller: std::thread::current(), stage: Mutex::new(stage), done: Flag::default() }
     }
 
     /// The worker's side.
@@ -119,8 +115,7 @@ impl<T> Leg<T> {
             }
         }
         done();
-        self.done.store(true, Ordering::Release);
-        self.caller.unpark();
+        self.done.set(&self.caller);
     }
 
     /// The caller's side: returns how many replicas were dealt with when it was done, or hung for
@@ -128,12 +123,7 @@ impl<T> Leg<T> {
     fn wait(&self, timeout: Duration, replicas: &[(ReplicaId, Arc<Replica>)]) -> usize {
         let mut seen = 0;
         loop {
-            let deadline = Instant::now() + timeout;
-            while !self.done.load(Ordering::Acquire) {
-                let Some(left) = deadline.checked_duration_since(Instant::now()) else { break };
-                std::thread::park_timeout(left);
-            }
-            let is_done = self.done.load(Ordering::Acquire);
+            let is_done = self.done.wait(Some(timeout));
             let mut stage = self.stage.lock();
             if is_done || stage.answer.is_some() || stage.dealt == replicas.len() {
                 return replicas.len();

@@ -15,6 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 
 use super::checked::Checked;
+use super::flag::Flag;
 use crate::replica::backing::Backing;
 use crate::sys;
 
@@ -51,6 +52,8 @@ struct Alive {
 #[derive(Default)]
 struct Worker {
     job: Mutex<Option<Job>>,
+    /// It has something to do, or is to look whether it is to end.
+    called: Flag,
     thread: OnceLock<Thread>,
 }
 
@@ -64,7 +67,7 @@ pub(super) struct Pending<T> {
 struct Call<T> {
     caller: Thread,
     stage: Mutex<Stage<T>>,
-    done: AtomicBool,
+    done: Flag,
 }
 
 enum Stage<T> {
@@ -128,9 +131,7 @@ impl Workers {
         let idle = self.shared.idle.lock().pop();
         let Some(worker) = idle else { return self.start(job) };
         *worker.job.lock() = Some(job);
-        if let Some(thread) = worker.thread.get() {
-            thread.unpark();
-        }
+        worker.call();
         Ok(())
     }
 
@@ -140,7 +141,7 @@ impl Workers {
         if *count >= WORKERS_MAX {
             return Err(Errno::TIMEDOUT.into());
         }
-        let worker = Arc::new(Worker { job: Mutex::new(Some(job)), thread: OnceLock::new() });
+        let worker = Arc::new(Worker { job: Mutex::new(Some(job)), ..Worker::default() });
         let (shared, alive) = (self.shared.clone(), self.alive.clone());
         let run = move || {
             shared.work(&worker);
@@ -160,7 +161,7 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::SeqCst);
         let idle = std::mem::take(&mut *self.shared.idle.lock());
-        idle.iter().filter_map(|worker| worker.thread.get()).for_each(Thread::unpark);
+        idle.iter().for_each(|worker| worker.call());
         let deadline = Instant::now() + END_TIMEOUT;
         let mut count = self.alive.count.lock();
         while *count > self.overdue_count() {
@@ -207,6 +208,7 @@ impl Shared {
     fn work(&self, worker: &Arc<Worker>) {
         let _ = worker.thread.set(std::thread::current());
         loop {
+            worker.called.clear();
             let job = worker.job.lock().take();
             match job {
                 Some(job) => {
@@ -214,8 +216,17 @@ impl Shared {
                     job(&|| self.idle.lock().push(worker.clone()));
                 }
                 None if self.ended.load(Ordering::SeqCst) => return,
-                None => std::thread::park(),
+                None => _ = worker.called.wait(None),
             }
+        }
+    }
+}
+
+impl Worker {
+    /// Has it look for what it is to do.
+    fn call(&self) {
+        if let Some(thread) = self.thread.get() {
+            self.called.set(thread);
         }
     }
 }
@@ -225,7 +236,7 @@ impl<T> Call<T> {
         Call {
             caller: std::thread::current(),
             stage: Mutex::new(Stage::Running),
-            done: AtomicBool::new(false),
+            done: Flag::default(),
         }
     }
 
@@ -237,8 +248,7 @@ impl<T> Call<T> {
         }
         *stage = Stage::Done(answer);
         drop(stage);
-        self.done.store(true, Ordering::Release);
-        self.caller.unpark();
+        self.done.set(&self.caller);
         true
     }
 }
@@ -257,12 +267,7 @@ impl<T> Pending<T> {
         mut moving: impl FnMut() -> bool,
     ) -> io::Result<T> {
         for turn in 1..=turns {
-            let deadline = Instant::now() + timeout;
-            while !self.call.done.load(Ordering::Acquire) {
-                let Some(left) = deadline.checked_duration_since(Instant::now()) else { break };
-                std::thread::park_timeout(left);
-            }
-            if self.call.done.load(Ordering::Acquire) || turn == turns || !moving() {
+            if self.call.done.wait(Some(timeout)) || turn == turns || !moving() {
                 break;
             }
         }
