@@ -325,7 +325,7 @@ impl UndoLog {
         }
         let files = tail.files.clone().expect("a segment was begun");
         let at = tail.end;
-        replicas.apply("undo", |id, b| b.write_at(files.get(id)?, &record, at))?;
+        replicas.write(&files, &record, at)?;
         tail.end = (at + record.len() as u64).next_multiple_of(RECORD_ALIGN);
         tail.position += record.len() as u64;
         let file = UndoFile::Segment(tail.segment);

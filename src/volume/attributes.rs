@@ -21,6 +21,9 @@ const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
 /// The attributes of one object, names and values, as long as the longest value that there can be
 /// and some more. ext4 has 4 KiB.
 const XATTRS_BYTES_MAX: usize = 80 << 10;
+/// Names with these prefixes are in the list of an object's attributes if it has them; others may
+/// be made up when they are asked for.
+const LISTED_XATTRS: [&[u8]; 4] = [b"user.", b"security.", b"trusted.", b"system.posix_acl_"];
 /// Names with this prefix are ours and never shown.
 const OUR_XATTRS: &[u8] = b"trusted.rearview.";
 
@@ -281,6 +284,7 @@ impl Volume {
         self.push_by(caller, changes)?;
         if let Some(open) = state.open.as_mut() {
             open.sealed = row;
+            open.attributed = false;
         }
         Ok(())
     }
@@ -333,9 +337,22 @@ impl Volume {
         self.replicas().read(op, |id, b| f(b, &b.open_node(dir.get(id)?, &name)?))
     }
 
+    /// Whether it is known, without asking a backing, that there are no extended attributes. The
+    /// kernel asks for some with every file that is made, listed or written.
+    fn lacks_xattrs(&self, node: &Arc<Node>) -> Result<bool> {
+        let state = node.lock();
+        let known = match state.open.as_deref() {
+            Some(open) => (!open.attributed).then_some(open.sealed.xattrs),
+            None => self.catalog().node(node.id)?.map(|row| row.xattrs),
+        };
+        Ok(known == Some(XattrSetId::NONE))
+    }
+
     /// One extended attribute.
     pub fn get_xattr(&self, node: &Arc<Node>, name: &OsStr) -> Result<Vec<u8>> {
-        if name.as_bytes().starts_with(OUR_XATTRS) {
+        let bytes = name.as_bytes();
+        let listed = LISTED_XATTRS.iter().any(|prefix| bytes.starts_with(prefix));
+        if bytes.starts_with(OUR_XATTRS) || (listed && self.lacks_xattrs(node)?) {
             return Err(Error::Posix(Errno::NODATA));
         }
         self.read_object("getxattr", node, |b, object| b.get_xattr(object, name))
@@ -343,6 +360,9 @@ impl Volume {
 
     /// The names of all extended attributes.
     pub fn list_xattrs(&self, node: &Arc<Node>) -> Result<Xattrs> {
+        if self.lacks_xattrs(node)? {
+            return Ok(Xattrs::default());
+        }
         self.read_object("listxattr", node, |b, object| b.xattrs(object))
     }
 
@@ -363,6 +383,7 @@ impl Volume {
         let mut state = node.lock();
         self.check_room(node, name, value)?;
         let (key, own) = (name.to_owned(), value.to_vec());
+        note_attributed(&mut state);
         self.on_object("setxattr", node, &state, move |b, o| b.set_xattr(o, &key, &own, flags))?;
         if name.as_bytes() == ACCESS_ACL {
             self.drop_foreign_setgid(node, &mut state, caller)?;
@@ -415,8 +436,16 @@ impl Volume {
         let _intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock();
         let key = name.to_owned();
+        note_attributed(&mut state);
         self.on_object("removexattr", node, &state, move |b, o| b.remove_xattr(o, &key))?;
         self.record(node, &mut state, caller)
+    }
+}
+
+/// To be called before an extended attribute changes: what was sealed tells nothing of them then.
+fn note_attributed(state: &mut State) {
+    if let Some(open) = state.open.as_mut() {
+        open.attributed = true;
     }
 }
 

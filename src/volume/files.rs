@@ -296,8 +296,21 @@ impl Volume {
             open.saved.insert(whole);
             return Ok(());
         }
-        self.ensure_room(missing.iter().map(|part| part.end - part.start).sum())?;
+        // Each call waits until it is durable, so who overwrites a file from end to end has what
+        // comes next preserved with it.
+        let open = state.open.as_ref().expect("as above");
+        let next = ByteRange::new(range.end, open.run.ahead(missing[0]));
+        let next = history::touched(next, open.sealed.size);
+        let wide = ByteRange { start: range.start, end: range.end.max(next.end) };
+        let bytes = |parts: &[ByteRange]| parts.iter().map(|part| part.end - part.start).sum();
+        let ahead = open.saved.missing(wide);
+        let missing = match self.replicas().ensure_room(bytes(&ahead)) {
+            Ok(()) => ahead,
+            Err(_) => missing,
+        };
+        self.ensure_room(bytes(&missing))?;
         for part in missing {
+            state.open.as_mut().expect("as above").run.took(part);
             self.history.before_overwrite(replicas, self.catalog(), of, &handles, part)?;
             state.open.as_mut().expect("as above").saved.insert(part);
         }

@@ -16,7 +16,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::catalog::{Actor, Catalog, NodeRow};
 use crate::error::{Error, Result};
-use crate::history::ranges::RangeSet;
+use crate::history::ranges::{ByteRange, RangeSet};
 use crate::replica::Handles;
 use crate::replica::backing::Stat;
 use crate::types::{EntryName, Kind, NodeId, RelPath};
@@ -24,6 +24,10 @@ use rustix::io::Errno;
 
 /// Shards of the table: more than threads, so that they rarely meet.
 const SHARDS: usize = 64;
+/// A shorter run tells nothing: a database changes a few neighbouring pages as well.
+const RUN_BYTES_MIN: u64 = 256 << 10;
+/// The most that is preserved ahead of a write, which waits for it.
+const AHEAD_BYTES_MAX: u64 = 8 << 20;
 /// No path is deeper; a longer walk means that the catalog's entries form a circle.
 pub(super) const DEPTH_MAX: usize = 4096;
 
@@ -76,16 +80,47 @@ pub struct Open {
     pub sealed: NodeRow,
     /// Bytes of the sealed content that are preserved already.
     pub saved: RangeSet,
+    /// Whether it is being overwritten from one end to the other.
+    pub run: Run,
     /// The content or the attributes changed since the seal.
     pub dirty: bool,
     /// The content did.
     pub written: bool,
     /// The last change of the content was to empty it.
     pub emptied: bool,
+    /// Extended attributes were set or removed since the seal.
+    pub attributed: bool,
     /// When it was changed last.
     pub touched: Instant,
     /// Who changed it last, or opened it to do so.
     pub by: Option<Changer>,
+}
+
+/// Bytes that were preserved one after another.
+#[derive(Default)]
+pub struct Run {
+    end: u64,
+    bytes: u64,
+}
+
+impl Run {
+    /// So many bytes after `range`, which is to be preserved, are likely to be overwritten next:
+    /// as many as were in a row before it, so that at most as much as was needed is in vain.
+    pub fn ahead(&self, range: ByteRange) -> u64 {
+        match self.end == range.start && self.bytes >= RUN_BYTES_MIN {
+            true => self.bytes.min(AHEAD_BYTES_MAX),
+            false => 0,
+        }
+    }
+
+    /// A range was preserved.
+    pub fn took(&mut self, range: ByteRange) {
+        if self.end != range.start {
+            self.bytes = 0;
+        }
+        self.bytes += range.end - range.start;
+        self.end = range.end;
+    }
 }
 
 /// Who changed a file: the request's word, and what was found out about it.
@@ -108,9 +143,11 @@ impl Open {
             writers: 0,
             sealed,
             saved: RangeSet::default(),
+            run: Run::default(),
             dirty: false,
             written: false,
             emptied: false,
+            attributed: false,
             touched: Instant::now(),
             by: None,
         }
@@ -226,6 +263,12 @@ impl Nodes {
         self.shard(id).lock().get(&id).cloned()
     }
 
+    /// How many there are.
+    #[cfg(test)]
+    pub fn count(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lock().len()).sum()
+    }
+
     /// Enters a newborn node.
     pub fn insert(&self, id: NodeId, kind: Kind, parent: NodeId, name: &EntryName) -> Arc<Node> {
         let mut shard = self.shard(id).lock();
@@ -310,5 +353,27 @@ impl Nodes {
         }
         names.reverse();
         Ok(RelPath::from(names))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_long_run_has_more_preserved_ahead_and_no_more_than_it_is_long() {
+        let mut run = Run::default();
+        let page = |number: u64| ByteRange::new(number * 4096, 4096);
+        for number in 0..64 {
+            assert_eq!(run.ahead(page(number)), 0, "page {number}");
+            run.took(page(number));
+        }
+        assert_eq!(run.ahead(page(64)), RUN_BYTES_MIN);
+        assert_eq!(run.ahead(page(65)), 0, "a gap");
+        run.took(ByteRange::new(64 * 4096, 100 << 20));
+        let next = ByteRange::new((64 * 4096) + (100 << 20), 4096);
+        assert_eq!(run.ahead(next), AHEAD_BYTES_MAX);
+        run.took(page(7));
+        assert_eq!(run.ahead(page(8)), 0, "begun anew elsewhere");
     }
 }

@@ -60,6 +60,7 @@ impl Volume {
         open.dirty = false;
         open.written = false;
         open.emptied = false;
+        open.attributed = false;
         self.unsealed.lock().remove(&node.id);
         if open.opens == 0 {
             state.open = None;
