@@ -22,6 +22,8 @@ const REPACK_BYTES: u64 = 64 << 20;
 const COUNT_TIME: Duration = Duration::from_millis(200);
 /// How long one pass takes digests.
 const DIGEST_TIME: Duration = Duration::from_millis(500);
+/// Likewise, while the mount is in use: idle priority does not keep it off the disks.
+const DIGEST_TIME_BUSY: Duration = Duration::from_millis(50);
 /// How long one pass sweeps.
 const SWEEP_TIME: Duration = Duration::from_millis(500);
 /// Steps of a sweep between two durable commits, after which files are removed.
@@ -31,6 +33,8 @@ const STEPS_MAX: usize = 64;
 pub(super) struct Maintenance {
     /// When it packed last.
     packed: Instant,
+    /// What had been asked of the mount at the end of the last pass.
+    activity: u64,
     /// When it applied the store's policy.
     policy: Option<Instant>,
     /// An error of the last pass, so that it is told once.
@@ -39,7 +43,7 @@ pub(super) struct Maintenance {
 
 impl Maintenance {
     pub(super) fn new() -> Maintenance {
-        Maintenance { packed: Instant::now(), policy: None, told: None }
+        Maintenance { packed: Instant::now(), activity: 0, policy: None, told: None }
     }
 }
 
@@ -79,10 +83,14 @@ impl Volume {
             self.pack(&|_| self.check_stop())?;
         }
         self.packer(&|_| self.check_stop()).repack(REPACK_BYTES)?;
-        self.take_digests(DIGEST_TIME, &|| self.check_stop())?;
+        let busy = self.resyncs.activity() != state.activity;
+        let time = if busy { DIGEST_TIME_BUSY } else { DIGEST_TIME };
+        self.take_digests(time, &|| self.check_stop())?;
         // So that the list of snapshots finds it counted.
         self.count_freed(COUNT_TIME)?;
         self.history.packs().heal(self.replicas())?;
+        // Our own passes count as well, so only what comes between them tells of others.
+        state.activity = self.resyncs.activity();
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! Names of the live tree: create, link, rename, remove.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
 
@@ -46,16 +46,17 @@ impl Volume {
         let _entries = self.lock_dir(parent);
         let dir = self.dir(parent)?;
         let (own, by) = (name.clone(), caller.creds);
+        let first = Arc::<OnceLock<(Stat, Xattrs)>>::default();
+        let looks = first.clone();
         let made = self.replicas().change("create", move |id, b| {
             let file = b.create(dir.get(id)?, &own, mode & 0o7777, by)?;
-            let looks = (b.stat(&file)?, b.xattrs(&file)?);
-            Ok((file, looks))
+            if looks.get().is_none() {
+                let _ = looks.set((b.stat(&file)?, b.xattrs(&file)?));
+            }
+            Ok(file)
         })?;
-        let mut made = made.into_map();
-        let first = made.ids().find_map(|id| made[id].as_ref().map(|(_, looks)| looks.clone()));
-        let (mut stat, xattrs) = first.expect("one replica answered");
-        let opened = self.replicas().map_ids(|id| made[id].take().map(|(file, _)| file));
-        let handles = Handles::new(opened);
+        let (mut stat, xattrs) = first.get().cloned().expect("one replica answered");
+        let handles = Handles::from(made);
         let row = self.born(&intent, (parent, name), (&stat, &xattrs), Vec::new(), caller)?;
         stat.ino = row.id.0;
         let node = self.nodes.insert(row.id, Kind::File, parent, name);
@@ -279,6 +280,7 @@ impl Volume {
         state.orphan = true;
         state.stamp = self.nodes.next_stamp();
         self.unsealed.lock().remove(&node.id);
+        self.forget_digest(node.id);
         if node.is_known() {
             stat.nlink = 0;
             state.ghost = Some(Box::new(stat));

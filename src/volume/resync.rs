@@ -129,6 +129,11 @@ impl Resyncs {
         self.activity.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// A number that grows with what is asked of the mount.
+    pub fn activity(&self) -> u64 {
+        self.activity.load(Ordering::Relaxed)
+    }
+
     pub fn set_kick(&self, kick: Option<Sender<()>>) {
         *self.kick.lock() = kick;
     }

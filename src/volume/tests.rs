@@ -3,3 +3,4 @@
 use super::*;
 
 mod faults;
+mod growth;
