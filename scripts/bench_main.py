@@ -8,12 +8,13 @@ import sys
 import tempfile
 
 import bench_cost
+import bench_growth
 import bench_speed
 from bench_place import Failure
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 
-COMMANDS = {"cost": bench_cost.main, "speed": bench_speed.main}
+COMMANDS = {"cost": bench_cost.main, "growth": bench_growth.main, "speed": bench_speed.main}
 
 
 def interrupted(number, _frame):
@@ -55,6 +56,11 @@ def arguments():
     bench_speed.add_arguments(speed)
     # In memory: a disk's own pace would hide what is compared.
     speed.set_defaults(scratch=pathlib.Path("/dev/shm/rearview-bench"))
+    growth = commands.add_parser(
+        "growth", parents=[shared], help="the same work, and memory, as a store grows"
+    )
+    bench_growth.add_arguments(growth)
+    growth.set_defaults(scratch=speed.get_default("scratch"))
     commands.add_parser("scale", help="runs tests/scale.rs")
     return parser.parse_args()
 
