@@ -359,7 +359,8 @@ impl ReplicaSet {
     }
 
     /// Whether an operation may have been done in part on the replicas that are in use, so that
-    /// only a comparison can tell whether they are equal: the store must not be called clean.
+    /// only a comparison can tell whether they are equal: the store must not be called clean, nor
+    /// anything that was dirtied be forgotten.
     pub fn is_doubtful(&self) -> bool {
         self.doubtful.load(Ordering::Relaxed)
     }

@@ -458,12 +458,23 @@ impl Store {
     /// Ends the mount cleanly: everything durable, then the markers say so. After it only dropping
     /// the store, which releases the locks, is left. A replica on which that fails is noted as
     /// stale by the others; it is an error only if it fails on all. Idempotent.
+    ///
+    /// Where an operation may have been done in part and differently, the markers do not say so:
+    /// the next mount then compares what the intent log names.
     pub fn close(&self) -> Result<()> {
         self.catalog.close()?;
         for (replica, reason) in self.catalog.failed_replicas() {
             self.mark_stale(replica, &reason)?;
         }
         let mut members = self.members.lock();
+        if self.replicas.is_doubtful() {
+            log::warn!(
+                "an operation failed on every replica and may have been done in part: what was \
+                 being changed is compared at the next mount"
+            );
+            members.iter_mut().for_each(|member| member.lock = None);
+            return Ok(());
+        }
         // First all data of all replicas, then the first mark: a mark never outruns its data.
         let mut heads = Vec::new();
         let mut failure = None;

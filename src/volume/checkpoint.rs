@@ -6,6 +6,10 @@
 //! final sync of the backings, during which first touches wait, finds little to do.
 //!
 //! What is not sealed or not recorded yet at a checkpoint counts on in the next interval.
+//!
+//! Once an operation may have been done in part and differently on the replicas
+//! ([`crate::replica::ReplicaSet::is_doubtful`]), all that was dirtied counts on until the next
+//! mount has compared it: checkpoints still make durable, and close nothing.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -52,6 +56,9 @@ impl Volume {
             return self.barrier();
         }
         self.sync_replicas()?;
+        if self.replicas().is_doubtful() {
+            return self.checkpoint_in_doubt();
+        }
         let epoch = intents.turn(|| self.catalog().upcoming_node());
         intents.drain(epoch);
         self.carry_on()?;
@@ -60,13 +67,29 @@ impl Volume {
         let undo_from = self.history.undo().first_open();
         self.sync_replicas()?;
         self.barrier()?;
+        // An operation of the epoch that ends, or making it durable, failed everywhere meanwhile.
+        if self.replicas().is_doubtful() {
+            self.end_checkpoint();
+            return Ok(());
+        }
         let (generation, sequence) = self.catalog().committed();
         intents.close(self.replicas(), Base { generation: generation.0, sequence, undo_from })?;
+        self.end_checkpoint();
+        Ok(())
+    }
+
+    /// Makes durable what there is, and closes nothing of the intent log.
+    fn checkpoint_in_doubt(&self) -> Result<()> {
+        self.barrier()?;
+        self.end_checkpoint();
+        Ok(())
+    }
+
+    fn end_checkpoint(&self) {
         let mut book = self.checkpoints.book.lock();
         book.ended = Instant::now();
-        book.carried = intents.recorded();
+        book.carried = self.store.intents.recorded();
         book.told = None;
-        Ok(())
     }
 
     /// Waits until no checkpoint runs; none begins before the guard is dropped.
@@ -120,7 +143,8 @@ impl Volume {
                 book.seen = (activity, Instant::now());
             }
             let idle = book.seen.1.elapsed() >= self.options.checkpoint_idle;
-            intents.is_long()
+            // In doubt the log stays long: its last record then says that all may be dirty.
+            intents.is_long() && !self.replicas().is_doubtful()
                 || book.ended.elapsed() >= self.options.checkpoint_every
                 || idle && recorded > book.carried
         };

@@ -409,10 +409,15 @@ impl Volume {
         let made = match made {
             Ok(made) => made,
             Err(error) => {
-                // The live file keeps its one name, else its end would not be seen as such.
+                // The live file keeps its one name, else its end would not be seen as such. Where
+                // another has its name already, what is kept is all that there is of it.
                 let _ = replicas.apply("unlink", |id, b| {
                     let _ = b.unlink(tmp.get(id)?, &kept_name);
-                    let _ = b.unlink(kept.get(id)?, &kept_name);
+                    let live = b.stat_at(dir.get(id)?, &name).map(|stat| stat.ino);
+                    let linked = b.stat_at(kept.get(id)?, &kept_name).map(|stat| stat.ino);
+                    if matches!((live, linked), (Ok(live), Ok(linked)) if live == linked) {
+                        let _ = b.unlink(kept.get(id)?, &kept_name);
+                    }
                     Ok(())
                 });
                 return Err(error);

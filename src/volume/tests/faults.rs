@@ -2,7 +2,7 @@
 //! exactly once, and whoever did not follow is out of use.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::*;
 use crate::history::History;
@@ -31,6 +31,10 @@ struct Rig {
 impl Rig {
     /// With the errors on the replica `faulty`.
     fn new(faulty: usize, errno: Errno) -> Rig {
+}
+
+        let dirs: Vec<_> = (0..2).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
+        let store = open_store(&dirs);
         let left = Arc::new(AtomicUsize::new(usize::MAX));
         let count = left.clone();
         let plan = move |_: crate::replica::faulty::Call<'_>| {
@@ -76,6 +80,10 @@ impl Rig {
         };
         let volume = Volume::open(store, options).unwrap();
         Rig { volume, dirs, left }
+}
+
+        put_between(&store, faulty, Arc::new(plan));
+        Rig { volume: open_volume(store), dirs, left }
     }
 
     fn id(&self, index: usize) -> ReplicaId {
@@ -98,6 +106,42 @@ impl Rig {
         let (node, _) = self.volume.create(NodeId::ROOT, &name(text), 0o644, true, &CALLER)?;
         self.volume.release(&node, true)
     }
+}
+
+fn open_store(dirs: &[tempfile::TempDir]) -> Store {
+    let paths: Vec<_> = dirs.iter().map(|dir| dir.path().canonicalize().unwrap()).collect();
+    let is_new = !paths[0].join(".rearview").exists();
+    let options = OpenOptions { init: is_new, ..OpenOptions::default() };
+    let recover =
+        |replicas: &ReplicaSet, catalog: &Catalog, from| History::recover(replicas, catalog, from);
+    store::open(&paths, &options, &recover, &crate::progress::Progress::silent()).unwrap()
+}
+
+/// Puts a plan between us and the backing of one replica.
+fn put_between(store: &Store, index: usize, plan: Plan) {
+    let id = store.replicas.ids().nth(index).unwrap();
+    let before = store.replicas.get(id);
+    let inner = Box::new(DirBacking::open(&before.path).unwrap());
+    let backing = Box::new(Faulty::new(inner, plan));
+    let replica = Replica::new(before.uuid, before.label.clone(), before.path.clone(), backing);
+    store.replicas.eject(id, Fault::new("exchange", Errno::IO));
+    assert!(store.replicas.replace(id, replica));
+    let replica = store.replicas.get(id);
+    store.intents.join(&store.replicas, id, replica.backing()).unwrap();
+    store.replicas.admit(id);
+}
+
+/// Nothing is done by anybody but the test.
+fn open_volume(store: Store) -> Arc<Volume> {
+    let long = Duration::from_secs(3600);
+    let options = VolumeOptions {
+        idle_seal: long,
+        housekeeping: long,
+        pack_after: long,
+        policy_every: long,
+        ..VolumeOptions::default()
+    };
+    Volume::open(store, options).unwrap()
 }
 
 /// What everything begins with.
@@ -284,4 +328,52 @@ fn a_file_that_a_device_cannot_read_is_answered_by_another_and_written_anew() {
     assert_eq!(std::fs::read(rig.dirs[0].path().join("bad")).unwrap(), content);
     let quarantine = std::fs::read_dir(rig.dirs[0].path().join(".rearview/quarantine")).unwrap();
     assert_eq!(quarantine.count(), 1, "what could be read of it");
+}
+
+#[test]
+fn a_write_that_failed_differently_everywhere_is_compared_at_the_next_mount() {
+    if !crate::sys::is_root() {
+        return;
+    }
+    for ends_well in [true, false] {
+        let dirs: Vec<_> = (0..2).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
+        let store = open_store(&dirs);
+        let armed = Arc::new(AtomicBool::new(false));
+        for index in 0..2 {
+            let armed = armed.clone();
+            let plan = move |call: crate::replica::faulty::Call<'_>| {
+                // The reading is for making the replicas equal again.
+                let hit = matches!(call.op, "write_at" | "read_at") && call.len == 5;
+                let fails = hit && armed.load(Ordering::SeqCst);
+                fails.then_some(Injected::ShortWrite(index * 3, Errno::IO))
+            };
+            put_between(&store, index, Arc::new(plan));
+        }
+        let rig = Rig { volume: open_volume(store), dirs, left: Arc::default() };
+        prepare(&rig);
+        armed.store(true, Ordering::SeqCst);
+        assert!(rig.write("old", b"wrong").is_err());
+        armed.store(false, Ordering::SeqCst);
+        let contents = |dirs: &[tempfile::TempDir]| -> Vec<Vec<u8>> {
+            dirs.iter().map(|dir| std::fs::read(dir.path().join("old")).unwrap()).collect()
+        };
+        let differ = contents(&rig.dirs);
+        assert!(differ[0] != differ[1], "the write was done in part");
+        assert!(rig.volume.replicas().is_doubtful());
+        // What is done later does not wipe out what is not known.
+        rig.write("other", b"more").unwrap();
+        rig.volume.checkpoint().unwrap();
+        rig.write("other", b"again").unwrap();
+        rig.volume.checkpoint().unwrap();
+        if ends_well {
+            rig.volume.close().unwrap();
+        }
+        let Rig { volume, dirs, .. } = rig;
+        drop(volume);
+        let volume = open_volume(open_store(&dirs));
+        let same = contents(&dirs);
+        assert!(same[0] == same[1], "ended well: {ends_well}");
+        assert!(!volume.replicas().is_doubtful());
+        volume.close().unwrap();
+    }
 }
