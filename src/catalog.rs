@@ -27,6 +27,7 @@ pub mod digest;
 mod freed;
 mod lane;
 mod live;
+mod lost;
 mod open;
 mod overlay;
 mod packed;
@@ -50,6 +51,7 @@ mod xattr;
 pub use self::actor::Actor;
 pub use self::attach::{Differing, Joining};
 pub use self::audit::Audit;
+pub use self::lost::PastContent;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
 pub use self::places::{LiveNode, VersionRecord};
 pub use self::sweep::{Sweep, SweepPlace, SweepStep};
@@ -424,6 +426,21 @@ impl Sources {
     /// Whether any byte lies in history.
     pub fn is_preserved(&self) -> bool {
         self.is_whole() || !self.undo.is_empty()
+    }
+
+    /// Whether before-images alone have all bytes from `from` until `to`.
+    pub fn covers(&self, from: u64, to: u64) -> bool {
+        let mut ranges: Vec<(u64, u64)> =
+            self.undo.iter().map(|row| (row.offset, row.offset + row.length)).collect();
+        ranges.sort_unstable();
+        let mut end = from;
+        for (begin, until) in ranges {
+            if begin > end {
+                break;
+            }
+            end = end.max(until);
+        }
+        end >= to
     }
 }
 

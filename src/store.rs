@@ -50,6 +50,7 @@ pub mod lock;
 pub mod marker;
 pub(crate) mod quarantine;
 pub mod record;
+mod regain;
 mod settle;
 pub mod site;
 #[cfg(test)]

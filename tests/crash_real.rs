@@ -355,10 +355,9 @@ fn what_was_synced_survives_disks_cut_off_between_two_writes() {
     }
 }
 
-/// btrfs makes the catalog durable without the renames before it, and recovery does not yet look
-/// for a preserved file under its live name: snapshots then answer an error for it.
+/// btrfs makes the catalog durable without the renames before it: recovery looks for a preserved
+/// file under the names that its node had.
 #[test]
-#[ignore = "recovery of history on btrfs is not complete"]
 fn what_was_synced_survives_btrfs_cut_off_between_two_writes() {
     let (cuts, seed) = (rounds(6), number("REARVIEW_SEED", 1));
     for kinds in [["btrfs", "btrfs"], ["xfs", "btrfs"]] {

@@ -34,7 +34,6 @@ const NESTED_EVERY: usize = 5;
 const NESTED_CUTS: usize = 3;
 
 #[test]
-#[ignore = "versions that a power cut took before they were durable are damage to `check`: seed 2"]
 fn what_was_acknowledged_survives_every_power_cut() {
     common::need(&["fusermount3"]);
     let wanted = number("REARVIEW_CRASHES", 50) as usize;

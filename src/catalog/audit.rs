@@ -11,7 +11,7 @@ use rusqlite::{Connection, params};
 use super::packed::recipe_parts;
 use super::query::sources;
 use super::schema::{Use, connect, name_damage, read_head, refuse_old, undo_row, unsigned};
-use super::{Base, Catalog, NEVER, Sources};
+use super::{Base, Catalog, NEVER};
 use crate::error::Result;
 use crate::types::{ChunkId, ContentId, NodeId};
 
@@ -407,7 +407,7 @@ impl Audit {
             let found = sources(db, node, content, &mut seen)?;
             if let Base::Live(base) = found.base
                 && !nodes.contains(&base)
-                && !covers(&found, size)
+                && !found.covers(0, size)
             {
                 lost.push(format!("content {content} of node {node}"));
             }
@@ -427,19 +427,4 @@ impl Audit {
         tell(&mut self.flaws, "a before-image reaches beyond its content", &beyond);
         Ok(())
     }
-}
-
-/// Whether before-images alone have all bytes of a content.
-fn covers(found: &Sources, size: u64) -> bool {
-    let mut ranges: Vec<(u64, u64)> =
-        found.undo.iter().map(|row| (row.offset, row.offset + row.length)).collect();
-    ranges.sort_unstable();
-    let mut end = 0;
-    for (from, to) in ranges {
-        if from > end {
-            return false;
-        }
-        end = end.max(to);
-    }
-    end >= size
 }

@@ -10,7 +10,7 @@ use crate::catalog::Catalog;
 use crate::error::{IoContext, Result};
 use crate::replica::intent::{MovedDir, Past};
 use crate::store::site::Site;
-use crate::types::{EntryName, Kind, NodeId, RelPath};
+use crate::types::{EntryName, Generation, Kind, NodeId, RelPath};
 
 /// No path is deeper; a longer walk means that the catalog's entries form a circle.
 const DEPTH_MAX: usize = 4096;
@@ -32,6 +32,11 @@ impl Bounds {
     /// The first undo segment that may have records without rows.
     pub fn undo_from(&self) -> u64 {
         self.past.base.undo_from
+    }
+
+    /// Up to this generation all bytes that the catalog knows of were durable.
+    pub fn since(&self) -> Generation {
+        Generation(self.past.base.generation)
     }
 
     /// Whether a node was born, as far as its id tells.

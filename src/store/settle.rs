@@ -16,13 +16,13 @@ use super::bounds::Bounds;
 use super::lineage::{self, Standing, Verdict};
 use super::marker::{CleanMark, Marker, PeerState, Phase};
 use super::site::{self, Site};
-use super::{CATALOG_FILE, Member, OpenOptions, Recover, fill, import, replica_set};
+use super::{CATALOG_FILE, Member, OpenOptions, Recover, fill, import, regain, replica_set};
 use crate::catalog::{Catalog, Durability, Head};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
 use crate::progress::Progress;
 use crate::replica::intent::{self, Past};
-use crate::types::{ReplicaMap, Timestamp};
+use crate::types::{Generation, ReplicaMap, Timestamp};
 
 fn judge(members: &[Member], heads: &[Option<Head>]) -> Verdict {
     let standings: Vec<Standing> = members
@@ -165,7 +165,8 @@ fn recover_within(
     let others = || (0..bounded.replicas.len()).filter(|&i| bounded.replicas[i] && i != winner);
     let which: Vec<usize> = std::iter::once(winner).chain(others().filter(|&i| equal(i))).collect();
     let peers = other_sites(members, winner);
-    take_in(members, &which, &peers, Some(recover), exclude, Some(bounds), progress)?;
+    let within = (Some(bounds), Some(bounds.since()));
+    take_in(members, &which, &peers, Some(recover), exclude, within, progress)?;
     let source = members[winner].site.clone();
     let file = members[winner].catalog_file();
     for index in others() {
@@ -236,7 +237,10 @@ fn settle_by(
                 }
                 None => {
                     let peers = other_sites(members, winner);
-                    take_in(members, &[winner], &peers, Some(recover), exclude, None, progress)?;
+                    let past = known.pasts[winner].as_ref();
+                    let since = past.map(|past| Generation(past.base.generation));
+                    let within = (None, since);
+                    take_in(members, &[winner], &peers, Some(recover), exclude, within, progress)?;
                     // Recovery went on in the winner alone.
                     (winner, (0..current.len()).map(|index| index == winner).collect())
                 }
@@ -307,7 +311,7 @@ fn take_in(
     peers: &[Site],
     recover: Option<Recover<'_>>,
     exclude: &Arc<Patterns>,
-    bounds: Option<&Bounds>,
+    (bounds, since): (Option<&Bounds>, Option<Generation>),
     progress: &Progress,
 ) -> Result<()> {
     let files = which.iter().map(|&index| Some(members[index].catalog_file())).collect();
@@ -318,11 +322,24 @@ fn take_in(
             let from = bounds.map_or(0, Bounds::undo_from);
             recover(&replica_set(std::slice::from_ref(member))?, &catalog, from)?;
         }
+        let files = bounds.map_or_else(Vec::new, Bounds::files);
+        let search = since.filter(|_| recover.is_some()).map(|since| regain::Search {
+            site: &member.site,
+            peers,
+            catalog: &catalog,
+            since,
+            files,
+            progress,
+        });
+        search.as_ref().map_or(Ok(()), regain::regain)?;
         let within = bounds.map(|bounds| (bounds, short_id(member)));
         let report = import::import(&member.site, peers, &catalog, exclude, within, progress)?;
         if !report.is_nothing() {
             log::info!("{}: {report}", member.site.path.display());
         }
+        search.as_ref().map_or(Ok(()), regain::settle)?;
+        // What the last mount wrote and died before it was durable is relied on from here on.
+        member.site.backing.sync_all().context("make durable", &member.site.path)?;
         catalog.flush(Durability::Durable)
     })();
     // Closed in any case, so that what was read before an interruption is kept.
@@ -360,9 +377,8 @@ fn adopt(
         }
         Catalog::create(&file, member.marker.store)?;
     }
-    take_in(members, &[source], &[], None, exclude, None, progress)?;
+    take_in(members, &[source], &[], None, exclude, (None, None), progress)?;
     let member = &mut members[source];
-    member.site.backing.sync_all().context("make durable", &member.site.path)?;
     let head = Catalog::inspect(&file)?;
     member.marker.phase = Phase::Ok;
     member.marker.clean = Some(CleanMark::of(&head));

@@ -65,6 +65,9 @@ impl Volume {
         // All records before this one have rows that are pushed, and with the commit below they are
         // durable.
         let undo_from = self.history.undo().first_open();
+        // The bytes of all contents that this generation shows are written: the sync makes them
+        // durable. What is sealed meanwhile is younger.
+        let generation = self.catalog().freeze();
         self.sync_replicas()?;
         self.barrier()?;
         // An operation of the epoch that ends, or making it durable, failed everywhere meanwhile.
@@ -72,7 +75,7 @@ impl Volume {
             self.end_checkpoint();
             return Ok(());
         }
-        let (generation, sequence) = self.catalog().committed();
+        let (_, sequence) = self.catalog().committed();
         intents.close(self.replicas(), Base { generation: generation.0, sequence, undo_from })?;
         self.end_checkpoint();
         Ok(())

@@ -55,6 +55,16 @@ impl Volume {
         if !equal.unwrap_or(false) {
             return Ok(false);
         }
+        // What is relied on must be as durable as what goes. The file may be renamed meanwhile,
+        // which is no replica's fault.
+        for id in replicas.online() {
+            let replica = replicas.get(id);
+            let b = replica.backing();
+            let file = dir.get(id).and_then(|dir| b.open_file(dir, &name, Access::Read));
+            if file.and_then(|file| b.sync(&file, false)).is_err() {
+                return Ok(false);
+            }
+        }
         let Some(state) = node.try_lock() else { return Ok(false) };
         let known = self.catalog().node(node.id)?.is_some_and(|row| row.content == live);
         if state.stamp != stamp || !is_settled(&state, live) || !known {

@@ -49,7 +49,7 @@ const RECORD_HASH_AT: usize = 48;
 /// What was durable when a checkpoint ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Base {
-    /// The catalog's generation.
+    /// Up to this generation the bytes of all contents were durable, too.
     pub generation: u64,
     /// The catalog's batches.
     pub sequence: u64,

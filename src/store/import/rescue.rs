@@ -4,16 +4,11 @@
 //! file on the backing was changed otherwise, another replica may still have the recorded bytes:
 //! they go into `preserved/` before that replica is made equal. Where none has, the user is told.
 
-use std::io;
-
 use super::Import;
 use crate::catalog::{Change, NodeRow};
-use crate::error::{Error, IoContext, Result};
-use crate::history::{preserved_dir, preserved_name};
-use crate::replica::PrivateDir;
-use crate::replica::backing::RenameMode;
-use crate::store::copy::Copier;
-use crate::store::site::{Object, Site, own_creds, own_name, private};
+use crate::error::{Error, Result};
+use crate::store::regain::preserve;
+use crate::store::site::{Object, Site};
 use crate::types::{ContentId, EntryName, Kind, RelPath};
 
 impl Import<'_> {
@@ -27,7 +22,8 @@ impl Import<'_> {
     ) -> Result<bool> {
         for peer in self.peers {
             let Some(object) = unchanged(peer, row, dir, name) else { continue };
-            match preserve(self, peer, (dir, name, &object), row) {
+            let (sites, of) = ((peer, self.site), (row.id, row.content));
+            match preserve(sites, (dir, name, &object), of, self.progress) {
                 Ok(()) => {
                     // In place and durable before the catalog says so.
                     self.changes.push(Change::ContentPreserved { id: row.content, cloned: false });
@@ -83,36 +79,4 @@ fn unchanged(peer: &Site, row: &NodeRow, dir: &RelPath, name: &EntryName) -> Opt
     let stat = &object.stat;
     let same = stat.kind == Kind::File && (stat.size, stat.mtime) == (row.size, row.mtime);
     same.then_some(object)
-}
-
-fn preserve(
-    import: &Import<'_>,
-    peer: &Site,
-    (dir, name, object): (&RelPath, &EntryName, &Object),
-    row: &NodeRow,
-) -> Result<()> {
-    let site = import.site;
-    let PrivateDir::Preserved(shard) = preserved_dir(row.id) else {
-        unreachable!("preserved contents lie in shards")
-    };
-    let (above, shard) = (site.dir(&private("preserved"))?, format!("{shard:02x}"));
-    let shard_path = site.private_path("preserved").join(&shard);
-    match site.backing.mkdir(&above, &own_name(&shard), 0o700, own_creds()) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(error).context("make the directory", shard_path);
-        }
-        _ => site.backing.sync(&above, false).context("sync the directory above", &shard_path)?,
-    }
-    let shard = site.dir(&private(&format!("preserved/{shard}")))?;
-    let scratch = site.dir(&private("tmp"))?;
-    let from = peer.dir(dir)?;
-    let made = Copier::new(peer, site, import.progress)?.make(&from, dir, name, object)?;
-    let kept = preserved_name(row.id, row.content);
-    let backing = &site.backing;
-    let node = backing.open_node(&scratch, &made).context("open the copy of", peer.at(dir))?;
-    backing
-        .sync(&node, false)
-        .and_then(|()| backing.rename(&scratch, &made, &shard, &kept, RenameMode::Replace))
-        .and_then(|()| backing.sync(&shard, false))
-        .context("keep a content in", shard_path)
 }

@@ -1,0 +1,285 @@
+//! Bytes of history that a power cut left elsewhere, or took.
+//!
+//! A filesystem brings to its disk what it likes, in the order that it likes, as long as nobody
+//! asks for more: so after a power cut the catalog can know of contents whose bytes never came to
+//! the disk, or lie there under a name of before. Three cases, told apart by when the content was
+//! first shown and by what is there:
+//!
+//! - The bytes are somewhere: in another replica's `preserved/`, or in a file that has again, or
+//!   still, one of the names that its node had. btrfs makes the catalog durable, when anything is
+//!   synced, and not the rename by which a file went into `preserved/` before that. They are
+//!   copied to their place ([`regain`]), before the live tree is looked at.
+//! - They are nowhere, and were never promised: the content is younger than the last checkpoint.
+//!   What did not come to the disk reads as zeros from then on, as it does in a live file of
+//!   several filesystems ([`settle`]), and each such version is told.
+//! - They are nowhere and were durable once: that is damage. It is told, and left for `check`.
+//!
+//! Only what was touched since the last checkpoint is looked at. If we die anywhere here, the next
+//! recovery does the same again.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use super::copy::Copier;
+use super::site::{Object, Site, own_creds, own_name, private};
+use crate::catalog::{Base, Catalog, Change, PastContent, digest};
+use crate::error::{IoContext, Result};
+use crate::history::{preserved_dir, preserved_name};
+use crate::progress::Progress;
+use crate::replica::PrivateDir;
+use crate::replica::backing::{Access, Handle, RenameMode};
+use crate::types::{ContentId, EntryName, Generation, Kind, NodeId, RelPath};
+
+/// Live files are read in pieces of this size.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// What is looked at, and where.
+pub struct Search<'a> {
+    /// The replica that goes on.
+    pub site: &'a Site,
+    /// Other replicas, which may have what it lacks.
+    pub peers: &'a [Site],
+    /// Its catalog.
+    pub catalog: &'a Catalog,
+    /// Up to this generation all bytes were durable.
+    pub since: Generation,
+    /// Files that may have changed without a trace in the catalog.
+    pub files: Vec<NodeId>,
+    /// Copies can be interrupted.
+    pub progress: &'a Progress,
+}
+
+/// Brings preserved files that are missing or too short to their place, from wherever their bytes
+/// are. Durable when it returns.
+pub fn regain(search: &Search<'_>) -> Result<()> {
+    for node in search.nodes()? {
+        for content in search.catalog.past_contents(node)? {
+            if content.preserved && search.left_of(node, &content)?.is_some() {
+                search.regain(node, &content)?;
+            }
+        }
+        search.progress.advance(0, 0)?;
+    }
+    Ok(())
+}
+
+/// Settles contents whose bytes are nowhere. To be called when the catalog agrees with the live
+/// tree.
+pub fn settle(search: &Search<'_>) -> Result<()> {
+    for node in search.nodes()? {
+        let contents = search.catalog.past_contents(node)?;
+        for (index, content) in contents.iter().enumerate() {
+            let Some(left) = search.left_of(node, content)? else { continue };
+            if search.was_promised(node, content, &contents[index + 1..], left)? {
+                log::error!(
+                    "{}: a content that was durable is gone: node {node}, content {}",
+                    search.site.path.display(),
+                    content.id
+                );
+                continue;
+            }
+            search.fill_up(node, content, left)?;
+        }
+        search.progress.advance(0, 0)?;
+    }
+    Ok(())
+}
+
+impl Search<'_> {
+    fn nodes(&self) -> Result<BTreeSet<NodeId>> {
+        let mut nodes: BTreeSet<NodeId> = self.files.iter().copied().collect();
+        nodes.extend(self.catalog.touched_since(self.since)?);
+        Ok(nodes)
+    }
+
+    /// How many bytes are left of a content that has not all of them; `None` for one that is
+    /// whole.
+    fn left_of(&self, node: NodeId, content: &PastContent) -> Result<Option<u64>> {
+        if content.preserved {
+            // An orphan that was changed while it was open has its bytes in before-images.
+            if self.catalog.has_images(node, content.id)? {
+                return Ok(None);
+            }
+            let size = self.preserved_object(self.site, node, content.id)?;
+            let size = size.map_or(0, |object| object.stat.size);
+            return Ok((size < content.size).then_some(size));
+        }
+        if content.same {
+            return Ok(None);
+        }
+        let sources = self.catalog.sources(node, content.id)?;
+        let Base::Live(base) = sources.base else { return Ok(None) };
+        let gone = base == node && self.catalog.node(base)?.is_none();
+        Ok((gone && !sources.covers(0, content.size)).then_some(0))
+    }
+
+    fn preserved_object(
+        &self,
+        site: &Site,
+        node: NodeId,
+        content: ContentId,
+    ) -> Result<Option<Object>> {
+        let path = preserved_dir(node).path();
+        match site.backing.open_dir(&path) {
+            Ok(dir) => site.object(&dir, &path, &preserved_name(node, content)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).context("open the directory", site.at(&path)),
+        }
+    }
+
+    /// Takes a preserved content from where it is, if it is anywhere.
+    fn regain(&self, node: NodeId, content: &PastContent) -> Result<()> {
+        let name = preserved_name(node, content.id);
+        for peer in self.peers {
+            let found = self.preserved_object(peer, node, content.id)?;
+            if let Some(object) = found.filter(|object| object.stat.size == content.size) {
+                let dir = preserved_dir(node).path();
+                return self.keep(peer, (&dir, &name, &object), (node, content.id));
+            }
+        }
+        let Some(row) = &content.row else { return Ok(()) };
+        for (dir, name) in self.catalog.names_since(node, self.since)? {
+            for site in std::iter::once(self.site).chain(self.peers) {
+                let Ok(handle) = site.backing.open_dir(&dir) else { continue };
+                let Some(object) = site.object(&handle, &dir, &name)? else { continue };
+                let stat = &object.stat;
+                if stat.kind == Kind::File && (stat.size, stat.mtime) == (row.size, row.mtime) {
+                    return self.keep(site, (&dir, &name, &object), (node, content.id));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn keep(
+        &self,
+        from: &Site,
+        (dir, name, object): (&RelPath, &EntryName, &Object),
+        of: (NodeId, ContentId),
+    ) -> Result<()> {
+        preserve((from, self.site), (dir, name, object), of, self.progress)?;
+        let shown = from.at(&dir.join(name));
+        log::info!("{}: what it had before the unclean end was preserved again", shown.display());
+        Ok(())
+    }
+
+    /// Whether anything that was durable at the last checkpoint needs bytes that are gone.
+    /// `older` are the contents that may rely on this one.
+    fn was_promised(
+        &self,
+        node: NodeId,
+        content: &PastContent,
+        older: &[PastContent],
+        left: u64,
+    ) -> Result<bool> {
+        let durable = |born: Generation| born <= self.since;
+        if durable(content.born) || self.catalog.relying_on(content.id)?.into_iter().any(durable) {
+            return Ok(true);
+        }
+        for other in older.iter().filter(|other| durable(other.born) && !other.preserved) {
+            let sources = self.catalog.sources(node, other.id)?;
+            let base = match sources.base {
+                Base::Live(base) => base == node,
+                Base::Preserved { content: base, .. } => base == content.id,
+                Base::Packed(_) => false,
+            };
+            if base && !sources.covers(left, other.size) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Gives a content a preserved file of its size, in which what is gone is a hole.
+    fn fill_up(&self, node: NodeId, content: &PastContent, left: u64) -> Result<()> {
+        let (site, name) = (self.site, preserved_name(node, content.id));
+        let (shard, path) = shard_of(site, node)?;
+        let backing = &site.backing;
+        let opened = match backing.open_file(&shard, &name, Access::ReadWrite) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                backing.create(&shard, &name, 0o600, own_creds())
+            }
+            other => other,
+        };
+        let shown = site.at(&path.join(&name));
+        let file = opened.context("open", &shown)?;
+        // In place and durable before the catalog says so.
+        backing
+            .truncate(&file, content.size)
+            .and_then(|()| backing.sync(&file, false))
+            .and_then(|()| backing.sync(&shard, false))
+            .context("extend", &shown)?;
+        let mut changes = vec![Change::ContentPreserved { id: content.id, cloned: false }];
+        if self.catalog.digest(content.id)?.is_some() {
+            let digest = digest_of(site, &file, content.size).context("read", &shown)?;
+            changes.push(Change::DigestAdd { content: content.id, digest });
+        }
+        self.catalog.push(changes)?;
+        let last = self.catalog.names_since(node, Generation::default())?;
+        let told = last
+            .last()
+            .map_or_else(|| format!("node {node}"), |(dir, name)| dir.join(name).to_string());
+        log::warn!(
+            "{told}: a version of {} bytes was not on the disk yet at the unclean end; {} bytes of \
+             it are zeros now",
+            content.size,
+            content.size - left
+        );
+        Ok(())
+    }
+}
+
+/// Copies a file of `from` into the `preserved/` of `to`, as the content `of`. Durable when it
+/// returns.
+pub fn preserve(
+    (from, to): (&Site, &Site),
+    (dir, name, object): (&RelPath, &EntryName, &Object),
+    (node, content): (NodeId, ContentId),
+    progress: &Progress,
+) -> Result<()> {
+    let (shard, path) = shard_of(to, node)?;
+    let scratch = to.dir(&private("tmp"))?;
+    let source = from.dir(dir)?;
+    let made = Copier::new(from, to, progress)?.make(&source, dir, name, object)?;
+    let kept = preserved_name(node, content);
+    let backing = &to.backing;
+    let file = backing.open_node(&scratch, &made).context("open the copy of", from.at(dir))?;
+    backing
+        .sync(&file, false)
+        .and_then(|()| backing.rename(&scratch, &made, &shard, &kept, RenameMode::Replace))
+        .and_then(|()| backing.sync(&shard, false))
+        .context("keep a content in", to.at(&path))
+}
+
+/// The directory that a node's preserved files lie in, made where it is missing.
+fn shard_of(site: &Site, node: NodeId) -> Result<(Handle, RelPath)> {
+    let PrivateDir::Preserved(shard) = preserved_dir(node) else {
+        unreachable!("preserved contents lie in shards")
+    };
+    let (above, name) = (site.dir(&private("preserved"))?, format!("{shard:02x}"));
+    let path = private(&format!("preserved/{name}"));
+    match site.backing.mkdir(&above, &own_name(&name), 0o700, own_creds()) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(error).context("make the directory", site.at(&path));
+        }
+        _ => {
+            site.backing.sync(&above, false).context("sync the directory above", site.at(&path))?
+        }
+    }
+    Ok((site.dir(&path)?, path))
+}
+
+fn digest_of(site: &Site, file: &Handle, size: u64) -> io::Result<digest::Digest> {
+    let mut hasher = blake3::Hasher::new();
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut at = 0;
+    while at < size {
+        let got = site.backing.read_at(file, &mut piece, at)?;
+        if got == 0 {
+            break;
+        }
+        hasher.update(&piece[..got]);
+        at += got as u64;
+    }
+    Ok(digest::digest_of(&hasher))
+}
