@@ -348,8 +348,10 @@ impl Import<'_> {
         }
         self.replace(dir, &name, known)?;
         let xattrs = self.catalog.intern_xattrs(&object.xattrs)?;
-        if stat.kind == Kind::File && stat.size > 0 && link_key.is_none() && !self.fresh_catalog {
-            self.defer(dir, name, stat, (xattrs, None, None, Doubt::Changed));
+        // Renamed, perhaps; or another name of a file that is known by one which is met later.
+        let perhaps_known = stat.size > 0 || link_key.is_some();
+        if stat.kind == Kind::File && perhaps_known && !self.fresh_catalog {
+            self.defer(dir, name, stat, (xattrs, None, link_key, Doubt::Changed));
             return Ok(());
         }
         let node = self.add_node((dir.node, name, excluded), stat, xattrs, &object.target);

@@ -14,6 +14,7 @@ use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath};
 mod bounded;
 mod crash;
 mod refusals;
+mod regain;
 mod space;
 mod unclean;
 

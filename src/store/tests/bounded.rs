@@ -149,6 +149,25 @@ fn a_hard_link_made_or_renamed_is_the_file_that_it_names() {
     assert_recorded(&store.catalog, &bench.path("b"));
 }
 
+/// A renamed name was met before the other one, by which the file is known: it was taken for a new
+/// file, which took the other name too, and what the old one had been was lost.
+#[test]
+fn a_hard_link_that_is_met_under_a_new_name_first_is_the_file_that_it_was() {
+    for (from, to) in [("one/g", "one/a"), ("far/g", "far/new"), ("one/g", "far/a")] {
+        let bench = Bench::new();
+        let store = opened(&bench);
+        let g = id_of(&store.catalog, "one/g");
+        let dirs = nodes(&store, &["one", "far"]);
+        intend(&store, &[Dirty::Dir(dirs[0]), Dirty::Dir(dirs[1]), Dirty::File(g)]);
+        drop(store);
+        fs::rename(bench.path("a").join(from), bench.path("a").join(to)).unwrap();
+        write(&bench.path("a").join(to), b"changed");
+        let store = recover(&bench);
+        assert_eq!(id_of(&store.catalog, to), g, "{from} is {to}");
+        assert_recorded(&store.catalog, &bench.path("b"));
+    }
+}
+
 /// Every way in which a move of a directory can have come through: on no replica, on one, on both.
 #[test]
 fn a_moved_directory_keeps_its_nodes_and_nothing_below_it_is_looked_at() {

@@ -1,0 +1,138 @@
+//! What a power cut left of contents of which the catalog says that they lie in `preserved/`, or
+//! that a live file has them.
+
+use super::*;
+use crate::catalog::{Change, Durability};
+use crate::replica::intent::Dirty;
+
+/// When the content came to be that is gone.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Age {
+    /// Before the last checkpoint.
+    Durable,
+    /// After it, but an older one that was durable relies on it.
+    Relied,
+    /// After it, with its file.
+    Young,
+}
+
+/// A store of two replicas with one file, which is recorded to be gone; opened at that, and dropped
+/// as by a power cut. Tells the node and its last content.
+fn gone(bench: &Bench, preserved: bool, age: Age) -> (NodeId, ContentId) {
+    let first = if age == Age::Young { "other" } else { "f" };
+    write(&bench.path("a").join(first), b"what was here");
+    bench.settle(&["a", "b"]);
+    let store = bench.open(&["a", "b"]).unwrap();
+    let catalog = &store.catalog;
+    let name = EntryName::new("f").unwrap();
+    let mut row = catalog.node(id_of(catalog, first)).unwrap().unwrap();
+    let what = [Dirty::File(row.id), Dirty::Dir(NodeId::ROOT)];
+    drop(store.intents.begin(&store.replicas, &what).unwrap());
+    if age != Age::Durable {
+        row.content = catalog.next_content();
+        let mut born = Vec::new();
+        if age == Age::Young {
+            for backing in ["a", "b"] {
+                write(&bench.path(backing).join("f"), b"what was here");
+            }
+            row.id = catalog.next_node();
+            let meta = fs::metadata(bench.path("a/f")).unwrap();
+            row.mtime = Timestamp { secs: meta.mtime(), nanos: meta.mtime_nsec() as u32 };
+            let name = name.clone();
+            born.push(Change::EntryAdd { parent: NodeId::ROOT, name, node: row.id });
+        }
+        born.push(Change::ContentAdd { id: row.content, node: row.id, size: row.size });
+        born.push(Change::NodePut(row.clone()));
+        catalog.push(born).unwrap();
+        catalog.freeze();
+    }
+    let mut changes =
+        vec![Change::EntryRemove { parent: NodeId::ROOT, name }, Change::NodeGone(row.id)];
+    if preserved {
+        changes.push(Change::ContentPreserved { id: row.content, cloned: false });
+    }
+    catalog.push(changes).unwrap();
+    catalog.flush(Durability::Durable).unwrap();
+    (row.id, row.content)
+}
+
+fn preserved(bench: &Bench, backing: &str, (node, content): (NodeId, ContentId)) -> PathBuf {
+    let name = format!("{:02x}/{:016x}.{:016x}", node.0 & 0xff, node.0, content.0);
+    bench.path(backing).join(".rearview/preserved").join(name)
+}
+
+/// btrfs: the catalog was durable, the rename into `preserved/` was not.
+#[test]
+fn a_file_that_is_live_still_is_preserved_again() {
+    for age in [Age::Durable, Age::Relied, Age::Young] {
+        let bench = Bench::new();
+        let of = gone(&bench, true, age);
+        let store = bench.open(&["a", "b"]).unwrap();
+        for backing in ["a", "b"] {
+            assert_eq!(fs::read(preserved(&bench, backing, of)).unwrap(), b"what was here");
+        }
+        assert!(id_of(&store.catalog, "f") != of.0, "the live one is another file");
+        assert_recorded(&store.catalog, &bench.path("b"));
+        store.close().unwrap();
+        bench.assert_equal(&["a", "b"]);
+    }
+}
+
+#[test]
+fn what_one_replica_lost_is_taken_from_another() {
+    let bench = Bench::new();
+    let of = gone(&bench, true, Age::Durable);
+    for backing in ["a", "b"] {
+        let kept = preserved(&bench, backing, of);
+        fs::create_dir_all(kept.parent().unwrap()).unwrap();
+        fs::rename(bench.path(backing).join("f"), kept).unwrap();
+    }
+    fs::write(preserved(&bench, "a", of), b"").unwrap();
+    let store = bench.open(&["a", "b"]).unwrap();
+    assert_eq!(fs::read(preserved(&bench, "a", of)).unwrap(), b"what was here");
+    store.close().unwrap();
+    bench.assert_equal(&["a", "b"]);
+}
+
+#[test]
+fn a_version_that_was_never_durable_has_zeros_for_what_is_gone() {
+    for recorded in [true, false] {
+        for left in [0, 4] {
+            let bench = Bench::new();
+            let of = gone(&bench, recorded, Age::Young);
+            for backing in ["a", "b"] {
+                fs::remove_file(bench.path(backing).join("f")).unwrap();
+                if recorded && left > 0 {
+                    write(&preserved(&bench, backing, of), &b"what was here"[..left]);
+                }
+            }
+            let store = bench.open(&["a", "b"]).unwrap();
+            let mut want = b"what was here".to_vec();
+            want[if recorded { left } else { 0 }..].fill(0);
+            for backing in ["a", "b"] {
+                assert_eq!(fs::read(preserved(&bench, backing, of)).unwrap(), want);
+            }
+            assert!(store.catalog.is_preserved(of.1).unwrap());
+            store.close().unwrap();
+            bench.assert_equal(&["a", "b"]);
+        }
+    }
+}
+
+/// Nothing may look well that is not: what a checkpoint made durable, and what relies on that, is
+/// left for `check` to tell.
+#[test]
+fn a_version_that_was_durable_and_is_gone_stays_damage() {
+    for (recorded, age) in
+        [(true, Age::Durable), (false, Age::Durable), (true, Age::Relied), (false, Age::Relied)]
+    {
+        let bench = Bench::new();
+        let of = gone(&bench, recorded, age);
+        for backing in ["a", "b"] {
+            fs::remove_file(bench.path(backing).join("f")).unwrap();
+        }
+        let store = bench.open(&["a", "b"]).unwrap();
+        assert!(!preserved(&bench, "a", of).exists());
+        store.close().unwrap();
+    }
+}
