@@ -31,10 +31,6 @@ struct Rig {
 impl Rig {
     /// With the errors on the replica `faulty`.
     fn new(faulty: usize, errno: Errno) -> Rig {
-}
-
-        let dirs: Vec<_> = (0..2).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
-        let store = open_store(&dirs);
         let left = Arc::new(AtomicUsize::new(usize::MAX));
         let count = left.clone();
         let plan = move |_: crate::replica::faulty::Call<'_>| {
@@ -52,37 +48,8 @@ impl Rig {
 
     fn planned(faulty: usize, left: Arc<AtomicUsize>, plan: Plan) -> Rig {
         let dirs: Vec<_> = (0..2).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
-        let paths: Vec<_> = dirs.iter().map(|dir| dir.path().canonicalize().unwrap()).collect();
-        let options = OpenOptions { init: true, ..OpenOptions::default() };
-        let recover = |replicas: &ReplicaSet, catalog: &Catalog, from| {
-            History::recover(replicas, catalog, from)
-        };
-        let store = store::open(&paths, &options, &recover, &crate::progress::Progress::silent());
-        let store = store.unwrap();
-        let id = store.replicas.ids().nth(faulty).unwrap();
-        let before = store.replicas.get(id);
-        let inner = Box::new(DirBacking::open(&before.path).unwrap());
-        let backing = Box::new(Faulty::new(inner, plan));
-        let replica = Replica::new(before.uuid, before.label.clone(), before.path.clone(), backing);
-        store.replicas.eject(id, Fault::new("exchange", Errno::IO));
-        assert!(store.replicas.replace(id, replica));
-        let replica = store.replicas.get(id);
-        store.intents.join(&store.replicas, id, replica.backing()).unwrap();
-        store.replicas.admit(id);
-        // Nothing is done by anybody but the test.
-        let long = Duration::from_secs(3600);
-        let options = VolumeOptions {
-            idle_seal: long,
-            housekeeping: long,
-            pack_after: long,
-            policy_every: long,
-            ..VolumeOptions::default()
-        };
-        let volume = Volume::open(store, options).unwrap();
-        Rig { volume, dirs, left }
-}
-
-        put_between(&store, faulty, Arc::new(plan));
+        let store = open_store(&dirs);
+        put_between(&store, faulty, plan);
         Rig { volume: open_volume(store), dirs, left }
     }
 
