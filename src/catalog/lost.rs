@@ -1,14 +1,16 @@
 //! What recovery asks about contents whose bytes an unclean end may have taken.
 
-use rusqlite::params;
+use std::collections::BTreeMap;
+
+use rusqlite::{OptionalExtension, params};
 
 use super::query::path_at;
-use super::schema::{NODE_COLUMNS, node_row, unsigned};
+use super::schema::{ContentState, NODE_COLUMNS, node_row, unsigned};
 use super::{Catalog, NEVER, NodeRow};
 use crate::error::Result;
 use crate::types::{ContentId, EntryName, Generation, NodeId, RelPath};
 
-/// A content that is not the live file's.
+/// A content that history shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PastContent {
     /// Which.
@@ -17,12 +19,14 @@ pub struct PastContent {
     pub size: u64,
     /// It is recorded to lie in `preserved/`.
     pub preserved: bool,
-    /// It is recorded to have the bytes of another one.
-    pub same: bool,
-    /// The first generation that shows it; one of the far future where none does.
+    /// It is reached through others.
+    pub chained: bool,
+    /// The first generation that shows it, unless that is an old one.
     pub born: Generation,
     /// The newest state that shows it.
-    pub row: Option<NodeRow>,
+    pub row: NodeRow,
+    last: Generation,
+    is_live: bool,
 }
 
 impl Catalog {
@@ -36,37 +40,50 @@ impl Catalog {
         })
     }
 
-    /// The contents of a node but the one that its live file has, newest first.
-    pub fn past_contents(&self, node: NodeId) -> Result<Vec<PastContent>> {
+    /// The contents of a node that a state showed which ended after `since`, or is the newest one;
+    /// newest first. The live file's own content is among them only if it lies in `preserved/`.
+    pub fn contents_since(&self, node: NodeId, since: Generation) -> Result<Vec<PastContent>> {
         self.settle_pending()?;
         self.shared.read_at_once(|db| {
-            let mut contents = db.prepare_cached(
-                "SELECT id, size, state, (SELECT min(born) FROM node_h h WHERE h.id = ?1 \
-                 AND h.content = c.id) FROM content c WHERE node = ?1 AND NOT EXISTS(SELECT 1 \
-                 FROM node n WHERE n.id = ?1 AND n.content = c.id) ORDER BY id DESC",
-            )?;
-            let mut newest = db.prepare_cached(&format!(
-                "SELECT {NODE_COLUMNS} FROM node_h WHERE id = ?1 AND content = ?2 \
-                 ORDER BY died DESC LIMIT 1"
+            let mut known = db.prepare_cached("SELECT size, state FROM content WHERE id = ?1")?;
+            let mut states = db.prepare_cached(&format!(
+                "SELECT {NODE_COLUMNS}, born, 1 FROM node WHERE id = ?1 AND content > 0 \
+                 UNION ALL SELECT {NODE_COLUMNS}, born, 0 FROM node_h WHERE id = ?1 \
+                 AND died > ?2 AND content > 0"
             ))?;
-            let rows = contents.query_map(params![node], |row| {
-                let state: i64 = row.get(2)?;
-                let born: Option<Generation> = row.get(3)?;
-                Ok(PastContent {
-                    id: row.get(0)?,
-                    size: unsigned(row, 1)?,
-                    preserved: matches!(state, 1 | 3),
-                    same: state == 4,
-                    born: born.unwrap_or(NEVER),
-                    row: None,
-                })
-            })?;
-            let mut found: Vec<PastContent> = rows.collect::<rusqlite::Result<_>>()?;
-            for content in &mut found {
-                let mut rows = newest.query(params![node, content.id])?;
-                content.row = rows.next()?.map(|row| node_row(row, 0)).transpose()?;
+            let mut found: BTreeMap<ContentId, PastContent> = BTreeMap::new();
+            let mut rows = states.query(params![node, since])?;
+            while let Some(row) = rows.next()? {
+                let (state, born, is_live) = (node_row(row, 0)?, row.get(13)?, row.get(14)?);
+                if let Some(content) = found.get_mut(&state.content) {
+                    content.is_live |= is_live;
+                    // The newest state of all tells how the file was last.
+                    if born > content.last {
+                        (content.last, content.row) = (born, state);
+                    }
+                    content.born = content.born.min(born);
+                    continue;
+                }
+                let whole = known.query_row(params![state.content], |row| {
+                    Ok((unsigned(row, 0)?, row.get::<_, i64>(1)?))
+                });
+                let Some((size, place)) = whole.optional()? else { continue };
+                let preserved = [ContentState::Preserved, ContentState::Cloned];
+                let id = state.content;
+                let content = PastContent {
+                    id,
+                    size,
+                    preserved: preserved.iter().any(|state| *state as i64 == place),
+                    chained: place == 0,
+                    born,
+                    last: born,
+                    row: state,
+                    is_live,
+                };
+                found.insert(id, content);
             }
-            Ok(found)
+            let past = found.into_values().rev();
+            Ok(past.filter(|content| content.preserved || !content.is_live).collect())
         })
     }
 

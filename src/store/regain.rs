@@ -53,7 +53,7 @@ pub struct Search<'a> {
 /// are. Durable when it returns.
 pub fn regain(search: &Search<'_>) -> Result<()> {
     for node in search.nodes()? {
-        for content in search.catalog.past_contents(node)? {
+        for content in search.catalog.contents_since(node, search.since)? {
             if content.preserved && search.left_of(node, &content)?.is_some() {
                 search.regain(node, &content)?;
             }
@@ -67,7 +67,7 @@ pub fn regain(search: &Search<'_>) -> Result<()> {
 /// tree.
 pub fn settle(search: &Search<'_>) -> Result<()> {
     for node in search.nodes()? {
-        let contents = search.catalog.past_contents(node)?;
+        let contents = search.catalog.contents_since(node, search.since)?;
         for (index, content) in contents.iter().enumerate() {
             let Some(left) = search.left_of(node, content)? else { continue };
             if search.was_promised(node, content, &contents[index + 1..], left)? {
@@ -104,12 +104,14 @@ impl Search<'_> {
             let size = size.map_or(0, |object| object.stat.size);
             return Ok((size < content.size).then_some(size));
         }
-        if content.same {
+        if !content.chained {
             return Ok(None);
         }
         let sources = self.catalog.sources(node, content.id)?;
         let Base::Live(base) = sources.base else { return Ok(None) };
-        let gone = base == node && self.catalog.node(base)?.is_none();
+        // An empty live file has as little of it as none at all.
+        let live = self.catalog.node(base)?.filter(|row| row.content != ContentId::EMPTY);
+        let gone = base == node && live.is_none();
         Ok((gone && !sources.covers(0, content.size)).then_some(0))
     }
 
@@ -137,7 +139,7 @@ impl Search<'_> {
                 return self.keep(peer, (&dir, &name, &object), (node, content.id));
             }
         }
-        let Some(row) = &content.row else { return Ok(()) };
+        let row = &content.row;
         for (dir, name) in self.catalog.names_since(node, self.since)? {
             for site in std::iter::once(self.site).chain(self.peers) {
                 let Ok(handle) = site.backing.open_dir(&dir) else { continue };
