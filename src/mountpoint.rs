@@ -2,7 +2,7 @@
 //!
 //! A mountpoint may be neither a backing, nor contain one, nor lie in one: the daemon would wait
 //! for itself. A dead mount (its daemon was killed) is cleared once and only if it is ours; a mount
-//! that merely does not answer is left alone.
+//! that merely does not answer is left alone, unless its daemon was killed, too ([`dying`]).
 
 use std::ffi::OsStr;
 use std::io::ErrorKind;
@@ -17,6 +17,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::types::escape;
 
 pub mod device;
+mod dying;
 pub mod options;
 pub mod table;
 
@@ -115,8 +116,9 @@ impl Prepared {
 }
 
 /// Makes sure that `path` can be mounted on. A missing directory is made if its parent exists; a
-/// dead mount of ours is cleared.
+/// dead mount of ours is cleared, and a daemon ended that was killed and cannot end.
 pub fn prepare(path: &Path, backings: &[PathBuf], nonempty: bool) -> Result<Prepared> {
+    dying::end(backings);
     let mut target = resolve(path)?;
     if mounted_ours(&target)? {
         clear_or_refuse(&target)?;

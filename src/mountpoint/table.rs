@@ -18,6 +18,8 @@ pub const FS_TYPE: &str = "fuse.rearview";
 pub struct MountEntry {
     /// Where it is mounted.
     pub target: PathBuf,
+    /// The minor number of its device, by which the kernel knows the FUSE connection.
+    pub minor: u32,
     /// The filesystem's type with its subtype.
     pub fs_type: String,
     /// What the mounter called the source.
@@ -50,13 +52,16 @@ pub fn parse(bytes: &[u8]) -> Vec<MountEntry> {
 
 fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&byte| byte == b' ');
-    let target = fields.nth(4)?;
+    let device = std::str::from_utf8(fields.nth(2)?).ok()?;
+    let minor = device.split_once(':').and_then(|(_, minor)| minor.parse().ok())?;
+    let target = fields.nth(1)?;
     // The number of optional fields varies; a lone dash ends them.
     let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
     let fs_type = rest.next()?;
     let source = rest.next()?;
     Some(MountEntry {
         target: PathBuf::from(OsString::from_vec(unescape_octal(target))),
+        minor,
         fs_type: String::from_utf8_lossy(fs_type).into_owned(),
         source: unescape_octal(source),
     })

@@ -1,7 +1,8 @@
 //! The lock of a backing: `.rearview/lock`, one mounter at a time.
 //!
 //! The lock is the kernel's (`flock(2)`): it ends with its holder, however that ends. The file's
-//! content, TOML, only tells people who holds it; it is believed for nothing else.
+//! content, TOML, only tells who holds it: people, and whoever ends what is left of a killed
+//! daemon.
 
 use std::io;
 use std::path::Path;
