@@ -8,13 +8,19 @@ import sys
 import tempfile
 
 import bench_cost
+import bench_durable
 import bench_growth
 import bench_speed
 from bench_place import Failure
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 
-COMMANDS = {"cost": bench_cost.main, "growth": bench_growth.main, "speed": bench_speed.main}
+COMMANDS = {
+    "cost": bench_cost.main,
+    "durable": bench_durable.main,
+    "growth": bench_growth.main,
+    "speed": bench_speed.main,
+}
 
 
 def interrupted(number, _frame):
@@ -61,6 +67,11 @@ def arguments():
     )
     bench_growth.add_arguments(growth)
     growth.set_defaults(scratch=speed.get_default("scratch"))
+    durable = commands.add_parser(
+        "durable", parents=[shared], help="what fsync, checkpoints and recovery take"
+    )
+    bench_durable.add_arguments(durable)
+    durable.set_defaults(scratch=speed.get_default("scratch"))
     commands.add_parser("scale", help="runs tests/scale.rs")
     return parser.parse_args()
 
