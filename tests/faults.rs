@@ -171,3 +171,145 @@ fn below_the_fewest_replicas_asked_for_nothing_is_written_and_all_is_read() {
     fs::write(store.path("new"), "x").unwrap();
     store.unmount();
 }
+
+/// Somebody else fills one disk. Whoever writes is told so, or the replica is out of use: in both
+/// cases what was said to be written is, and when there is room again all is as before.
+#[test]
+fn a_disk_that_others_fill_costs_its_replica_at_most() {
+    for small in [0, 1] {
+        let (disk, large) = (LoopFs::ext4(64), common::scratch());
+        let inside = disk.root().join("backing");
+        fs::create_dir(&inside).unwrap();
+        let backings = [&*inside, large.path()];
+        let store = over(backings[small], backings[1 - small]);
+        work(&store, "before");
+        let hog = disk.root().join("hog");
+        fill(&hog);
+        let mut written = Vec::new();
+        for index in 0..200u8 {
+            let path = store.path(&format!("new{index}"));
+            match fs::write(&path, vec![index; 200_000]) {
+                Ok(()) => written.push(index),
+                Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}"),
+            }
+        }
+        assert_eq!(fs::read(store.path("before/f1")).unwrap(), vec![0; 50_000]);
+        fs::remove_file(store.path("before/f1")).unwrap();
+        if state(&store, small).0 == "online" {
+            assert!(written.len() < 200, "there was no room for all of them");
+        } else {
+            assert!(state(&store, small).1.contains("No space left"), "{:?}", state(&store, small));
+        }
+        fs::remove_file(&hog).unwrap();
+        wait_until("the replica is back", 120, || store.rearview(&["status"]).code == 0);
+        work(&store, "after");
+        for index in written {
+            assert!(fs::read(store.path(&format!("new{index}"))).unwrap() == [index; 200_000]);
+        }
+        store.finish();
+    }
+}
+
+/// Takes the room of a filesystem but for a little less than what a store keeps back for itself.
+fn fill(hog: &Path) {
+    use std::io::Write;
+    let mut file = fs::File::create(hog).unwrap();
+    while file.write_all(&vec![1; 1 << 20]).is_ok() {}
+    let size = file.metadata().unwrap().len();
+    file.set_len(size - (4 << 20)).unwrap();
+    file.sync_all().unwrap();
+}
+
+/// The backing is itself on a mount whose daemon is killed: another store's.
+#[test]
+fn a_backing_on_a_mount_that_dies_is_out_of_use_and_comes_back() {
+    let mut inner = Mounted::new();
+    let plain = common::scratch();
+    for first in [true, false] {
+        let inside = inner.path(if first { "first" } else { "second" });
+        let beside = plain.path().join(inside.file_name().unwrap());
+        fs::create_dir(&inside).unwrap();
+        fs::create_dir(&beside).unwrap();
+        let backings = if first { [&inside, &beside] } else { [&beside, &inside] };
+        let store = over(backings[0], backings[1]);
+        let bad = usize::from(!first);
+        work(&store, "before");
+        kill(&inner);
+        work(&store, "after");
+        let error = await_offline(&store, bad);
+        let told = ["not connected", "connection abort", "I/O error"];
+        assert!(told.iter().any(|told| error.contains(told)), "{error}");
+        assert_eq!(state(&store, 1 - bad).0, "online");
+        inner.mount().ok();
+        let gone = store.backings[bad].to_str().unwrap();
+        store.rearview(&["replica", "online", "--wait", gone]).ok();
+        store.finish();
+    }
+    inner.finish();
+}
+
+fn kill(store: &Mounted) {
+    let pid = i32::try_from(store.daemon()).ok().and_then(rustix::process::Pid::from_raw);
+    rustix::process::kill_process(pid.unwrap(), rustix::process::Signal::KILL).unwrap();
+    wait_until("the daemon is gone", 20, || common::daemon_of(&store.mnt).is_none());
+}
+
+/// The number of `sync_file_range(2)`, as `/proc/PID/task/TID/syscall` has it.
+const SYNC_FILE_RANGE: &str = "277 ";
+
+/// The barrier of a snapshot waited for what the same daemon was to write: killed then, it never
+/// ended, and held the store's lock.
+#[test]
+fn a_daemon_killed_while_it_waits_for_its_own_mount_is_ended_by_the_next_mount() {
+    let disk = LoopFs::ext4(64);
+    let plain = common::scratch();
+    let inside = disk.root().join("backing");
+    fs::create_dir(&inside).unwrap();
+    let mut store = Mounted::over(vec![inside, plain.path().to_path_buf()]);
+    fs::write(store.path("mapped"), [1; 4096]).unwrap();
+    let program = "import mmap, os\nfd = os.open('mapped', os.O_RDWR)\n\
+                   memory = mmap.mmap(fd, 4096)\nmemory[0:4] = b'mine'\n\
+                   os.write(1, b'x')\nos.read(0, 1)";
+    let mut holder = Command::new("python3")
+        .args(["-c", program])
+        .current_dir(&store.mnt)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let said = holder.stdout.as_mut().unwrap();
+    std::io::Read::read_exact(said, &mut [0]).unwrap();
+    run(Command::new("fsfreeze").arg("-f").arg(disk.root())).ok();
+    let daemon = store.daemon();
+    let mut asking = Command::new(common::run::binary())
+        .args(["snapshot", "create", "never"])
+        .current_dir(&store.mnt)
+        .spawn()
+        .unwrap();
+    let tasks = format!("/proc/{daemon}/task");
+    let waits = || {
+        let tasks = fs::read_dir(&tasks).map(|tasks| tasks.flatten().collect::<Vec<_>>());
+        tasks.unwrap_or_default().iter().any(|task| {
+            let call = fs::read_to_string(task.path().join("syscall")).unwrap_or_default();
+            call.starts_with(SYNC_FILE_RANGE)
+        })
+    };
+    let outcome = std::panic::catch_unwind(|| {
+        wait_until("the barrier waits", 20, waits);
+        kill(&store);
+    });
+    run(Command::new("fsfreeze").arg("-u").arg(disk.root())).ok();
+    outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    // It would wait as long as the socket's other end is open.
+    asking.kill().unwrap();
+    asking.wait().unwrap();
+    let only = |count| fs::read_dir(&tasks).is_ok_and(|tasks| tasks.count() <= count);
+    wait_until("but for the waiting thread all is over", 20, || only(2));
+    let done = store.mount();
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    assert_eq!(done.code, 0, "{}", done.told());
+    assert!(done.stderr.contains("waits for its own mount"), "{}", done.told());
+    work(&store, "after");
+    store.finish();
+}
