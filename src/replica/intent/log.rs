@@ -51,6 +51,8 @@ struct Interval {
 
 struct State {
     header: Header,
+    /// It is being written.
+    header_is_on_its_way: bool,
     files: Arc<Handles>,
     /// The last one is the one in which operations begin.
     intervals: Vec<Interval>,
@@ -67,6 +69,7 @@ struct State {
 /// What is durable in the log of every replica.
 struct Durable {
     header: Header,
+    header_is_on_its_way: bool,
     files: Arc<Handles>,
     recorded: Vec<Dirty>,
     everything: bool,
@@ -96,10 +99,13 @@ impl Interval {
 impl State {
     fn durable(&self) -> Durable {
         let done = |batch: Batch| batch <= self.done && !self.failed.contains(&batch);
-        let intervals = self.intervals.iter();
+        // What a header on its way closes counts no more.
+        let closed = self.header.closed;
+        let intervals = self.intervals.iter().filter(|interval| interval.first > closed);
         let recorded = intervals.clone().flat_map(|interval| &interval.recorded);
         Durable {
             header: self.header,
+            header_is_on_its_way: self.header_is_on_its_way,
             files: self.files.clone(),
             recorded: recorded.filter(|(_, batch)| done(**batch)).map(|(what, _)| *what).collect(),
             everything: intervals.clone().any(|interval| interval.everything.is_some_and(done)),
@@ -159,6 +165,7 @@ impl Log {
         let log = Log {
             state: Mutex::new(State {
                 header,
+                header_is_on_its_way: false,
                 files,
                 intervals: vec![Interval::new(Epoch(1), 1, next)],
                 waiting: Vec::new(),
@@ -274,14 +281,16 @@ impl Log {
             let mut state = self.state.lock();
             let number = state.header.number + 1;
             state.header = Header { number, closed, base, ..state.header };
+            state.header_is_on_its_way = true;
             (state.header, state.files.clone())
         };
-        replicas.apply("intent", |id, b| {
+        let written = replicas.apply("intent", |id, b| {
             let file = files.get(id)?;
             b.write_at(file, &header.encode(), header.at())?;
             b.sync(file, true)
-        })?;
-        Ok(())
+        });
+        self.state.lock().header_is_on_its_way = false;
+        written.map(|_| ())
     }
 
     /// Begins the log of a replica that comes into use: from here on it has all that the others
@@ -375,9 +384,9 @@ fn is_whole(known: &Durable, id: ReplicaId, b: &dyn Backing) -> io::Result<bool>
     b.forget_cached(&file);
     let bytes = load(b, &file)?;
     let (Some(header), Some(past)) = (newest(&bytes), parse(&bytes)) else { return Ok(false) };
-    // The last one may be on its way.
     let (last, number) = (known.header.number, header.number);
-    let current = header.mount == known.header.mount && (number == last || number + 1 == last);
+    let current = header.mount == known.header.mount
+        && (number == last || (known.header_is_on_its_way && number + 1 == last));
     let has = |what: &Dirty| match what {
         Dirty::File(node) => past.dirty.files.contains(node),
         Dirty::Dir(node) => past.dirty.dirs.contains(node),

@@ -250,3 +250,41 @@ fn a_replica_that_joins_has_what_the_others_have() {
     drop(rig.begin(&[Dirty::Dir(NodeId(6))]));
     assert_eq!((rig.past(1).dirty, rig.past(1).moved), (rig.past(0).dirty, rig.past(0).moved));
 }
+
+#[test]
+fn what_is_damaged_in_a_log_is_found_and_healed_and_nothing_else_is_taken_for_it() {
+    use std::os::unix::fs::FileExt;
+    let rig = rig(2);
+    let ids: Vec<_> = rig.set.ids().collect();
+    let heal = |index: usize| rig.intents.heal(&rig.set, ids[index]).map(|healed| healed.unwrap());
+    let file = rig.dirs[0].path().join(".rearview/intent.log");
+    let flip = |at: u64| {
+        let open = std::fs::File::options().read(true).write(true).open(&file).unwrap();
+        let mut byte = [0];
+        open.read_exact_at(&mut byte, at).unwrap();
+        open.write_all_at(&[byte[0] ^ 8], at).unwrap();
+    };
+    let damages: [&dyn Fn(); 5] = [
+        &|| (0..2).for_each(|slot| flip(slot * 4096 + 20)),
+        // The records of the newest interval, wherever they lie.
+        &|| (0..2).for_each(|half| flip(format::record_at(half, 0) + 16)),
+        &|| std::fs::remove_file(&file).unwrap(),
+        &|| std::fs::write(&file, vec![0; 5000]).unwrap(),
+        &|| {
+            let newest = |at: usize| std::fs::read(&file).unwrap()[at + 8];
+            flip(if newest(0) > newest(4096) { 100 } else { 4196 });
+        },
+    ];
+    for (number, damage) in damages.iter().enumerate() {
+        drop(rig.begin(&[Dirty::File(NodeId(number as u64 + 2))]));
+        assert_eq!((heal(0), heal(1)), (None, None), "{number}");
+        damage();
+        assert_eq!((heal(0), heal(1)), (Some(()), None), "{number}");
+        assert_eq!((heal(0), heal(1)), (None, None), "{number}");
+        let (healed, other) = (rig.past(0), rig.past(1));
+        assert!(healed.everything || healed.dirty == other.dirty, "{number}");
+        rig.intents.turn(|| NEXT);
+        rig.intents.close(&rig.set, Base::default()).unwrap();
+        assert!(!rig.past(0).everything, "{number}: exact again");
+    }
+}
