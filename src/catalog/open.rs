@@ -345,6 +345,11 @@ impl Catalog {
         ContentId(self.shared.ids.content.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// The id that the next new content gets.
+    pub fn upcoming_content(&self) -> ContentId {
+        ContentId(self.shared.ids.content.load(Ordering::Relaxed))
+    }
+
     /// A new chunk id.
     pub fn next_chunk(&self) -> ChunkId {
         ChunkId(self.shared.ids.chunk.fetch_add(1, Ordering::Relaxed))

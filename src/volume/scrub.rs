@@ -298,8 +298,11 @@ impl<'a> Work<'a> {
     fn live(&mut self) -> Result<()> {
         let mut busy = Vec::new();
         let mut wrapped = false;
+        // What busy programs make meanwhile is the next run's: else this one might never end.
+        let until = self.volume.catalog().upcoming_node();
         while self.run.options.all || self.run.units < self.run.goal {
-            let batch = self.volume.catalog().live_nodes(self.position, BATCH)?;
+            let mut batch = self.volume.catalog().live_nodes(self.position, BATCH)?;
+            batch.retain(|object| object.node < until);
             if batch.is_empty() {
                 // What is looked at once more before ten days are over teaches nothing.
                 let young = self.is_young(self.lap_began);

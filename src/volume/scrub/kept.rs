@@ -162,8 +162,11 @@ impl<'a> Work<'a> {
     /// Preserved contents: by their digests, else by the majority.
     pub(super) fn preserved(&mut self) -> Result<()> {
         let mut after = ContentId::EMPTY;
+        // What busy programs overwrite meanwhile is the next run's: else this one might never end.
+        let until = self.volume.catalog().upcoming_content();
         loop {
-            let batch = self.volume.catalog().preserved_contents(after, BATCH)?;
+            let mut batch = self.volume.catalog().preserved_contents(after, BATCH)?;
+            batch.retain(|content| content.id < until);
             let Some(last) = batch.last() else { return Ok(()) };
             after = last.id;
             for content in batch {
