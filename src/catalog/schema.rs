@@ -33,9 +33,9 @@
 //! their siblings.
 //!
 //! Version 1 had none of the tables from `recipe` on. In version 2 each name was in `entry_h`
-//! three times, `chunk` had the first 8 bytes of the hash as `key`, `tick`
-//! an index by time, and there was no `digest`. Opening either for writing makes it one of version 3. Indexes that
-//! came later are made whenever a file that lacks them is opened for writing.
+//! three times, `chunk` had the first 8 bytes of the hash as `key`, `tick` an index by time, and
+//! there was no `digest`. Opening either for writing makes it one of version 3. Indexes that came
+//! later are made whenever a file that lacks them is opened for writing.
 //!
 //! [`sweep`]: super::sweep
 //!

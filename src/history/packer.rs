@@ -6,12 +6,11 @@
 //! originals count and the packs are orphans or hold chunks that nobody uses, or the recipes count
 //! and the originals are leftovers. Recovery and the sweep remove either.
 //!
-//! What is recorded is committed in small pieces, each of which is true by itself: a content with its
-//! recipe, a pack before its chunks, a stream before what moves into it. Nothing is read from the
-//! new places unless the rest follows, and after a death in between the rest is packed again.
+//! What is recorded is committed in small pieces, each true by itself: a content with its recipe, a
+//! pack before its chunks, a stream before what moves into it. Nothing is read from the new places
+//! unless the rest follows, and after a death in between the rest is packed again.
 //!
-//! One thread at a time packs, repacks and sweeps, so a chunk that is found stays while it is
-//! wanted.
+//! One thread at a time packs, repacks and sweeps: a chunk that is found stays while it is wanted.
 
 use std::collections::{HashMap, HashSet};
 

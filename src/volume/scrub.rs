@@ -1,9 +1,9 @@
 //! Scrub: reading every copy of everything while the store is in use, and healing what is damaged.
 //!
-//! A run looks at the catalogs, our other files and the files of history, then at live objects in the
-//! order of their node ids, going on where the last run ended. So what was looked at longest ago
-//! comes first, without a record for every file. The default plan is SnapRAID's: a part of the live
-//! tree per run, and nothing that is younger than ten days; `all` looks at everything.
+//! A run looks at the catalogs, our other files and the files of history, then at live objects in
+//! the order of their node ids, going on where the last run ended. So what was looked at longest
+//! ago comes first, without a record for every file. The default plan is SnapRAID's: a part of the
+//! live tree per run, and nothing that is younger than ten days; `all` looks at everything.
 //!
 //! **What is good** is what the catalog says: attributes as recorded, bytes with the recorded
 //! digest. Where no digest is known yet the majority of the replicas counts; of two that differ
