@@ -255,9 +255,6 @@ fn kill(store: &Mounted) {
     wait_until("the daemon is gone", 20, || common::daemon_of(&store.mnt).is_none());
 }
 
-/// The number of `sync_file_range(2)`, as `/proc/PID/task/TID/syscall` has it.
-const SYNC_FILE_RANGE: &str = "277 ";
-
 /// The barrier of a snapshot waited for what the same daemon was to write: killed then, it never
 /// ended, and held the store's lock.
 #[test]
@@ -292,7 +289,7 @@ fn a_daemon_killed_while_it_waits_for_its_own_mount_is_ended_by_the_next_mount()
         let tasks = fs::read_dir(&tasks).map(|tasks| tasks.flatten().collect::<Vec<_>>());
         tasks.unwrap_or_default().iter().any(|task| {
             let call = fs::read_to_string(task.path().join("syscall")).unwrap_or_default();
-            call.starts_with(SYNC_FILE_RANGE)
+            call.starts_with(&format!("{} ", libc::SYS_sync_file_range))
         })
     };
     let outcome = std::panic::catch_unwind(|| {
