@@ -304,11 +304,13 @@ impl Volume {
         let wide = ByteRange { start: range.start, end: range.end.max(next.end) };
         let bytes = |parts: &[ByteRange]| parts.iter().map(|part| part.end - part.start).sum();
         let ahead = open.saved.missing(wide);
-        let missing = match self.replicas().ensure_room(bytes(&ahead)) {
-            Ok(()) => ahead,
-            Err(_) => missing,
+        let missing = if ahead != missing && replicas.ensure_room(bytes(&ahead)).is_ok() {
+            ahead
+        } else {
+            // History yields for what is needed only, not for what may be.
+            self.ensure_room(bytes(&missing))?;
+            missing
         };
-        self.ensure_room(bytes(&missing))?;
         for part in missing {
             state.open.as_mut().expect("as above").run.took(part);
             self.history.before_overwrite(replicas, self.catalog(), of, &handles, part)?;
