@@ -11,9 +11,6 @@ use crate::store::record::Record;
 use crate::store::site::{Object, Site, is_other_mount};
 use crate::types::{EntryName, Kind, NodeId, RelPath};
 
-/// Files are read in pieces of this size.
-const READ_BYTES: usize = 1 << 20;
-
 /// Checks every live object.
 pub(super) fn check(
     site: &Site,
@@ -153,7 +150,7 @@ impl Tree<'_> {
         let shown = self.site.at(path);
         let read = (|| {
             let file = self.site.backing.open_file(dir, name, Access::Read)?;
-            hash_file(self.site, &file)
+            self.site.hash(&file)
         })();
         let (hash, bytes) = match read {
             Ok(read) => read,
@@ -173,25 +170,10 @@ impl Tree<'_> {
     }
 }
 
-/// The BLAKE3 of a file and its size.
-pub(super) fn hash_file(site: &Site, file: &Handle) -> std::io::Result<([u8; 32], u64)> {
-    let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; READ_BYTES];
-    let mut at = 0;
-    loop {
-        let count = site.backing.read_at(file, &mut buffer, at)?;
-        hasher.update(&buffer[..count]);
-        at += count as u64;
-        if count < buffer.len() {
-            return Ok((*hasher.finalize().as_bytes(), at));
-        }
-    }
-}
-
-/// As [`hash_file`], of a named file, with the error of a person's words.
+/// The BLAKE3 of a named file and its size, with the error in a person's words.
 pub(super) fn hash_named(site: &Site, dir: &RelPath, name: &EntryName) -> Result<([u8; 32], u64)> {
     let path = site.at(&dir.join(name));
     let handle = site.dir(dir)?;
     let file = site.backing.open_file(&handle, name, Access::Read).context("open", &path)?;
-    hash_file(site, &file).context("read", &path)
+    site.hash(&file).context("read", &path)
 }

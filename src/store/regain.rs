@@ -21,17 +21,14 @@ use std::collections::BTreeSet;
 use std::io;
 
 use super::copy::Copier;
-use super::site::{Object, Site, own_creds, own_name, private};
+use super::site::{Object, Site, own_creds, private};
 use crate::catalog::{Base, Catalog, Change, PastContent, digest};
 use crate::error::{IoContext, Result};
 use crate::history::{preserved_dir, preserved_name};
 use crate::progress::Progress;
-use crate::replica::PrivateDir;
 use crate::replica::backing::{Access, Handle, RenameMode};
+use crate::replica::handles::open_private;
 use crate::types::{ContentId, EntryName, Generation, Kind, NodeId, RelPath};
-
-/// Live files are read in pieces of this size.
-const PIECE_BYTES: usize = 256 << 10;
 
 /// What is looked at, and where.
 pub struct Search<'a> {
@@ -213,7 +210,8 @@ impl Search<'_> {
             .context("extend", &shown)?;
         let mut changes = vec![Change::ContentPreserved { id: content.id, cloned: false }];
         if self.catalog.digest(content.id)?.is_some() {
-            let digest = digest_of(site, &file, content.size).context("read", &shown)?;
+            let (hash, _) = site.hash(&file).context("read", &shown)?;
+            let digest = digest::first_half(&hash);
             changes.push(Change::DigestAdd { content: content.id, digest });
         }
         self.catalog.push(changes)?;
@@ -255,33 +253,7 @@ pub fn preserve(
 
 /// The directory that a node's preserved files lie in, made where it is missing.
 fn shard_of(site: &Site, node: NodeId) -> Result<(Handle, RelPath)> {
-    let PrivateDir::Preserved(shard) = preserved_dir(node) else {
-        unreachable!("preserved contents lie in shards")
-    };
-    let (above, name) = (site.dir(&private("preserved"))?, format!("{shard:02x}"));
-    let path = private(&format!("preserved/{name}"));
-    match site.backing.mkdir(&above, &own_name(&name), 0o700, own_creds()) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(error).context("make the directory", site.at(&path));
-        }
-        _ => {
-            site.backing.sync(&above, false).context("sync the directory above", site.at(&path))?
-        }
-    }
-    Ok((site.dir(&path)?, path))
-}
-
-fn digest_of(site: &Site, file: &Handle, size: u64) -> io::Result<digest::Digest> {
-    let mut hasher = blake3::Hasher::new();
-    let mut piece = vec![0; PIECE_BYTES];
-    let mut at = 0;
-    while at < size {
-        let got = site.backing.read_at(file, &mut piece, at)?;
-        if got == 0 {
-            break;
-        }
-        hasher.update(&piece[..got]);
-        at += got as u64;
-    }
-    Ok(digest::digest_of(&hasher))
+    let dir = preserved_dir(node);
+    let shard = open_private(&*site.backing, dir);
+    Ok((shard.context("open the directory", site.at(&dir.path()))?, dir.path()))
 }

@@ -24,6 +24,8 @@ const PROBE: &str = ".rearview-probe";
 /// The mode of the private directory and of those in it.
 const PRIVATE_MODE: u32 = 0o700;
 const LOST_FOUND: &str = "lost+found";
+/// Files are hashed in pieces of this size.
+const READ_BYTES: usize = 1 << 20;
 
 /// One backing.
 #[derive(Clone)]
@@ -281,6 +283,21 @@ impl Site {
             .and_then(|dir| self.backing.list(&dir));
         // Unreadable to an ordinary user: it cannot be theirs.
         listed.map_or(true, |entries| entries.is_empty())
+    }
+
+    /// The BLAKE3 of an open file and its size.
+    pub fn hash(&self, file: &Handle) -> io::Result<([u8; 32], u64)> {
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; READ_BYTES];
+        let mut at = 0;
+        loop {
+            let count = self.backing.read_at(file, &mut buffer, at)?;
+            hasher.update(&buffer[..count]);
+            at += count as u64;
+            if count < buffer.len() {
+                return Ok((*hasher.finalize().as_bytes(), at));
+            }
+        }
     }
 
     /// Reads an entry with all that belongs to it. `None` if it is gone.
