@@ -1,6 +1,31 @@
 //! Tests of the volume that need its insides.
 
 use super::*;
+use crate::history::History;
+use crate::store::{self, OpenOptions};
 
 mod faults;
 mod growth;
+
+/// A store of these backings, made if there is none.
+fn open_store(dirs: &[tempfile::TempDir]) -> Store {
+    let paths: Vec<_> = dirs.iter().map(|dir| dir.path().canonicalize().unwrap()).collect();
+    let is_new = !paths[0].join(".rearview").exists();
+    let options = OpenOptions { init: is_new, ..OpenOptions::default() };
+    let recover =
+        |replicas: &ReplicaSet, catalog: &Catalog, from| History::recover(replicas, catalog, from);
+    store::open(&paths, &options, &recover, &crate::progress::Progress::silent()).unwrap()
+}
+
+/// Nothing is done by anybody but the test.
+fn open_volume(store: Store) -> Arc<Volume> {
+    let long = Duration::from_secs(3600);
+    let options = VolumeOptions {
+        idle_seal: long,
+        housekeeping: long,
+        pack_after: long,
+        policy_every: long,
+        ..VolumeOptions::default()
+    };
+    Volume::open(store, options).unwrap()
+}

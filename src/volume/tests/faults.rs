@@ -5,12 +5,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::*;
-use crate::history::History;
 use crate::replica::Replica;
 use crate::replica::dir_backing::DirBacking;
 use crate::replica::faulty::{Faulty, Injected, Plan};
 use crate::replica::{Fault, State as ReplicaState};
-use crate::store::{self, OpenOptions};
 
 const CALLER: Caller = Caller { creds: Creds::DAEMON, pid: 0 };
 /// More calls than any operation makes on one replica.
@@ -75,15 +73,6 @@ impl Rig {
     }
 }
 
-fn open_store(dirs: &[tempfile::TempDir]) -> Store {
-    let paths: Vec<_> = dirs.iter().map(|dir| dir.path().canonicalize().unwrap()).collect();
-    let is_new = !paths[0].join(".rearview").exists();
-    let options = OpenOptions { init: is_new, ..OpenOptions::default() };
-    let recover =
-        |replicas: &ReplicaSet, catalog: &Catalog, from| History::recover(replicas, catalog, from);
-    store::open(&paths, &options, &recover, &crate::progress::Progress::silent()).unwrap()
-}
-
 /// Puts a plan between us and the backing of one replica.
 fn put_between(store: &Store, index: usize, plan: Plan) {
     let id = store.replicas.ids().nth(index).unwrap();
@@ -96,19 +85,6 @@ fn put_between(store: &Store, index: usize, plan: Plan) {
     let replica = store.replicas.get(id);
     store.intents.join(&store.replicas, id, replica.backing()).unwrap();
     store.replicas.admit(id);
-}
-
-/// Nothing is done by anybody but the test.
-fn open_volume(store: Store) -> Arc<Volume> {
-    let long = Duration::from_secs(3600);
-    let options = VolumeOptions {
-        idle_seal: long,
-        housekeeping: long,
-        pack_after: long,
-        policy_every: long,
-        ..VolumeOptions::default()
-    };
-    Volume::open(store, options).unwrap()
 }
 
 /// What everything begins with.
