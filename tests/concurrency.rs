@@ -9,9 +9,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
-use rustix::process::{Pid, Signal, kill_process};
 
-use common::{Mounted, daemon_of, wait_until};
+use common::Mounted;
 
 /// Sub-directories of each of two directories: together more than directory handles are kept.
 const SUBDIRS: usize = 700;
@@ -129,9 +128,7 @@ fn an_open_reaches_the_file_that_its_name_means() {
 }
 
 fn kill_and_remount(store: &mut Mounted) {
-    let daemon = Pid::from_raw(store.daemon() as i32).unwrap();
-    kill_process(daemon, Signal::KILL).unwrap();
-    wait_until("the daemon is dead", 20, || daemon_of(&store.mnt).is_none());
+    store.kill();
     store.mount().ok();
 }
 

@@ -22,7 +22,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 
 use common::disk::LoopFs;
-use common::{Mounted, daemon_of, run, tree, wait_until};
+use common::{Mounted, run, tree, wait_until};
 use crash::dice::{Dice, number};
 use crash::load::{Shared, Worker, dump, seeds};
 use crash::rig::{BlockLog, LoggedFs};
@@ -196,13 +196,6 @@ fn listing(backing: &Path) -> String {
     format!("{}\n{}{log}", backing.display(), common::shell(backing, script))
 }
 
-fn kill(store: &Mounted) {
-    let pid = i32::try_from(store.daemon()).ok().and_then(rustix::process::Pid::from_raw);
-    let pid = pid.expect("a daemon has a process id");
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it can be killed");
-    wait_until("the daemon is gone", 20, || daemon_of(&store.mnt).is_none());
-}
-
 fn rounds(default: u64) -> u64 {
     number("REARVIEW_CRASHES", default)
 }
@@ -213,7 +206,7 @@ fn a_killed_daemon_loses_nothing_that_was_acknowledged() {
     let mut store = Mounted::new();
     for seed in first..first + rounds {
         let operations = Dice::new(seed).between(30, 400);
-        let before = under_load(&store.mnt, seed, operations, &|| [0; DISKS], || kill(&store));
+        let before = under_load(&store.mnt, seed, operations, &|| [0; DISKS], || store.kill());
         store.mount().ok();
         judge(&store.mnt, &before, Names::Acknowledged, ACKNOWLEDGED).unwrap_or_else(|why| {
             let found: String = store.backings.iter().map(|backing| listing(backing)).collect();
@@ -255,7 +248,7 @@ fn shut_downs(rounds: u64, first: u64, both: bool) {
             let downs = if both { 2 } else { 1 };
             for step in 0..=downs {
                 if both && step == kill_after || !both && step == 1 {
-                    kill(&store);
+                    store.kill();
                 } else {
                     let disk =
                         if step == 0 || kill_after == 0 && step == 1 { first } else { 1 - first };
@@ -294,7 +287,7 @@ fn block_cuts(kinds: [&'static str; DISKS], cuts: u64, seed: u64) -> u64 {
     disks.iter().for_each(|disk| sync(disk.root()));
     let position = || -> [usize; DISKS] { std::array::from_fn(|index| disks[index].position()) };
     let begin = position();
-    let before = under_load(&store.mnt, seed, 150, &position, || kill(&store));
+    let before = under_load(&store.mnt, seed, 150, &position, || store.kill());
     run(Command::new("umount").arg("-l").arg(&store.mnt)).ok();
     store.ended_elsewhere();
     drop(store);

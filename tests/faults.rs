@@ -235,7 +235,7 @@ fn a_backing_on_a_mount_that_dies_is_out_of_use_and_comes_back() {
         let store = over(backings[0], backings[1]);
         let bad = usize::from(!first);
         work(&store, "before");
-        kill(&inner);
+        inner.kill();
         work(&store, "after");
         let error = await_offline(&store, bad);
         let told = ["not connected", "connection abort", "I/O error"];
@@ -247,12 +247,6 @@ fn a_backing_on_a_mount_that_dies_is_out_of_use_and_comes_back() {
         store.finish();
     }
     inner.finish();
-}
-
-fn kill(store: &Mounted) {
-    let pid = i32::try_from(store.daemon()).ok().and_then(rustix::process::Pid::from_raw);
-    rustix::process::kill_process(pid.unwrap(), rustix::process::Signal::KILL).unwrap();
-    wait_until("the daemon is gone", 20, || common::daemon_of(&store.mnt).is_none());
 }
 
 /// The barrier of a snapshot waited for what the same daemon was to write: killed then, it never
@@ -294,7 +288,7 @@ fn a_daemon_killed_while_it_waits_for_its_own_mount_is_ended_by_the_next_mount()
     };
     let outcome = std::panic::catch_unwind(|| {
         wait_until("the barrier waits", 20, waits);
-        kill(&store);
+        store.kill();
     });
     run(Command::new("fsfreeze").arg("-u").arg(disk.root())).ok();
     outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));

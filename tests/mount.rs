@@ -332,8 +332,7 @@ fn a_stale_mount_is_cleared_and_the_store_recovers() {
     store.snapshot("s");
     let was = read_tree(&store.path("work"));
     fs::write(store.path("late"), "written just before").unwrap();
-    signal(store.daemon(), Signal::KILL);
-    wait_until("the daemon is dead", 20, || daemon_of(&store.mnt).is_none());
+    store.kill();
     let dead = fs::read_dir(&store.mnt).expect_err("a dead mount is an error, not empty");
     // The very first call may still see the connection break.
     let errno = Errno::from_io_error(&dead);

@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -252,8 +252,7 @@ fn a_killed_resync_goes_on_where_it_was() {
     let many = new.join("many");
     let copied = || fs::read_dir(&many).map(Iterator::count).unwrap_or(0);
     wait_until("a part is copied", 60, || copied() >= 300);
-    kill(store.daemon());
-    wait_until("the daemon is gone", 20, || common::daemon_of(&store.mnt).is_none());
+    store.kill();
     let inodes = |dir: &Path| -> BTreeMap<OsString, u64> {
         let entries = fs::read_dir(dir).unwrap().flatten();
         entries.map(|entry| (entry.file_name(), entry.metadata().unwrap().ino())).collect()
@@ -267,11 +266,6 @@ fn a_killed_resync_goes_on_where_it_was() {
     let again = before.iter().filter(|(name, ino)| after.get(*name) != Some(ino)).count();
     assert_eq!(again, 0, "of {} files were copied again", before.len());
     finish_equal(store);
-}
-
-fn kill(pid: u32) {
-    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
 }
 
 /// How many objects the last resync compared, and how many bytes it copied, as the log tells.
@@ -482,64 +476,76 @@ fn two_that_were_used_apart_are_joined_only_on_request() {
     finish_equal(store);
 }
 
+/// A store of which the second backing lies on a disk of its own.
+struct Flaky {
+    // Taken down first.
+    store: Mounted,
+    dir: PathBuf,
+    _disk: LoopFs,
+    _scratch: tempfile::TempDir,
+}
+
+impl Flaky {
+    fn new() -> Flaky {
+        let (disk, scratch) = (LoopFs::ext4(64), common::scratch());
+        let steady = scratch.path().join("steady");
+        fs::create_dir(&steady).unwrap();
+        let dir = disk.root().join("flaky");
+        let store = Mounted::over(vec![steady, dir.clone()]);
+        Flaky { store, dir, _disk: disk, _scratch: scratch }
+    }
+
+    /// Makes the disk refuse changes of the directory `gone`, or take them again.
+    fn immutable(&self, how: &str) {
+        run(Command::new("chattr").arg(how).arg(self.dir.join("gone"))).ok();
+    }
+}
+
 #[test]
 fn a_disk_that_failed_is_brought_back_once_it_takes_changes_again() {
-    let disk = LoopFs::ext4(64);
-    let scratch = common::scratch();
-    let steady = scratch.path().join("steady");
-    fs::create_dir(&steady).unwrap();
-    let flaky = disk.root().join("flaky");
-    let store = Mounted::over(vec![steady, flaky.clone()]);
-    sh(&store, BEFORE.replace("3000000", "300000").replace("2000000", "200000").as_str());
-    let immutable = |how: &str| {
-        run(Command::new("chattr").arg(how).arg(flaky.join("gone"))).ok();
-    };
-    immutable("+i");
-    sh(&store, "echo missed > missed; mv keep kept; rm -r gone");
+    let flaky = Flaky::new();
+    let store = &flaky.store;
+    sh(store, BEFORE.replace("3000000", "300000").replace("2000000", "200000").as_str());
+    flaky.immutable("+i");
+    sh(store, "echo missed > missed; mv keep kept; rm -r gone");
     let status = store.rearview(&["status"]);
     assert_eq!(status.code, 20, "{}", status.told());
     assert!(status.stdout.contains("OFFLINE"), "{}", status.told());
     // The disk answers, but takes no change yet.
     assert_eq!(store.rearview(&["resync", "--wait"]).code, 20);
-    immutable("-i");
+    flaky.immutable("-i");
     let done = store.rearview(&["resync", "--wait"]);
     assert_eq!(done.code, 0, "{}", done.told());
-    finish_equal(store);
+    finish_equal(flaky.store);
 }
 
 #[test]
 fn of_a_replica_that_failed_only_what_is_doubtful_is_compared() {
-    let disk = LoopFs::ext4(64);
-    let scratch = common::scratch();
-    let steady = scratch.path().join("steady");
-    fs::create_dir(&steady).unwrap();
-    let flaky = disk.root().join("flaky");
-    let mut store = Mounted::over(vec![steady, flaky.clone()]);
-    sh(&store, "mkdir -p gone/x; mkdir d{1..20}; for d in d*; do touch $d/f{1..100}; done");
+    let mut flaky = Flaky::new();
+    let store = &flaky.store;
+    sh(store, "mkdir -p gone/x; mkdir d{1..20}; for d in d*; do touch $d/f{1..100}; done");
     // A checkpoint: what is changed from here on is doubtful when the disk fails, and no more.
     store.snapshot("before");
-    sh(&store, "echo just before > d1/f1; mv d2 moved; mkdir made; echo new > made/x; rm d5/f5");
-    let immutable = |how: &str| {
-        run(Command::new("chattr").arg(how).arg(flaky.join("gone"))).ok();
-    };
-    immutable("+i");
-    sh(&store, "rmdir gone/x; echo after > d3/f3; mv moved/f1 made; rm moved/f2");
+    sh(store, "echo just before > d1/f1; mv d2 moved; mkdir made; echo new > made/x; rm d5/f5");
+    flaky.immutable("+i");
+    sh(store, "rmdir gone/x; echo after > d3/f3; mv moved/f1 made; rm moved/f2");
     assert_eq!(store.rearview(&["status"]).code, 20);
-    immutable("-i");
+    flaky.immutable("-i");
     let done = store.rearview(&["resync", "--wait"]);
     assert_eq!(done.code, 0, "{}", done.told());
-    let (compared, _) = looked_at(&store);
+    let (compared, _) = looked_at(store);
     // Three of twenty directories with a hundred files each are looked at, some of them twice.
     assert!((300..1000).contains(&compared), "{compared} objects were compared");
     // The same where the store was not in use meanwhile.
-    immutable("+i");
-    sh(&store, "mkdir gone/y; echo after > d4/f4");
-    store.unmount();
-    immutable("-i");
-    store.mount().ok();
+    flaky.immutable("+i");
+    sh(store, "mkdir gone/y; echo after > d4/f4");
+    flaky.store.unmount();
+    flaky.immutable("-i");
+    flaky.store.mount().ok();
+    let store = &flaky.store;
     let done = store.rearview(&["resync", "--wait"]);
     assert_eq!(done.code, 0, "{}", done.told());
-    let (compared, _) = looked_at(&store);
+    let (compared, _) = looked_at(store);
     assert!((1..1000).contains(&compared), "{compared} objects were compared");
-    finish_equal(store);
+    finish_equal(flaky.store);
 }

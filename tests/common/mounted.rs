@@ -151,6 +151,16 @@ impl Mounted {
         daemon_of(&self.mnt).expect("a daemon serves the mount")
     }
 
+    /// Kills the daemon, as by `kill -9`, and waits until it serves nothing any more.
+    #[track_caller]
+    pub fn kill(&self) {
+        let pid = i32::try_from(self.daemon()).ok().and_then(rustix::process::Pid::from_raw);
+        let pid = pid.expect("a daemon has a process id");
+        let killed = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        killed.expect("it can be killed");
+        wait_until("the daemon is gone", 20, || daemon_of(&self.mnt).is_none());
+    }
+
     /// Gives the store a policy, in the form of `[policy]` in `store.toml`; mounts anew.
     #[track_caller]
     pub fn set_policy(&mut self, text: &str) {
