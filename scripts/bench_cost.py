@@ -9,7 +9,7 @@ import json
 import time
 
 import bench_report as report
-from bench_place import Failure, Place, must_be_equal, run, say
+from bench_place import Failure, Place, chosen, must_be_equal, run, say
 from bench_systems import grounds, version_name, versions_of_programs
 from bench_work import workloads
 
@@ -38,15 +38,6 @@ def add_arguments(parser):
     )
     parser.add_argument("--work", help="only these workloads, e.g. tree,log")
     parser.add_argument("--systems", help="only these systems, e.g. rearview,btrfs")
-
-
-def chosen(asked, known, what):
-    """Those of a comma-separated list, all if none is given."""
-    names = asked.split(",") if asked else list(known)
-    for name in names:
-        if name not in known:
-            raise Failure(f"no {what} is called '{name}': there are {', '.join(known)}")
-    return names
 
 
 def main(options):

@@ -29,6 +29,15 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def chosen(asked, known, what):
+    """Those of a comma-separated list, all if none is given."""
+    names = asked.split(",") if asked else list(known)
+    for name in names:
+        if name not in known:
+            raise Failure(f"no {what} is called '{name}': there are {', '.join(known)}")
+    return names
+
+
 def run(*command, cwd=None, env=None, accept=(0,)):
     """Runs a command and returns its output; every other exit code is a Failure.
 

@@ -12,7 +12,7 @@ import time
 import bench_report as report
 from bench_jobs import GROUPS, Sizes, Sources
 from bench_live import BROWSERS, NAMES, lives
-from bench_place import Failure, Place, say
+from bench_place import Failure, Place, chosen, say
 from bench_systems import versions_of_programs
 
 FORM = 1
@@ -40,15 +40,6 @@ def add_arguments(parser):
     parser.add_argument("--files", type=int, help="small files instead of 6000")
     parser.add_argument("--mib", type=int, help="size of large files instead of 512 MiB")
     parser.add_argument("--order", type=int, default=0, help="with which system to begin")
-
-
-def chosen(asked, known, what):
-    """Those of a comma-separated list, all if none is given."""
-    names = asked.split(",") if asked else list(known)
-    for name in names:
-        if name not in known:
-            raise Failure(f"no {what} is called '{name}': there are {', '.join(known)}")
-    return names
 
 
 def main(options):
