@@ -166,6 +166,8 @@ def recovery(place, sizes):
         backings[1].rmdir()
         run("cp", "-a", backings[0], backings[1])
         point, _ = mount(place, backings)
+        # Else the next mount waits for the second replica, whose files are being looked at.
+        run(REARVIEW, "resync", "--wait", cwd=point)
         run(REARVIEW, "umount", point)
         point, clean = mount(place, backings)
         (point / ".snapshots" / "last-checkpoint").mkdir()
