@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -184,7 +185,7 @@ fn a_disk_that_others_fill_costs_its_replica_at_most() {
         let mut store = over(backings[small], backings[1 - small]);
         work(&store, "before");
         let hog = disk.root().join("hog");
-        fill(&hog);
+        fill(&hog, 4);
         let mut written = Vec::new();
         for index in 0..200u8 {
             let path = store.path(&format!("new{index}"));
@@ -211,13 +212,36 @@ fn a_disk_that_others_fill_costs_its_replica_at_most() {
     }
 }
 
-/// Takes the room of a filesystem but for a little less than what a store keeps back for itself.
-fn fill(hog: &Path) {
+#[test]
+fn on_a_full_disk_the_catalog_goes_on_in_the_room_of_its_wal() {
+    let disks = [LoopFs::ext4(64), LoopFs::ext4(64)];
+    let backings = disks.each_ref().map(|disk| disk.root().join("backing"));
+    let store = over(&backings[0], &backings[1]);
+    work(&store, "before");
+    store.snapshot("s");
+    // Others leave it less than the many durable commits that follow would write.
+    for disk in &disks {
+        let hog = disk.root().join("hog");
+        fill(&hog, 1);
+    }
+    let file = fs::File::open(store.path("before/f1")).unwrap();
+    for round in 0..400 {
+        let mode = fs::Permissions::from_mode(if round % 2 == 0 { 0o600 } else { 0o640 });
+        fs::set_permissions(store.path("before/f1"), mode).unwrap();
+        file.sync_all().unwrap();
+    }
+    drop(file);
+    assert_eq!([state(&store, 0).0, state(&store, 1).0], ["online", "online"]);
+    store.finish();
+}
+
+/// Takes the room of a filesystem but for so many MiB, less than a store keeps back for itself.
+fn fill(hog: &Path, left: u64) {
     use std::io::Write;
     let mut file = fs::File::create(hog).unwrap();
     while file.write_all(&vec![1; 1 << 20]).is_ok() {}
     let size = file.metadata().unwrap().len();
-    file.set_len(size - (4 << 20)).unwrap();
+    file.set_len(size - (left << 20)).unwrap();
     file.sync_all().unwrap();
 }
 

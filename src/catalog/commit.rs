@@ -62,6 +62,8 @@ pub(super) struct Writer {
     pub written: usize,
     /// The WAL holds something.
     pub dirty: bool,
+    /// What the WAL takes is wanted: its disk is nearly full.
+    pub is_short_of_room: bool,
     /// What it is on.
     pub device: Option<Device>,
 }
@@ -71,7 +73,17 @@ impl Writer {
     pub fn new(db: Db) -> Writer {
         let device = Device::of(db.dir());
         let sums = Sums::of(&db).ok();
-        Writer { db, sums, copying: false, full: false, in_wal: 0, written: 0, dirty: true, device }
+        Writer {
+            db,
+            sums,
+            copying: false,
+            full: false,
+            in_wal: 0,
+            written: 0,
+            dirty: true,
+            is_short_of_room: false,
+            device,
+        }
     }
 }
 
@@ -490,9 +502,18 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
     writer.dirty = true;
     writer.in_wal += plan.batch.count + 1;
     writer.written += plan.batch.count;
-    let committed = apply(&mut writer.db, plan)?;
+    let committed = match apply(&mut writer.db, plan) {
+        // A full disk, and nothing of it was done. The WAL is by far the larger part of what is
+        // written and holds what earlier commits wrote: its room is that of this one.
+        Err(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) => {
+            writer.empty_wal()?;
+            apply(&mut writer.db, plan)?
+        }
+        committed => committed?,
+    };
     let quiet = !writer.copying;
     writer.with_sums(|sums| sums.note(quiet));
+    writer.look_for_room();
     Ok(committed)
 }
 

@@ -55,6 +55,12 @@ impl Place {
         &self.file
     }
 
+    /// Its length in bytes; 0 if nothing lies there.
+    pub fn size(&self) -> u64 {
+        let stat = rustix::fs::statat(&self.dir, &self.name, AtFlags::SYMLINK_NOFOLLOW);
+        stat.map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0))
+    }
+
     /// Makes a database here, or opens an empty one.
     pub fn open_new(self) -> rusqlite::Result<Db> {
         // Made here, so that it is known which one it is.

@@ -21,6 +21,11 @@ use crate::types::{ReplicaId, ReplicaMap};
 /// Changes after which a busy writer's WAL is copied into the database: 10 to 30 MiB of it.
 const WAL_CHANGES_MAX: usize = 65_536;
 
+/// A disk with less room than this is nearly full: what is kept free of ours there, and some.
+const SHORT_BYTES: u64 = 16 << 20;
+/// The largest WAL there, about.
+const WAL_BYTES_WHERE_SHORT: u64 = 256 << 10;
+
 /// The copies that run beside the commits.
 pub(super) struct Copies {
     lanes: Lanes,
@@ -62,13 +67,48 @@ impl Copies {
 
 fn copy(file: &std::path::Path) -> crate::error::Result<()> {
     let db = connect(file, Use::Write)?;
+    db.busy_timeout(Duration::ZERO)?;
     checkpoint(&db, "PASSIVE")?;
     Ok(())
 }
 
+impl Writer {
+    /// Copies the WAL into the database. That something is in its way is no error, the next time
+    /// will do; `wait` tells how long it is waited for: commits wait meanwhile.
+    fn copy_wal(&mut self, how: &str, wait: Duration) -> rusqlite::Result<Copied> {
+        let quiet = !self.copying;
+        self.with_sums(|sums| sums.note(quiet));
+        self.db.busy_timeout(wait)?;
+        let copied = checkpoint(&self.db, how);
+        self.db.busy_timeout(Duration::from_millis(BUSY_MS))?;
+        let copied = copied?;
+        (self.in_wal, self.is_short_of_room) = (0, false);
+        self.dirty = self.dirty && (copied == Copied::Busy || how == "PASSIVE");
+        if copied == Copied::Whole {
+            self.with_sums(Sums::settle);
+        }
+        Ok(copied)
+    }
+
+    /// Looks whether the WAL takes more than it should on a disk that is nearly full: commits are
+    /// not to fail for what those before them left.
+    pub fn look_for_room(&mut self) {
+        let free = rustix::fs::fstatvfs(self.db.dir());
+        let few = free.is_ok_and(|free| free.f_bavail.saturating_mul(free.f_frsize) < SHORT_BYTES);
+        let wal = || self.db.place().beside("-wal").map_or(0, |wal| wal.size());
+        self.is_short_of_room = few && wal() > WAL_BYTES_WHERE_SHORT;
+    }
+
+    /// Gives the blocks of the WAL back where the disk is full: what is in it becomes part of the
+    /// database, most of whose pages have their blocks already.
+    pub fn empty_wal(&mut self) -> rusqlite::Result<()> {
+        self.copy_wal("TRUNCATE", Duration::from_millis(BUSY_MS)).map(|_| ())
+    }
+}
+
 impl Shared {
-    /// Moves the WAL into the database: all of it when idle, else when it has grown large. A
-    /// failure costs the replica its place, as a failed commit does.
+    /// Moves the WAL into the database: all of it when idle or where its disk is nearly full, else
+    /// when it has grown large. A failure costs the replica its place, as a failed commit does.
     pub fn checkpoint(&self, idle: bool) {
         let mut writers = self.writers.lock();
         let mut copies = self.copies.lock();
@@ -84,7 +124,7 @@ impl Shared {
                 }
                 // The rest of it.
                 Some(Ok(())) if !idle => "PASSIVE",
-                _ if idle && writer.dirty => "TRUNCATE",
+                _ if writer.dirty && (idle || writer.is_short_of_room) => "TRUNCATE",
                 _ => {
                     if !idle && writer.in_wal >= WAL_CHANGES_MAX {
                         writer.in_wal = 0;
@@ -97,16 +137,7 @@ impl Shared {
             let Some(mut writer) = writers[id].take() else { continue };
             let device = writer.device;
             let work = move || {
-                let quiet = !writer.copying;
-                writer.with_sums(|sums| sums.note(quiet));
-                let copied = checkpoint(&writer.db, how);
-                if let Ok(copied) = copied {
-                    writer.in_wal = 0;
-                    writer.dirty = writer.dirty && (copied == Copied::Busy || how == "PASSIVE");
-                    if copied == Copied::Whole {
-                        writer.with_sums(Sums::settle);
-                    }
-                }
+                let copied = writer.copy_wal(how, Duration::ZERO);
                 (writer, copied)
             };
             turns.push((id, self.lanes.begin(id, device, work)));
@@ -136,18 +167,14 @@ enum Copied {
     Busy,
 }
 
-/// Runs a checkpoint. That something is in its way is no error, the next time will do, and it is
-/// not waited for: commits would wait meanwhile.
 fn checkpoint(db: &Connection, how: &str) -> rusqlite::Result<Copied> {
-    db.busy_timeout(Duration::ZERO)?;
-    let counts: rusqlite::Result<(i64, i64, i64)> =
+    let (busy, frames, copied): (i64, i64, i64) =
         db.query_row(&format!("PRAGMA wal_checkpoint({how})"), [], |row| {
             Ok((row.get(0)?, row.get(1)?, row.get(2)?))
-        });
-    db.busy_timeout(Duration::from_millis(BUSY_MS))?;
-    Ok(match counts? {
-        (0, frames, copied) if frames == copied => Copied::Whole,
-        (0, ..) => Copied::Part,
+        })?;
+    Ok(match busy {
+        0 if frames == copied => Copied::Whole,
+        0 => Copied::Part,
         _ => Copied::Busy,
     })
 }
