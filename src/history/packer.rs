@@ -12,16 +12,17 @@
 //!
 //! One thread at a time packs, repacks and sweeps: a chunk that is found stays while it is wanted.
 
-use std::collections::{HashMap, HashSet};
+mod repack;
+
+use std::collections::HashMap;
 
 use super::chunker::{Chunker, cut_fixed};
 use super::journal::{ImageRecord, PARTS_MAX, Parts, Record};
-use super::pack::{PackBuilder, scan};
+use super::pack::{PackBuilder, PackedChunk, scan};
 use super::{Extents, History, Place, preserved_dir, preserved_name, run_at};
 use crate::catalog::digest::first_half;
 use crate::catalog::{
-    Base, Catalog, Change, ChunkRow, Durability, ForgetChange, PackChange, PackRow, UndoRow,
-    WaitingContent,
+    Base, Catalog, Change, ChunkRow, Durability, ForgetChange, PackChange, UndoRow, WaitingContent,
 };
 use crate::error::{Error, Result};
 use crate::replica::ReplicaSet;
@@ -35,18 +36,9 @@ const RUN_CONTENTS: usize = 4096;
 const STREAM_BYTES: u64 = 1 << 20;
 /// The longest hole that one part of a recipe stands for.
 const HOLE_BYTES_MAX: u64 = 1 << 30;
-/// A pack is copied when so much of it is unused: in percent, and in bytes, for a small pack
-/// consists of its headers.
-const REPACK_PERCENT: u64 = 40;
-const REPACK_BYTES_MIN: u64 = 64 << 10;
 /// Rows that one commit of ours writes, about: whoever waits for the commit of something else waits
 /// for ours as well. One recipe of many chunks is more.
 const COMMIT_ROWS: usize = 64;
-/// Where space is short, a pack is copied for less, in percent, before history yields.
-const SQUEEZE_PERCENT: u64 = 10;
-/// Packs smaller than this are joined when there are [`JOIN_COUNT`] of them.
-const JOIN_BYTES: u64 = 1 << 20;
-const JOIN_COUNT: usize = 16;
 
 /// Called after each step of the order above, by its name. An error ends the work there, as death
 /// would: tests use it.
@@ -65,6 +57,9 @@ pub enum Claim {
 
 /// Changes that are pushed together, in their order.
 type Groups = Vec<Vec<Change>>;
+
+/// A pack's chunks with their ids, and what is to be recorded of the pack itself.
+type Written = (Vec<(ChunkId, PackedChunk)>, Change);
 
 /// What a run did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,6 +85,8 @@ pub struct Packer<'a> {
     notes: Vec<Record>,
     /// The chunks of this run by their hashes: the catalog may not know them yet.
     fresh: HashMap<[u8; 32], ChunkId>,
+    /// The bytes of contents that one run takes, about.
+    run_bytes: u64,
 }
 
 impl<'a> Packer<'a> {
@@ -109,7 +106,15 @@ impl<'a> Packer<'a> {
             building: Vec::new(),
             notes: Vec::new(),
             fresh: HashMap::new(),
+            run_bytes: RUN_BYTES,
         }
+    }
+
+    /// The same, in runs of at most `bytes`, where there is little room for what a run writes: the
+    /// originals go after it only. One content is never more than one run.
+    pub fn in_runs_of(mut self, bytes: u64) -> Packer<'a> {
+        self.run_bytes = bytes.min(RUN_BYTES);
+        self
     }
 
     /// Packs preserved contents after `after`, one run of them, as far as `claim` lets it. Returns
@@ -124,7 +129,7 @@ impl<'a> Packer<'a> {
         let (mut run, mut same) = (Vec::new(), Vec::new());
         let mut last = after;
         for content in waiting {
-            if packed.bytes >= RUN_BYTES {
+            if packed.bytes >= self.run_bytes {
                 packed.done = false;
                 break;
             }
@@ -407,16 +412,23 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// Writes the pack that is being built and makes the catalog know it.
-    fn finish_pack(&mut self) -> Result<()> {
-        let Some(builder) = self.builder.take() else { return Ok(()) };
+    /// Writes the pack that is being built, if there is one.
+    fn write_pack(&mut self) -> Result<Option<Written>> {
+        let Some(builder) = self.builder.take() else { return Ok(None) };
         let building = std::mem::take(&mut self.building);
         let pack = builder.finish();
         self.history.packs.write(self.replicas, &pack)?;
         (self.step)("a pack was written")?;
         let (id, bytes, hash) = (pack.id, pack.bytes.len() as u64, pack.hash);
-        let mut changes = vec![vec![Change::Pack(PackChange::PackAdd { id, bytes, hash })]];
-        changes.extend(building.into_iter().zip(pack.chunks).map(|(id, chunk)| {
+        let added = Change::Pack(PackChange::PackAdd { id, bytes, hash });
+        Ok(Some((building.into_iter().zip(pack.chunks).collect(), added)))
+    }
+
+    /// Writes the pack that is being built and makes the catalog know it.
+    fn finish_pack(&mut self) -> Result<()> {
+        let Some((chunks, added)) = self.write_pack()? else { return Ok(()) };
+        let mut changes = vec![vec![added]];
+        changes.extend(chunks.into_iter().map(|(id, chunk)| {
             vec![Change::Pack(PackChange::ChunkAdd(ChunkRow {
                 id,
                 hash: chunk.hash,
@@ -463,96 +475,6 @@ impl<'a> Packer<'a> {
         self.catalog.flush(Durability::Durable)?;
         self.history.forget_maps();
         (self.step)("recipes were made durable")
-    }
-
-    /// Removes packs that nobody uses, and copies what is used out of those that are mostly unused,
-    /// or many and small; at most `bytes_max` bytes of them. Returns how many packs went.
-    pub fn repack(&mut self, bytes_max: u64) -> Result<u64> {
-        let packs = self.catalog.packs()?;
-        let small = packs.iter().filter(|pack| pack.bytes < JOIN_BYTES).count() >= JOIN_COUNT;
-        let is_due = |pack: &PackRow| {
-            let dead = pack.bytes.saturating_sub(pack.live);
-            let unused = dead >= REPACK_BYTES_MIN
-                && dead.saturating_mul(100) >= pack.bytes.saturating_mul(REPACK_PERCENT);
-            pack.live == 0 || unused || (small && pack.bytes < JOIN_BYTES)
-        };
-        self.copy_out(packs.into_iter().filter(is_due).collect(), bytes_max)
-    }
-
-    /// Where space is short: copies what is used out of the pack with the most that is not, if that
-    /// is worth it. Returns how many packs went. `ENOSPC` if there is no room for the copy.
-    pub fn squeeze(&mut self) -> Result<u64> {
-        let dead = |pack: &PackRow| pack.bytes.saturating_sub(pack.live);
-        let worth = |pack: &PackRow| {
-            dead(pack) >= REPACK_BYTES_MIN
-                && dead(pack).saturating_mul(100) >= pack.bytes.saturating_mul(SQUEEZE_PERCENT)
-        };
-        let packs = self.catalog.packs()?.into_iter();
-        let loosest = packs.filter(worth).max_by_key(dead);
-        self.copy_out(loosest.into_iter().collect(), u64::MAX)
-    }
-
-    /// Copies what is used out of these packs, at most `bytes_max` bytes of it, and removes them.
-    fn copy_out(&mut self, packs: Vec<PackRow>, bytes_max: u64) -> Result<u64> {
-        let mut removed = Vec::new();
-        let mut changes = Groups::new();
-        let mut copied = 0;
-        for pack in packs {
-            if pack.live > 0 {
-                if copied >= bytes_max {
-                    continue;
-                }
-                copied += pack.live;
-                for row in self.catalog.pack_chunks(pack.id)? {
-                    let bytes = self.history.packs.read_chunk(self.replicas, &row)?;
-                    self.copy(&row, &bytes, &mut changes)?;
-                }
-            }
-            self.keep_journal(pack.id)?;
-            removed.push(pack.id);
-        }
-        if removed.is_empty() {
-            return Ok(0);
-        }
-        self.finish_copy(&mut changes)?;
-        changes.extend(removed.iter().map(|&id| vec![Change::Pack(PackChange::PackRemove(id))]));
-        self.record(changes)?;
-        let left: HashSet<_> = self.catalog.packs()?.into_iter().map(|pack| pack.id).collect();
-        let mut count = 0;
-        for id in removed {
-            if !left.contains(&id) {
-                self.history.packs.remove(self.replicas, id)?;
-                count += 1;
-                (self.step)("a pack was removed")?;
-            }
-        }
-        Ok(count)
-    }
-
-    fn copy(&mut self, row: &ChunkRow, bytes: &[u8], changes: &mut Groups) -> Result<()> {
-        self.building.push(row.id);
-        let builder = self.builder();
-        builder.add(row.hash, bytes);
-        if builder.is_full() {
-            self.finish_copy(changes)?;
-        }
-        Ok(())
-    }
-
-    /// Writes the pack of copies; the chunks move when the changes are pushed.
-    fn finish_copy(&mut self, changes: &mut Groups) -> Result<()> {
-        let Some(builder) = self.builder.take() else { return Ok(()) };
-        let building = std::mem::take(&mut self.building);
-        let pack = builder.finish();
-        self.history.packs.write(self.replicas, &pack)?;
-        (self.step)("a pack was written")?;
-        let (id, bytes, hash) = (pack.id, pack.bytes.len() as u64, pack.hash);
-        changes.push(vec![Change::Pack(PackChange::PackAdd { id, bytes, hash })]);
-        changes.extend(building.into_iter().zip(pack.chunks).map(|(id, chunk)| {
-            let (place, stored) = (chunk.place, chunk.stored);
-            vec![Change::Pack(PackChange::ChunkMove { id, place, stored })]
-        }));
-        Ok(())
     }
 }
 

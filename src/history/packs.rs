@@ -184,7 +184,8 @@ impl PackStore {
     /// [`PackStore::list`] has it, the catalog does not.
     pub fn write(&self, replicas: &ReplicaSet, pack: &Pack) -> Result<()> {
         let _alone = self.changes.lock();
-        replicas.ensure_room(pack.bytes.len() as u64)?;
+        // What lies elsewhere for as much goes as soon as this is recorded.
+        replicas.ensure_room_for_a_while(pack.bytes.len() as u64)?;
         let tmp = replicas.private(PrivateDir::Tmp)?;
         let dir = replicas.private(pack_dir(pack.id))?;
         self.forget(pack.id);

@@ -84,15 +84,15 @@ impl Room {
     }
 }
 
-/// The bytes of a filesystem that may be written above its reserve.
-pub(super) fn slack_bytes(space: &Space) -> u64 {
+/// The bytes of a filesystem that may be written above one part in `divisor` of its reserve.
+pub(super) fn slack_bytes(space: &Space, divisor: u64) -> u64 {
     let bytes = |blocks: u64| blocks.saturating_mul(space.block_bytes);
     let size = bytes(space.blocks);
     let reserve = match size < SMALL_FILESYSTEM_BYTES {
         true => size / SMALL_RESERVE_DIVISOR,
         false => RESERVE_BYTES,
     };
-    bytes(space.available).saturating_sub(reserve)
+    bytes(space.available).saturating_sub(reserve / divisor)
 }
 
 /// The same space counted in blocks of `block_bytes`, rounded down.

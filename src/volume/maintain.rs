@@ -24,6 +24,8 @@ const COUNT_TIME: Duration = Duration::from_millis(200);
 const DIGEST_TIME: Duration = Duration::from_millis(500);
 /// Likewise, while the mount is in use: idle priority does not keep it off the disks.
 const DIGEST_TIME_BUSY: Duration = Duration::from_millis(50);
+/// How long a write that finds no room waits for packing to make some, before history yields.
+const PACK_TIME_URGENT: Duration = Duration::from_secs(5);
 /// How long one pass sweeps.
 const SWEEP_TIME: Duration = Duration::from_millis(500);
 /// Steps of a sweep between two durable commits, after which files are removed.
@@ -127,6 +129,41 @@ impl Volume {
             Err(error) if error.is(Errno::NOSPC) => Ok(false),
             squeezed => Ok(squeezed? > 0),
         }
+    }
+
+    /// Packs everything that waits, as far as there is room for packs.
+    pub(super) fn pack_where_there_is_room(&self) -> Result<()> {
+        match self.pack(&|_| self.check_stop()) {
+            Err(error) if error.is(Errno::NOSPC) => Ok(()),
+            packed => packed.map(|_| ()),
+        }
+    }
+
+    /// Where a write waits for room: packs what waits, in pieces for which there is room, until
+    /// `enough` says so, for a limited time. What deleting preserved is not compressed until then.
+    pub(super) fn pack_for_room(&self, enough: &dyn Fn() -> bool) -> Result<()> {
+        let begin = Instant::now();
+        self.forget_scratch(&|_| Ok(()))?;
+        let mut after = ContentId::EMPTY;
+        while !enough() && begin.elapsed() < PACK_TIME_URGENT {
+            // The copy and the originals both lie there for a moment; what is left is the reserve.
+            let space = self.replicas().space()?;
+            let piece = space.available.saturating_mul(space.block_bytes) / 2;
+            let fits = |content: &WaitingContent| match content.size <= piece {
+                true => self.claim(content),
+                false => Ok(Claim::Wait),
+            };
+            let mut packer = self.packer(&|_| Ok(())).in_runs_of(piece);
+            let run = match packer.contents(after, &mut |content| fits(content)) {
+                Err(error) if error.is(Errno::NOSPC) => return Ok(()),
+                run => run?,
+            };
+            after = run.0;
+            if run.1.done {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Sweeps, packs everything that waits and copies packs, with a call of `step` after each step

@@ -214,6 +214,7 @@ impl Volume {
     /// Lets history yield where it takes more space than it may.
     fn yield_history(&self, policy: &StorePolicy, now: Timestamp) -> Result<()> {
         let mut dropped = false;
+        let mut packed = false;
         loop {
             let Some(short) = self.shortage(policy)? else {
                 let mut book = self.space.lock();
@@ -224,6 +225,11 @@ impl Volume {
             };
             // What nobody uses goes first.
             if self.squeeze()? {
+                continue;
+            }
+            if !packed {
+                packed = true;
+                self.pack_where_there_is_room()?;
                 continue;
             }
             if !dropped {
@@ -345,12 +351,18 @@ impl Volume {
         };
         let policy = self.policy();
         let mut told = false;
+        let mut packed = false;
         loop {
             match self.replicas().ensure_room(bytes) {
                 Err(error) if error.is(Errno::NOSPC) => {}
                 answer => return answer,
             }
             if self.squeeze()? {
+                continue;
+            }
+            if !packed {
+                packed = true;
+                self.pack_for_room(&|| self.replicas().ensure_room(bytes).is_ok())?;
                 continue;
             }
             if !told {

@@ -1,0 +1,107 @@
+//! Repacking: what is still used of packs that are mostly unused, or small, goes into new ones.
+//!
+//! The order is the packer's: the copy is written and synced, the catalog learns where the chunks
+//! lie from then on, and only then the pack that they lay in goes.
+
+use std::collections::HashSet;
+
+use super::{Groups, Packer};
+use crate::catalog::{Change, ChunkRow, PackChange, PackRow};
+use crate::error::Result;
+
+/// A pack is copied when so much of it is unused: in percent, and in bytes, for a small pack
+/// consists of its headers.
+const REPACK_PERCENT: u64 = 40;
+const REPACK_BYTES_MIN: u64 = 64 << 10;
+/// Where space is short, a pack is copied for less, in percent, before history yields.
+const SQUEEZE_PERCENT: u64 = 10;
+/// Packs smaller than this are joined when there are [`JOIN_COUNT`] of them.
+const JOIN_BYTES: u64 = 1 << 20;
+const JOIN_COUNT: usize = 16;
+
+impl Packer<'_> {
+    /// Removes packs that nobody uses, and copies what is used out of those that are mostly unused,
+    /// or many and small; at most `bytes_max` bytes of them. Returns how many packs went.
+    pub fn repack(&mut self, bytes_max: u64) -> Result<u64> {
+        let packs = self.catalog.packs()?;
+        let small = packs.iter().filter(|pack| pack.bytes < JOIN_BYTES).count() >= JOIN_COUNT;
+        let is_due = |pack: &PackRow| {
+            let dead = pack.bytes.saturating_sub(pack.live);
+            let unused = dead >= REPACK_BYTES_MIN
+                && dead.saturating_mul(100) >= pack.bytes.saturating_mul(REPACK_PERCENT);
+            pack.live == 0 || unused || (small && pack.bytes < JOIN_BYTES)
+        };
+        self.copy_out(packs.into_iter().filter(is_due).collect(), bytes_max)
+    }
+
+    /// Where space is short: copies what is used out of the pack with the most that is not, if that
+    /// is worth it. Returns how many packs went. `ENOSPC` if there is no room for the copy.
+    pub fn squeeze(&mut self) -> Result<u64> {
+        let dead = |pack: &PackRow| pack.bytes.saturating_sub(pack.live);
+        let worth = |pack: &PackRow| {
+            dead(pack) >= REPACK_BYTES_MIN
+                && dead(pack).saturating_mul(100) >= pack.bytes.saturating_mul(SQUEEZE_PERCENT)
+        };
+        let packs = self.catalog.packs()?.into_iter();
+        let loosest = packs.filter(worth).max_by_key(dead);
+        self.copy_out(loosest.into_iter().collect(), u64::MAX)
+    }
+
+    /// Copies what is used out of these packs, at most `bytes_max` bytes of it, and removes them.
+    fn copy_out(&mut self, packs: Vec<PackRow>, bytes_max: u64) -> Result<u64> {
+        let mut removed = Vec::new();
+        let mut changes = Groups::new();
+        let mut copied = 0;
+        for pack in packs {
+            if pack.live > 0 {
+                if copied >= bytes_max {
+                    continue;
+                }
+                copied += pack.live;
+                for row in self.catalog.pack_chunks(pack.id)? {
+                    let bytes = self.history.packs.read_chunk(self.replicas, &row)?;
+                    self.copy(&row, &bytes, &mut changes)?;
+                }
+            }
+            self.keep_journal(pack.id)?;
+            removed.push(pack.id);
+        }
+        if removed.is_empty() {
+            return Ok(0);
+        }
+        self.finish_copy(&mut changes)?;
+        changes.extend(removed.iter().map(|&id| vec![Change::Pack(PackChange::PackRemove(id))]));
+        self.record(changes)?;
+        let left: HashSet<_> = self.catalog.packs()?.into_iter().map(|pack| pack.id).collect();
+        let mut count = 0;
+        for id in removed {
+            if !left.contains(&id) {
+                self.history.packs.remove(self.replicas, id)?;
+                count += 1;
+                (self.step)("a pack was removed")?;
+            }
+        }
+        Ok(count)
+    }
+
+    fn copy(&mut self, row: &ChunkRow, bytes: &[u8], changes: &mut Groups) -> Result<()> {
+        self.building.push(row.id);
+        let builder = self.builder();
+        builder.add(row.hash, bytes);
+        if builder.is_full() {
+            self.finish_copy(changes)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the pack of copies; the chunks move when the changes are pushed.
+    fn finish_copy(&mut self, changes: &mut Groups) -> Result<()> {
+        let Some((chunks, added)) = self.write_pack()? else { return Ok(()) };
+        changes.push(vec![added]);
+        changes.extend(chunks.into_iter().map(|(id, chunk)| {
+            let (place, stored) = (chunk.place, chunk.stored);
+            vec![Change::Pack(PackChange::ChunkMove { id, place, stored })]
+        }));
+        Ok(())
+    }
+}
