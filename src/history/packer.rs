@@ -44,6 +44,11 @@ const COMMIT_ROWS: usize = 64;
 /// would: tests use it.
 pub type Step<'a> = &'a (dyn Fn(&str) -> Result<()> + Sync);
 
+/// The steps after which nothing is half done: who ends the work there leaves nothing that only
+/// recovery would remove.
+pub const ENDS: [&str; 3] =
+    ["a pack was recorded", "a segment was removed", "scratch files were forgotten"];
+
 /// What is to be done with a preserved content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Claim {

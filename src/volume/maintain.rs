@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use crate::catalog::{Durability, Unused, WaitingContent};
 use crate::error::{Error, Result};
-use crate::history::packer::{Claim, Packed, Packer, Step};
+use crate::history::packer::{Claim, ENDS, Packed, Packer, Step};
 use crate::types::{ContentId, Generation, NodeId};
 
 use super::Volume;
@@ -82,9 +82,9 @@ impl Volume {
         let waiting = totals.preserved_bytes + totals.undo_bytes > 0;
         if waiting && state.packed.elapsed() >= self.options.pack_after {
             state.packed = Instant::now();
-            self.pack(&|_| self.check_stop())?;
+            self.pack(&|step| self.check_stop_after(step))?;
         }
-        self.packer(&|_| self.check_stop()).repack(REPACK_BYTES)?;
+        self.packer(&|step| self.check_stop_after(step)).repack(REPACK_BYTES)?;
         let busy = self.resyncs.activity() != state.activity;
         let time = if busy { DIGEST_TIME_BUSY } else { DIGEST_TIME };
         self.take_digests(time, &|| self.check_stop())?;
@@ -101,8 +101,8 @@ impl Volume {
     pub fn tidy_history(&self) -> Result<Packed> {
         let _alone = self.maintenance.lock();
         self.sweep(None, &|| self.check_stop())?;
-        let packed = self.pack(&|_| self.check_stop())?;
-        while self.packer(&|_| self.check_stop()).repack(REPACK_BYTES)? > 0 {}
+        let packed = self.pack(&|step| self.check_stop_after(step))?;
+        while self.packer(&|step| self.check_stop_after(step)).repack(REPACK_BYTES)? > 0 {}
         Ok(packed)
     }
 
@@ -133,7 +133,7 @@ impl Volume {
 
     /// Packs everything that waits, as far as there is room for packs.
     pub(super) fn pack_where_there_is_room(&self) -> Result<()> {
-        match self.pack(&|_| self.check_stop()) {
+        match self.pack(&|step| self.check_stop_after(step)) {
             Err(error) if error.is(Errno::NOSPC) => Ok(()),
             packed => packed.map(|_| ()),
         }
@@ -283,6 +283,11 @@ impl Volume {
             true => Err(Error::Interrupted),
             false => Ok(()),
         }
+    }
+
+    /// The same for the packer, which ends only where nothing is half done.
+    fn check_stop_after(&self, step: &str) -> Result<()> {
+        if ENDS.contains(&step) { self.check_stop() } else { Ok(()) }
     }
 }
 
