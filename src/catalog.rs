@@ -26,6 +26,7 @@ mod diff;
 pub mod digest;
 mod freed;
 mod lane;
+mod leb128;
 mod live;
 mod lost;
 mod open;
@@ -43,6 +44,7 @@ mod sums;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod touched;
 mod trust;
 mod unused;
 mod wal;

@@ -15,7 +15,7 @@ use std::ops::Range;
 use lru::LruCache;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::diff::touched;
+use super::diff::touched_between;
 use super::overlay::Bytes;
 use super::schema::unsigned;
 use super::{Catalog, Change};
@@ -273,7 +273,7 @@ impl Catalog {
             let mut nodes = BTreeSet::new();
             for range in ranges.iter().filter(|range| !range.is_empty()) {
                 let (from, to) = (range.start.0.saturating_sub(1), range.end.0 - 1);
-                nodes.extend(touched(db, Generation(from), Generation(to))?);
+                nodes.extend(touched_between(db, Generation(from), Generation(to))?);
             }
             Ok(nodes)
         })

@@ -7,6 +7,7 @@ use rusqlite::{CachedStatement, Connection, OptionalExtension, Row, params};
 
 use super::overlay::{Batch, EntryDelta, Late, NodeDelta, Plan, SnapshotChange};
 use super::schema::{ContentState, HeadRow, Time, place_columns, read_head, write_head};
+use super::touched::{self, Touch};
 use super::{NEVER, NodeRow, UndoRow, digest, packed, retain, xattr};
 use crate::types::{ContentId, EntryName, Generation, Kind, NodeId};
 
@@ -39,13 +40,7 @@ pub(super) fn apply(db: &mut Connection, plan: &Plan<'_>) -> rusqlite::Result<Co
     }
     touched.sort_unstable();
     touched.dedup();
-    if !touched.is_empty() {
-        let mut insert =
-            transaction.prepare_cached("INSERT OR IGNORE INTO touched(g, node) VALUES(?1, ?2)")?;
-        for (at, node) in touched {
-            insert.execute(params![at, node])?;
-        }
-    }
+    touched::add_all(&transaction, &touched)?;
     advance(&mut head, plan);
     write_head(&transaction, &head)?;
     transaction.commit()?;
@@ -62,9 +57,8 @@ fn advance(head: &mut HeadRow, plan: &Plan<'_>) {
     head.next = plan.batch.next;
 }
 
-/// Where states and names begin and end, and whose: what a difference between two generations, and
-/// the sweep of what lies between them, look at.
-type Touched = Vec<(Generation, NodeId)>;
+/// What is touched, in no order.
+type Touched = Vec<Touch>;
 
 /// The statements that write nodes.
 struct Nodes<'c> {
@@ -191,8 +185,8 @@ fn bind_node(
     to.raw_bind_parameter(7, row.size as i64)?;
     to.raw_bind_parameter(8, row.blocks as i64)?;
     to.raw_bind_parameter(9, Time(row.mtime))?;
-    to.raw_bind_parameter(10, Time::unless(row.ctime, row.mtime))?;
-    to.raw_bind_parameter(11, Time::unless(row.btime, row.mtime))?;
+    to.raw_bind_parameter(10, Time::beside(row.ctime, row.mtime))?;
+    to.raw_bind_parameter(11, Time::beside(row.btime, row.mtime))?;
     to.raw_bind_parameter(12, row.xattrs)?;
     to.raw_bind_parameter(13, row.content)?;
     to.raw_bind_parameter(14, born)

@@ -4,12 +4,12 @@
 //! directory too, whose children are not mentioned for it. Of hard links, names are paired as far
 //! as they go; the rest are added or removed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
-use rusqlite::{Connection, params};
+use rusqlite::Connection;
 
 use super::query::{names_at, node_at};
-use super::{Catalog, DiffKind, Difference, NodeRow};
+use super::{Catalog, DiffKind, Difference, NodeRow, touched};
 use crate::error::Result;
 use crate::types::{EntryName, Generation, Kind, NodeId, RelPath};
 
@@ -34,7 +34,7 @@ impl Catalog {
                 renamed: HashMap::new(),
                 differences: Vec::new(),
             };
-            for node in touched(db, from.min(to), from.max(to))? {
+            for node in touched_between(db, from.min(to), from.max(to))? {
                 found.compare(node)?;
             }
             found.finish(under)
@@ -44,19 +44,15 @@ impl Catalog {
 
 /// The nodes touched in (from, to], and a few more: older stores have touches by batch, and the
 /// batch that follows may have begun before `to`.
-pub(super) fn touched(
+pub(super) fn touched_between(
     db: &Connection,
     from: Generation,
     to: Generation,
-) -> rusqlite::Result<Vec<NodeId>> {
+) -> rusqlite::Result<BTreeSet<NodeId>> {
     if from == to {
-        return Ok(Vec::new());
+        return Ok(BTreeSet::new());
     }
-    let mut statement = db.prepare_cached(
-        "SELECT DISTINCT node FROM touched WHERE g > ?1 \
-         AND g <= coalesce((SELECT min(g) FROM touched WHERE g > ?2), ?2)",
-    )?;
-    statement.query_map(params![from, to], |row| row.get(0))?.collect()
+    touched::nodes(db, from, touched::next(db, to)?.unwrap_or(to))
 }
 
 /// One of the two trees.

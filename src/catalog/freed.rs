@@ -6,7 +6,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::packed::recipe_parts;
 use super::schema::ContentState;
-use super::sweep::{Plan, touched};
+use super::sweep::{Plan, next_touched};
 use super::{Catalog, ForgetChange, Snapshot, Sweep, SweepPlace};
 use crate::error::Result;
 use crate::types::{ChunkId, ContentId, Generation};
@@ -27,7 +27,7 @@ impl Catalog {
             let mut seen = HashSet::new();
             let mut sweep = Sweep { after, until, at: SweepPlace::begin(until) };
             while !matches!(sweep.at, SweepPlace::Times(_)) {
-                let (places, next) = touched(db, &sweep, ROWS_MAX)?;
+                let (places, next) = next_touched(db, &sweep, ROWS_MAX)?;
                 for (g, node) in places {
                     sweep.at = match sweep.at {
                         SweepPlace::End(..) => SweepPlace::End(g, node),

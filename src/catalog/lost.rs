@@ -6,7 +6,7 @@ use rusqlite::{OptionalExtension, params};
 
 use super::query::path_at;
 use super::schema::{ContentState, NODE_COLUMNS, node_row, unsigned};
-use super::{Catalog, NEVER, NodeRow};
+use super::{Catalog, NEVER, NodeRow, touched};
 use crate::error::Result;
 use crate::types::{ContentId, EntryName, Generation, NodeId, RelPath};
 
@@ -33,11 +33,9 @@ impl Catalog {
     /// Nodes of which a state or a name began or ended after `since`, in order.
     pub fn touched_since(&self, since: Generation) -> Result<Vec<NodeId>> {
         self.settle_pending()?;
-        self.shared.read(|db| {
-            let mut statement =
-                db.prepare_cached("SELECT DISTINCT node FROM touched WHERE g > ?1 ORDER BY node")?;
-            statement.query_map(params![since], |row| row.get(0))?.collect()
-        })
+        let until = self.generation();
+        let nodes = self.shared.read(|db| touched::nodes(db, since, until))?;
+        Ok(nodes.into_iter().collect())
     }
 
     /// The contents of a node that a state showed which ended after `since`, or is the newest one;

@@ -6,6 +6,7 @@
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
+use super::leb128;
 use super::overlay::Bytes;
 use super::schema::{ContentState, HeadRow, read_head, undo_row, unsigned};
 use super::{Catalog, ChunkPlace, ChunkRow, PackChange, Recipe, UndoRow, digest as digests};
@@ -478,36 +479,17 @@ pub(super) fn lone_recipe(
 fn encode(chunks: &[(ChunkId, u32)]) -> Vec<u8> {
     let mut body = Vec::with_capacity(chunks.len() * 5);
     for (id, length) in chunks {
-        push_number(&mut body, id.0);
-        push_number(&mut body, u64::from(*length));
+        leb128::push(&mut body, id.0);
+        leb128::push(&mut body, u64::from(*length));
     }
     body
 }
 
-fn push_number(body: &mut Vec<u8>, mut number: u64) {
-    while number >= 0x80 {
-        body.push(number as u8 | 0x80);
-        number >>= 7;
-    }
-    body.push(number as u8);
-}
-
 fn decode(body: &[u8]) -> Option<Vec<(ChunkId, u32)>> {
     let mut bytes = body.iter();
-    let mut next = || {
-        let (mut number, mut shift) = (0u64, 0);
-        loop {
-            let byte = *bytes.next()?;
-            number |= u64::from(byte & 0x7f).checked_shl(shift)?;
-            if byte < 0x80 {
-                return Some(number);
-            }
-            shift += 7;
-        }
-    };
     let mut chunks = Vec::new();
-    while let Some(id) = next() {
-        chunks.push((ChunkId(id), u32::try_from(next()?).ok()?));
+    while let Some(id) = leb128::next(&mut bytes) {
+        chunks.push((ChunkId(id), u32::try_from(leb128::next(&mut bytes)?).ok()?));
     }
     (encode(&chunks) == body).then_some(chunks)
 }

@@ -77,7 +77,7 @@ impl Catalog {
             )?;
             let rows = statement.query_map(params![after, count as i64], |row| {
                 let mtime = row.get::<_, Time>(3)?.0;
-                let ctime = row.get::<_, Option<Time>>(4)?.map_or(mtime, |time| time.0);
+                let ctime = Time::read_beside(row, 4, mtime)?;
                 let kind: Kind = row.get(1)?;
                 let size = if kind == Kind::File { unsigned(row, 2)? } else { 0 };
                 Ok(LiveNode { node: row.get(0)?, size, changed: mtime.max(ctime) })

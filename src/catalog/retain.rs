@@ -15,7 +15,7 @@ use super::apply::write_undo;
 use super::overlay::Bytes;
 use super::query::tick_at;
 use super::schema::{ContentState, HeadRow, Time, read_head};
-use super::{Catalog, Change, ForgetChange, Sweep, SweepPlace, packed};
+use super::{Catalog, Change, ForgetChange, Sweep, SweepPlace, packed, touched};
 use crate::error::Result;
 use crate::types::{EntryName, Generation, NodeId, Timestamp};
 
@@ -151,9 +151,7 @@ impl Catalog {
     /// Whether anything of the tree changed after `at`.
     pub fn changed_since(&self, at: Generation) -> Result<bool> {
         self.settle_pending()?;
-        self.shared.read(|db| {
-            db.prepare_cached("SELECT 1 FROM touched WHERE g > ?1 LIMIT 1")?.exists(params![at])
-        })
+        self.shared.read(|db| Ok(touched::next(db, at)?.is_some()))
     }
 
     /// Commits what changes the visibility of generations.
@@ -303,12 +301,10 @@ pub(super) fn apply(
             .execute(params![after, until, from.0, from.1])?;
         }
         ForgetChange::Untouched { node, at } => {
-            db.prepare_cached("DELETE FROM touched WHERE g = ?1 AND node = ?2")?
-                .execute(params![at, node])?;
+            touched::remove(db, (*at, *node))?;
         }
         ForgetChange::Touched { node, at } => {
-            db.prepare_cached("INSERT OR IGNORE INTO touched(g, node) VALUES(?1, ?2)")?
-                .execute(params![at, node])?;
+            touched::add(db, (*at, *node))?;
         }
         ForgetChange::Tick(g) => {
             db.prepare_cached("DELETE FROM tick WHERE g = ?1")?.execute(params![g])?;

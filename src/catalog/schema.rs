@@ -1,4 +1,4 @@
-//! The catalog's tables: the on-disk format, version 3.
+//! The catalog's tables: the on-disk format, version 4.
 //!
 //! One SQLite database in WAL mode, `application_id` "RVFS", `user_version` = [`FORMAT`], pages of
 //! 4096 bytes. History is the axis `g` (generation); an interval `[born, died)` is half-open. What
@@ -26,7 +26,7 @@
 //! | `actor`, `act` | who made changes: a row of `act` counts until the next one |
 //! | `purged` | paths removed from all history on request |
 //! | `xattr_set` | interned sets: count, then names and values, each as length (LE u32) and bytes |
-//! | `touched` | generations in which a state or name of a node begins or ends, see [`sweep`] |
+//! | `touched` | where states and names of nodes begin and end, see [`super::touched`] |
 //! | `digest` | the first 16 bytes of the BLAKE3 of a content's bytes: see [`super::digest`] |
 //!
 //! What history does not show is in `node` and `entry` with a `born` of 2^62 and never comes into
@@ -34,13 +34,14 @@
 //!
 //! Version 1 had none of the tables from `recipe` on. In version 2 each name was in `entry_h`
 //! three times, `chunk` had the first 8 bytes of the hash as `key`, `tick` an index by time, and
-//! there was no `digest`. Opening either for writing makes it one of version 3. Indexes that came
-//! later are made whenever a file that lacks them is opened for writing.
-//!
-//! [`sweep`]: super::sweep
+//! there was no `digest`. In version 3 `touched` had no blocks, and no time was beside another.
+//! Opening any of them for writing makes it one of version 4, in which rows of version 3 are as
+//! they were. Indexes that came later are made whenever a file that lacks them is opened for
+//! writing.
 //!
 //! Times are nanoseconds since 1970 as an integer where that is exact, else 12 bytes: seconds (BE
-//! i64), nanoseconds (BE u32). `ctime` and `btime` are NULL where they equal `mtime`.
+//! i64), nanoseconds (BE u32). `ctime` and `btime` are NULL where they equal `mtime`, and 1 to 7
+//! bytes where they are near it: how many nanoseconds after it (LE, signed).
 
 use std::num::Wrapping;
 use std::path::Path;
@@ -53,6 +54,8 @@ use super::{Head, NodeRow, UndoFile, UndoPlace, UndoRow, trust};
 use crate::error::{Error, Result};
 use crate::types::{ContentId, Generation, NodeId, Timestamp, escape};
 
+#[cfg(test)]
+mod tests;
 mod time;
 
 pub(super) use time::Time;
@@ -60,7 +63,7 @@ pub(super) use time::Time;
 /// `application_id`: "RVFS".
 const APPLICATION_ID: i32 = 0x5256_4653;
 /// `user_version`: the version of the tables.
-pub(super) const FORMAT: i32 = 3;
+pub(super) const FORMAT: i32 = 4;
 /// The oldest version that is taken over.
 const FORMAT_MIN: i32 = 1;
 /// Prepared statements kept per connection: all that the catalog has.
@@ -166,6 +169,12 @@ ALTER TABLE chunk DROP COLUMN key;
 CREATE INDEX chunk_hash ON chunk(substr(hash, 1, 5));
 CREATE TABLE digest(content INTEGER PRIMARY KEY, hash BLOB NOT NULL);
 ";
+/// What version 4 stores in less room. An index has the row's id anyway.
+const TABLES_4: &str = "
+ALTER TABLE touched ADD COLUMN body BLOB;
+DROP INDEX content_node;
+CREATE INDEX content_node ON content(node);
+";
 /// What finds that nothing refers to a set of attributes, or an actor, any more.
 const INDEXES: &str = "
 CREATE INDEX IF NOT EXISTS node_xattrs ON node(xattrs) WHERE xattrs > 0;
@@ -173,7 +182,7 @@ CREATE INDEX IF NOT EXISTS node_h_xattrs ON node_h(xattrs) WHERE xattrs > 0;
 CREATE INDEX IF NOT EXISTS act_actor ON act(actor);
 ";
 /// What makes a catalog of each version from one of the version before.
-const VERSIONS: [&str; FORMAT as usize] = [TABLES, TABLES_2, TABLES_3];
+const VERSIONS: [&str; FORMAT as usize] = [TABLES, TABLES_2, TABLES_3, TABLES_4];
 
 /// The columns of a node's state in `node` and `node_h`, as [`node_row`] takes them; `born` is the
 /// next.
@@ -455,9 +464,6 @@ pub(super) fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
 /// A node's state from [`NODE_COLUMNS`] beginning at `first`.
 pub(super) fn node_row(row: &Row<'_>, first: usize) -> rusqlite::Result<NodeRow> {
     let mtime = row.get::<_, Time>(first + 8)?.0;
-    let or_mtime = |column| -> rusqlite::Result<Timestamp> {
-        Ok(row.get::<_, Option<Time>>(column)?.map_or(mtime, |time| time.0))
-    };
     Ok(NodeRow {
         id: row.get(first)?,
         kind: row.get(first + 1)?,
@@ -468,8 +474,8 @@ pub(super) fn node_row(row: &Row<'_>, first: usize) -> rusqlite::Result<NodeRow>
         size: unsigned(row, first + 6)?,
         blocks: unsigned(row, first + 7)?,
         mtime,
-        ctime: or_mtime(first + 9)?,
-        btime: or_mtime(first + 10)?,
+        ctime: Time::read_beside(row, first + 9, mtime)?,
+        btime: Time::read_beside(row, first + 10, mtime)?,
         xattrs: row.get(first + 11)?,
         content: row.get(first + 12)?,
     })
@@ -523,35 +529,5 @@ pub(super) fn name_damage(file: &Path, error: rusqlite::Error) -> Error {
             damaged(file, error.to_string())
         }
         Some(_) => Error::Refused(format!("the catalog {} cannot be used: {error}", show(file))),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_catalog_of_version_2_keeps_its_names_and_chunks() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("catalog.db");
-        let db = Connection::open(&file).unwrap();
-        db.execute_batch(&format!(
-            "PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 2; {TABLES} {TABLES_2}
-             INSERT INTO entry_h(parent, died, name, born, node) VALUES(1, 9, x'62', 3, 5);
-             INSERT INTO entry_h(parent, died, name, born, node) VALUES(1, 4, x'63', 2, 6);
-             INSERT INTO node_h VALUES(5, 9, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3);
-             INSERT INTO chunk VALUES(7, 42, x'0102030405060708', 1, 2, 3, 4, 5, 6);"
-        ))
-        .unwrap();
-        drop(db);
-        let db = connect(&file, Use::Write).unwrap();
-        let names = "SELECT group_concat(hex(name) || node || ' ' || born || ' ' || died || \
-                     coalesce(kind, '')) FROM (SELECT * FROM entry_h ORDER BY died)";
-        let names: String = db.query_row(names, [], |row| row.get(0)).unwrap();
-        assert_eq!(names, "636 2 4,625 3 94");
-        let chunk = "SELECT refs FROM chunk WHERE substr(hash, 1, 5) = x'0102030405'";
-        assert_eq!(db.query_row(chunk, [], |row| row.get::<_, i64>(0)).unwrap(), 6);
-        drop(db);
-        connect(&file, Use::Read).unwrap();
     }
 }

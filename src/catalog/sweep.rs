@@ -22,6 +22,7 @@ use std::collections::HashSet;
 
 use rusqlite::{Connection, params};
 
+use super::touched::{self, Touch};
 use super::{Catalog, Change, ForgetChange};
 use crate::error::Result;
 use crate::types::{ContentId, Generation, NodeId};
@@ -42,9 +43,6 @@ pub struct Sweep {
     /// How far it is.
     pub at: SweepPlace,
 }
-
-/// Where a row of a node begins or ends, and of which.
-type Touch = (Generation, NodeId);
 
 /// How far a sweep is. The parts follow each other in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,7 +153,7 @@ fn sweep_nodes(
     sweep: &Sweep,
     deleted_since: Generation,
 ) -> rusqlite::Result<Option<SweepPlace>> {
-    let (places, next) = touched(plan.db(), sweep, plan.cost_max())?;
+    let (places, next) = next_touched(plan.db(), sweep, plan.cost_max())?;
     let mut at = sweep.at;
     let mut seen = HashSet::new();
     for (g, node) in places {
@@ -180,7 +178,7 @@ fn sweep_nodes(
 /// The next touched nodes of a sweep, and where it goes on after them if they are the last ones of
 /// their part. Stores that older versions wrote have touches by batch, under the batch's last
 /// generation: the end of the gap comes with the one that may reach over it.
-pub(super) fn touched(
+pub(super) fn next_touched(
     db: &Connection,
     sweep: &Sweep,
     count_max: usize,
@@ -188,22 +186,14 @@ pub(super) fn touched(
     let (g, node) = sweep.at.columns();
     let (until, next) = match sweep.at {
         SweepPlace::End(..) => {
-            let over = db
-                .prepare_cached("SELECT min(g) FROM touched WHERE g > ?1")?
-                .query_row(params![sweep.until], |row| row.get::<_, Option<Generation>>(0))?;
+            let over = touched::next(db, sweep.until)?;
             (over.unwrap_or(sweep.until), SweepPlace::Within(sweep.after, NodeId(i64::MAX as u64)))
         }
         _ => (Generation(sweep.until.0.saturating_sub(1)), SweepPlace::Times(sweep.after)),
     };
-    let mut statement = db.prepare_cached(
-        "SELECT g, node FROM touched WHERE (g, node) > (?1, ?2) AND g <= ?3 ORDER BY g, node \
-         LIMIT ?4",
-    )?;
-    let rows = statement
-        .query_map(params![g, node, until, count_max as i64], |row| Ok((row.get(0)?, row.get(1)?)))?
-        .collect::<rusqlite::Result<Vec<_>>>()?;
-    let last = rows.len() < count_max;
-    Ok((rows, last.then_some(next)))
+    let touches = touched::following(db, (g, node), until, count_max)?;
+    let last = touches.len() < count_max;
+    Ok((touches, last.then_some(next)))
 }
 
 /// Plans the end of ticks and acts between which nothing begins or ends any more; returns how far
@@ -233,12 +223,11 @@ fn forget_times(
     let to = end(&ticks).min(end(&acts));
     let is_useless = |plan: &Plan<'_>, (g, next): (Generation, Option<Generation>)| {
         let Some(next) = next.filter(|next| g <= to && *next <= sweep.until) else {
-            return Ok(false);
+            return Ok::<_, rusqlite::Error>(false);
         };
-        plan.db()
-            .prepare_cached("SELECT 1 FROM touched WHERE g >= ?1 AND g < ?2 LIMIT 1")?
-            .exists(params![g, next])
-            .map(|touched| !touched)
+        let before = Generation(g.0.saturating_sub(1));
+        let used = touched::next(plan.db(), before)?.is_some_and(|at| at < next);
+        Ok(!used)
     };
     for tick in ticks {
         if is_useless(plan, tick)? {

@@ -6,7 +6,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::query::time_of;
 use super::super::schema::Time;
-use super::super::{Change, ForgetChange, UndoRow};
+use super::super::{Change, ForgetChange, UndoRow, touched};
 use super::{Sweep, SweepStep};
 use crate::types::{ContentId, EntryName, Generation, NodeId};
 
@@ -138,10 +138,13 @@ impl<'c> Plan<'c> {
         let last: Option<(Generation, i64)> = self
             .db
             .prepare_cached(
-                "SELECT died, coalesce(btime, mtime) FROM node_h WHERE id = ?1 \
+                "SELECT died, mtime, btime FROM node_h WHERE id = ?1 \
                  ORDER BY died DESC LIMIT 1",
             )?
-            .query_row(params![node], |row| Ok((row.get(0)?, row.get::<_, Time>(1)?.0.as_nanos())))
+            .query_row(params![node], |row| {
+                let mtime = row.get::<_, Time>(1)?.0;
+                Ok((row.get(0)?, Time::read_beside(row, 2, mtime)?.as_nanos()))
+            })
             .optional()?;
         let Some((died, birth)) = last.filter(|(died, _)| *died >= since) else {
             return Ok(None);
@@ -283,11 +286,7 @@ impl<'c> Plan<'c> {
         }
         let mut missing = Vec::new();
         for &end in ends {
-            let known = self
-                .db
-                .prepare_cached("SELECT 1 FROM touched WHERE g = ?1 AND node = ?2")?
-                .exists(params![end, node])?;
-            if !known {
+            if !touched::has(self.db, (end, node))? {
                 missing.push(end);
             }
         }

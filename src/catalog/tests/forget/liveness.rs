@@ -198,7 +198,8 @@ fn check_times(db: &Connection, horizon: Generation, points: &BTreeSet<Generatio
          SELECT born, node FROM entry_h UNION SELECT died, node FROM entry_h",
         pair,
     );
-    let touched: BTreeSet<(Generation, i64)> = rows(db, "SELECT g, node FROM touched", pair);
+    let touched = touched::all(db).unwrap().into_iter().map(|(g, node)| (g, node.0 as i64));
+    let touched: BTreeSet<(Generation, i64)> = touched.collect();
     let known = |all: &BTreeSet<(Generation, i64)>| -> BTreeSet<_> {
         all.iter().copied().filter(|(g, _)| *g <= horizon).collect()
     };
