@@ -177,8 +177,14 @@ pub(super) fn write(
     let mut insert = db.prepare_cached(
         "INSERT OR REPLACE INTO digest(content, hash) SELECT id, ?2 FROM content WHERE id = ?1",
     )?;
+    let mut same = db.prepare_cached("SELECT id FROM content WHERE same = ?1")?;
     for (content, digest) in digests {
         insert.execute(params![content, digest])?;
+        // What has its bytes had a digest of its own as long as this one had none.
+        let others = same.query_map(params![content], |row| row.get(0))?;
+        for other in others.collect::<rusqlite::Result<Vec<ContentId>>>()? {
+            forget_implied(db, other)?;
+        }
     }
     Ok(())
 }

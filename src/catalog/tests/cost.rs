@@ -173,6 +173,21 @@ fn a_digest_that_follows_from_where_the_bytes_lie_is_not_stored() {
     let db = rusqlite::Connection::open(&scratch.files[0]).unwrap();
     let stored = "SELECT group_concat(content) FROM digest";
     assert_eq!(db.query_row(stored, [], |row| row.get::<_, String>(0)).unwrap(), "8");
+    // One that has the bytes of a live file, which is digested later.
+    catalog.push(create(1, "live", same_sized(10, 10))).unwrap();
+    catalog.push(vec![content_add(10, 10)]).unwrap();
+    catalog.push(create(1, "11", same_sized(11, 11))).unwrap();
+    let said = |id, said| Change::DigestAdd { content: ContentId(id), digest: digest(said) };
+    catalog.push(vec![content_add(11, 11), said(11, 4)]).unwrap();
+    let (id, to) = (ContentId(11), ContentId(10));
+    catalog.push(vec![Change::ContentPreserved { id, cloned: false }]).unwrap();
+    catalog.push(vec![Change::Pack(PackChange::ContentSame { id, to })]).unwrap();
+    catalog.flush(Durability::Written).unwrap();
+    assert_eq!(db.query_row(stored, [], |row| row.get::<_, String>(0)).unwrap(), "8,11");
+    catalog.push(vec![said(10, 4)]).unwrap();
+    catalog.flush(Durability::Written).unwrap();
+    assert_eq!(db.query_row(stored, [], |row| row.get::<_, String>(0)).unwrap(), "8,10");
+    assert_eq!(catalog.digest(id).unwrap(), Some(digest(4)));
     assert_eq!(catalog.packed_like(&digest(7), 100).unwrap(), Some(ContentId(7)));
     assert_eq!(catalog.packed_like(&digest(3), 100).unwrap(), Some(ContentId(8)));
     assert_eq!(catalog.packed_like(&digest(8), 100).unwrap(), Some(ContentId(8)));
