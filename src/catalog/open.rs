@@ -233,7 +233,8 @@ impl Catalog {
         let Some((mut head, _, tick)) = first else {
             return Err(Error::NoStore("no replica has a catalog".into()));
         };
-        if !clean {
+        // A catalog without a batch is that of a store which was never in use: its ids are small.
+        if !clean && head.head.sequence > 0 {
             head.next.node += SKIPPED_IDS;
             head.next.content += SKIPPED_IDS;
             head.next.snapshot += 1;
