@@ -538,6 +538,8 @@ struct Shared {
     snapshots: Mutex<()>,
     /// Replicas that failed, and why.
     failures: Mutex<Vec<(ReplicaId, String)>>,
+    /// The heads of the catalogs that were closed.
+    ended: Mutex<ReplicaMap<Option<Head>>>,
     read_only: bool,
     /// Counts changes of what is visible of history, and of where it lies.
     epoch: AtomicU64,

@@ -479,10 +479,12 @@ impl Store {
         // First all data of all replicas, then the first mark: a mark never outruns its data.
         let mut heads = Vec::new();
         let mut failure = None;
-        for (index, member) in members.iter().enumerate().filter(|(_, member)| !member.stale) {
+        for (id, member) in ReplicaId::all().zip(&*members).filter(|(_, member)| !member.stale) {
             let synced = member.site.backing.sync_all().context("make durable", &member.site.path);
-            match synced.and_then(|()| Catalog::inspect(&member.catalog_file())) {
-                Ok(head) => heads.push((index, head)),
+            let closed = self.catalog.closed_head(id);
+            let head = || closed.map_or_else(|| Catalog::inspect(&member.catalog_file()), Ok);
+            match synced.and_then(|()| head()) {
+                Ok(head) => heads.push((id.index(), head)),
                 Err(error) => {
                     log::error!("{}: {error}", member.site.path.display());
                     failure = Some(error);

@@ -306,27 +306,33 @@ impl Catalog {
                     // It is as it was: the room is what is missing, most likely.
                     log::info!("the catalog of replica {} is not tightened: {error}", id.index());
                 }
-                let head = read_head_only(&writer.db);
+                let head = read_head_only(&writer.db)?;
                 writer.with_sums(|sums| sums.note(true));
                 finish(writer.db)?;
                 // Torn, lost or not written they say nothing.
-                if let (Some(mut sums), Ok(head)) = (writer.sums, head)
+                if let Some(mut sums) = writer.sums
                     && let Err(error) = sums.settle().and_then(|()| sums.leave(&head.chain))
                 {
                     log::info!("the sums of a catalog's pages are not kept: {error}");
                 }
-                Ok::<(), rusqlite::Error>(())
+                Ok::<_, rusqlite::Error>(head)
             });
             turns.push((id, turn));
         }
         for (id, turn) in turns {
             match self.shared.lanes.wait(id, turn) {
-                Some(Ok(())) => {}
+                Some(Ok(head)) => self.shared.ended.lock()[id] = Some(head),
                 Some(Err(error)) => self.shared.detach(id, Some(error.to_string())),
                 None => self.shared.detach(id, Some("it does not answer".into())),
             }
         }
         flushed
+    }
+
+    /// The head that a replica's catalog was closed with, if that went well. To read it from the
+    /// file would leave files of SQLite's beside it.
+    pub fn closed_head(&self, replica: ReplicaId) -> Option<Head> {
+        self.shared.ended.lock()[replica].clone()
     }
 
     /// A new node id.
@@ -400,6 +406,7 @@ fn new_shared(
         xattrs: Interned::new(),
         snapshots: Mutex::new(()),
         failures: Mutex::new(Vec::new()),
+        ended: Mutex::new(ReplicaMap::for_all(|_| None)),
         read_only,
         epoch: AtomicU64::new(0),
         snapshot_changes: AtomicU64::new(0),
