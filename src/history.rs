@@ -327,6 +327,22 @@ impl History {
     }
 }
 
+/// Removes the shards of `preserved/` in which nothing waits: of a small store they would be most
+/// of what history takes. They are made again when they are needed, so nothing has to be durable
+/// here; to be called when nobody preserves or packs any more.
+pub fn remove_empty_shards(replicas: &ReplicaSet) -> Result<()> {
+    for shard in preserved_shards(replicas)? {
+        let path = PrivateDir::Preserved(shard).path();
+        let Some((above, name)) = path.split_last() else { continue };
+        replicas.apply("remove", |_, b| {
+            // One that is not empty stays, and any other that does not go is no harm.
+            let _ = b.open_dir(&above).and_then(|above| b.rmdir(&above, &name));
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// The shards of `preserved/` that there are.
 fn preserved_shards(replicas: &ReplicaSet) -> Result<Vec<u8>> {
     let Some((above, _)) = PrivateDir::Preserved(0).path().split_last() else {

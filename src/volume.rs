@@ -44,7 +44,7 @@ use rustix::io::Errno;
 use crate::catalog::{Catalog, Durability, Snapshot, Totals};
 use crate::error::{Error, Result};
 use crate::excludes::{META_KEY, Patterns};
-use crate::history::History;
+use crate::history::{self, History};
 use crate::replica::backing::{Creds, Space};
 use crate::replica::guarded::CALL_TIMEOUT;
 use crate::replica::{Fault, Handles, Health, ReplicaSet};
@@ -277,6 +277,7 @@ impl Volume {
         }
         self.settle()?;
         self.checkpoint()?;
+        history::remove_empty_shards(self.replicas())?;
         self.catalog().close()?;
         self.store.close()
     }
