@@ -293,8 +293,17 @@ fn connect_plainly(place: Place, file: &Path, for_use: Use) -> Result<Db> {
     Ok(db)
 }
 
-/// Adds what the versions after `format` have, in one transaction.
+/// Adds what the versions after `format` have. An index is sorted in a file: in memory, one of
+/// ten million rows would take half a gigabyte. Where there is no room for the file, it does.
 fn upgrade(db: &mut Connection, format: i32) -> rusqlite::Result<()> {
+    db.execute_batch("PRAGMA temp_store = FILE")?;
+    let upgraded = upgrade_at_once(db, format);
+    db.execute_batch("PRAGMA temp_store = MEMORY")?;
+    upgraded.or_else(|_| upgrade_at_once(db, format))
+}
+
+/// In one transaction: if we die before its end, the catalog is of the version that it was.
+fn upgrade_at_once(db: &mut Connection, format: i32) -> rusqlite::Result<()> {
     let transaction = db.transaction()?;
     add_tables(&transaction, format, FORMAT)?;
     transaction.execute_batch(&format!("PRAGMA user_version = {FORMAT}"))?;
