@@ -333,7 +333,8 @@ impl Volume {
     }
 
     /// [`Volume::settle`] and names that generation. What it shows is durable on every replica in
-    /// use when this returns.
+    /// use when this returns: files and catalogs at one time. If we die between the two, the intent
+    /// log still has what was dirtied, as after every commit.
     pub fn create_snapshot(
         &self,
         name: &str,
@@ -341,9 +342,11 @@ impl Volume {
         tags: &[String],
     ) -> Result<Snapshot> {
         let at = self.settle()?;
-        let snapshot = self.catalog().create_snapshot(name, at, automatic, tags)?;
-        self.checkpoint()?;
-        Ok(snapshot)
+        let files = self.replicas().begin_sync_all();
+        let snapshot = self.catalog().create_snapshot(name, at, automatic, tags);
+        files.wait()?;
+        self.barrier()?;
+        snapshot
     }
 
     /// State of the replicas and totals.

@@ -6,7 +6,6 @@ use std::sync::atomic::Ordering;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::query::time_of;
 use super::retain::visible;
 use super::schema::{Time, read_head};
 use super::{Catalog, Change, Durability, ForgetChange, Snapshot};
@@ -68,6 +67,16 @@ impl Catalog {
         })
     }
 
+    /// The snapshot of this id.
+    pub fn snapshot_of(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
+        self.settle_snapshots()?;
+        self.shared.read(|db| {
+            db.prepare_cached(&format!("SELECT {COLUMNS} FROM snapshot WHERE id = ?1"))?
+                .query_row(params![id], snapshot_row)
+                .optional()
+        })
+    }
+
     /// The newest snapshot.
     pub fn latest_snapshot(&self) -> Result<Option<Snapshot>> {
         self.settle_snapshots()?;
@@ -88,8 +97,8 @@ impl Catalog {
         })
     }
 
-    /// Names the generation `at`. `Refused` for a name that is taken or not allowed. Committed
-    /// (`Written`) when it returns.
+    /// Names the generation `at`. `Refused` for a name that is taken or not allowed. Durable when it
+    /// returns, by one commit with all that was pushed before.
     pub fn create_snapshot(
         &self,
         name: &str,
@@ -101,23 +110,25 @@ impl Catalog {
         let _names = self.shared.snapshots.lock();
         self.check_free(name)?;
         let newest = self.generation();
-        let at = self.settled(at)?;
+        // What is not committed yet is frozen, and goes with the snapshot's own commit.
+        let at = if at <= self.committed().0 { at } else { at.min(self.freeze()) };
         self.settle_late()?;
-        // What became invisible since the caller chose it does not become visible again.
+        // What became invisible since the caller chose it does not become visible again. What is
+        // visible below the horizon was committed with it, or before.
         let generation = self.shared.read_at_once(|db| visible(db, at))?;
         let now = (self.shared.now)();
         // The newest tree is the tree of now, however long ago its last change was.
         let time = if generation >= newest {
             now.max(self.shared.waiting.queue.lock().clock.last())
         } else {
-            self.shared.read(|db| time_of(db, generation))?
+            self.time_of(generation)?
         };
         let id = self.next_snapshot();
         let held = false;
         let tags = tags.to_vec();
         let name = name.into();
         let snapshot = Snapshot { id, name, generation, time, automatic, held, tags };
-        self.put_snapshot(snapshot)
+        self.put_snapshot(snapshot, Durability::Durable)
     }
 
     /// Forgets a snapshot. `NotFound` names the nearest names; `InUse` if it is held.
@@ -167,7 +178,7 @@ impl Catalog {
             return Ok(snapshot);
         }
         self.check_free(to)?;
-        self.put_snapshot(Snapshot { name: to.into(), ..snapshot })
+        self.put_snapshot(Snapshot { name: to.into(), ..snapshot }, Durability::Written)
     }
 
     /// Holds or releases a snapshot.
@@ -177,7 +188,7 @@ impl Catalog {
         if snapshot.held == held {
             return Ok(snapshot);
         }
-        self.put_snapshot(Snapshot { held, ..snapshot })
+        self.put_snapshot(Snapshot { held, ..snapshot }, Durability::Written)
     }
 
     /// The gap that a snapshot leaves, unless its generation is visible without it.
@@ -219,9 +230,9 @@ impl Catalog {
         })
     }
 
-    fn put_snapshot(&self, snapshot: Snapshot) -> Result<Snapshot> {
+    fn put_snapshot(&self, snapshot: Snapshot, durability: Durability) -> Result<Snapshot> {
         self.push(vec![Change::SnapshotPut(snapshot.clone())])?;
-        self.flush(Durability::Written)?;
+        self.flush(durability)?;
         Ok(snapshot)
     }
 

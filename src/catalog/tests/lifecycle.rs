@@ -286,3 +286,35 @@ fn lookups_never_miss_an_entry_while_batches_are_committed() {
     stop.store(true, Ordering::Relaxed);
     reader.join().unwrap();
 }
+
+#[test]
+fn a_snapshot_is_durable_by_one_commit_with_what_was_pushed_before_it() {
+    let scratch = Scratch::new(2);
+    let catalog = scratch.open_rooted();
+    let created = |round: u64| {
+        catalog.flush(Durability::Durable).unwrap();
+        let (_, before) = catalog.committed();
+        catalog.push(create(1, &format!("f{round}"), file(2 + round, 1))).unwrap();
+        let at = catalog.freeze();
+        let snapshot = catalog.create_snapshot(&format!("s{round}"), at, false, &[]).unwrap();
+        assert_eq!(snapshot.generation, at);
+        let durable = catalog.shared.waiting.queue.lock().durable;
+        assert_eq!(durable, catalog.generation());
+        catalog.committed().1 - before
+    };
+    // Where the machine is busy, a commit that nobody asked for may come between.
+    assert!((0..50).any(|round| created(round) == 1));
+}
+
+#[test]
+fn a_snapshot_is_found_by_its_id_under_each_of_its_names() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    let made = catalog.create_snapshot("one", catalog.freeze(), false, &[]).unwrap();
+    assert_eq!(catalog.snapshot_of(made.id).unwrap(), Some(made.clone()));
+    catalog.rename_snapshot("one", "two").unwrap();
+    let renamed = catalog.snapshot_of(made.id).unwrap().unwrap();
+    assert_eq!(renamed.name, "two");
+    catalog.delete_snapshot("two").unwrap();
+    assert_eq!(catalog.snapshot_of(made.id).unwrap(), None);
+}
