@@ -94,23 +94,15 @@ impl Past {
         Ok(self.known_entry(ino, row, 1, false))
     }
 
-    /// The snapshot of this id. It is remembered as of the epoch at which it was asked for, and by
-    /// its name then: to find it again is at most one indexed query and not a walk over all.
+    /// The snapshot of this id, remembered as of the epoch at which it was asked for.
     pub(super) fn snapshot_by_id(&self, id: SnapshotId) -> Result<Option<Snapshot>> {
         let epoch = self.catalog().snapshot_epoch();
-        let known = self.tables.lock().snapshots.get(&id).cloned();
-        if let Some((at, snapshot)) = known {
-            if at == epoch {
-                return Ok(Some(snapshot));
-            }
-            if let Some(snapshot) = self.catalog().snapshot(&snapshot.name)?
-                && snapshot.id == id
-            {
-                self.remember(epoch, &snapshot);
-                return Ok(Some(snapshot));
-            }
+        if let Some((at, snapshot)) = self.tables.lock().snapshots.get(&id)
+            && *at == epoch
+        {
+            return Ok(Some(snapshot.clone()));
         }
-        let found = self.catalog().snapshots()?.iter().find(|snapshot| snapshot.id == id).cloned();
+        let found = self.catalog().snapshot_of(id)?;
         match &found {
             Some(snapshot) => self.remember(epoch, snapshot),
             None => drop(self.tables.lock().snapshots.pop(&id)),
