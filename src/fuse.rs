@@ -29,8 +29,8 @@ use crate::volume::{Changes, Newborn};
 pub use session::{ServeOptions, Session, serve};
 
 use convert::{
-    TTL_MOUNTED, answer_empty, answer_entry, answer_xattr, attr, caller, errno, file_type, name,
-    negative, plus_max, set_time, ttl,
+    answer_empty, answer_entry, answer_lookup, answer_xattr, attr, caller, errno, file_type, name,
+    plus_max, set_time, ttl,
 };
 
 /// Requests the kernel may have under way in the background; more than its default of 12, above
@@ -77,11 +77,9 @@ impl fuser::Filesystem for Fuse {
     fn destroy(&mut self) {}
 
     fn lookup(&self, _req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEntry) {
-        guarded(|| match name(entry).and_then(|entry| self.fs.lookup(parent.0, &entry)) {
-            Err(error) if error.is(rustix::io::Errno::NOENT) && !Past::owns(parent.0) => {
-                reply.entry(&TTL_MOUNTED, &negative(), Generation(0));
-            }
-            found => answer_entry(reply, found),
+        guarded(|| {
+            let found = name(entry).and_then(|entry| self.fs.lookup(parent.0, &entry));
+            answer_lookup(reply, parent, found);
         });
     }
 

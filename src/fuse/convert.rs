@@ -12,6 +12,7 @@ use fuser::{
 use crate::error::{Error, Result};
 use crate::fs::{Found, Keep};
 use crate::past::Past;
+use crate::past::ino::is_settled;
 use crate::replica::backing::{Creds, SetTime, Stat};
 use crate::types::{EntryName, Kind, Timestamp};
 use crate::volume::Caller;
@@ -19,7 +20,7 @@ use crate::volume::Caller;
 /// The kernel keeps what cannot change for this long: longer than any mount.
 const TTL_ALWAYS: Duration = Duration::from_secs(10 * 365 * 86400);
 /// The live tree changes through this mount only, and the kernel notes its own changes.
-pub(super) const TTL_MOUNTED: Duration = Duration::from_secs(86400);
+const TTL_MOUNTED: Duration = Duration::from_secs(86400);
 
 /// Entries with attributes in the first answer of a past directory's listing: each costs queries,
 /// which a mere `ls` has no use for.
@@ -97,7 +98,7 @@ pub(super) fn attr(stat: &Stat) -> FileAttr {
 }
 
 /// The kernel keeps this as "there is no such name".
-pub(super) fn negative() -> FileAttr {
+fn negative() -> FileAttr {
     let zero = Timestamp::default();
     let mut attr = attr(&Stat {
         kind: Kind::File,
@@ -134,7 +135,22 @@ pub(super) fn set_time(time: Option<TimeOrNow>) -> Option<SetTime> {
     })
 }
 
-/// Answers a lookup or a birth.
+/// Answers a lookup. That there is no such name is kept as well, where it can be.
+pub(super) fn answer_lookup(reply: ReplyEntry, parent: INodeNo, found: Result<Found>) {
+    let keep = match (Past::owns(parent.0), is_settled(parent.0)) {
+        (false, _) => Keep::WhileMounted,
+        (true, true) => Keep::Always,
+        (true, false) => Keep::Never,
+    };
+    match found {
+        Err(error) if error.is(rustix::io::Errno::NOENT) && keep != Keep::Never => {
+            reply.entry(&ttl(keep), &negative(), Generation(0));
+        }
+        found => answer_entry(reply, found),
+    }
+}
+
+/// Answers with an object, or an error.
 pub(super) fn answer_entry(reply: ReplyEntry, found: Result<Found>) {
     match found {
         Ok(found) => {

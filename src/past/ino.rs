@@ -57,6 +57,12 @@ pub fn is_past(ino: u64) -> bool {
     ino >> 62 != 0
 }
 
+/// Whether the directory `ino` shows one generation: what it has in it, and what not, is so for
+/// ever.
+pub fn is_settled(ino: u64) -> bool {
+    matches!(Target::decode(ino), Some(Target::Object { .. }))
+}
+
 impl Target {
     /// What `ino` means; `None` for a live node's number and for bits that no number of ours has.
     pub fn decode(ino: u64) -> Option<Target> {
@@ -124,6 +130,8 @@ mod tests {
             assert_eq!(Target::decode(target.encode()), Some(target));
             assert!(is_past(target.encode()));
         }
+        assert!(is_settled(Target::Object { slot: last, node: dir }.encode()));
+        assert!(!is_settled(Target::Snapshots(dir).encode()) && !is_settled(dir.0));
         assert!(!is_past(dir.0) && Target::decode(dir.0).is_none());
         assert!(!is_past(UNKNOWN));
     }
