@@ -31,6 +31,10 @@ mod signals;
 /// Threads that serve the kernel, unless asked for: more wait for each other on small machines.
 const THREADS_DEFAULT_MAX: usize = 8;
 
+/// Pools of memory that the threads share. A list of a hundred thousand snapshots takes 20 MiB of
+/// one, and whoever asks next may be answered from another.
+const MEMORY_POOLS: u16 = 4;
+
 /// What is to be mounted where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountPlan {
@@ -57,6 +61,7 @@ pub fn serve(
 ) -> Result<()> {
     log_panics();
     raise_descriptor_limit();
+    crate::sys::limit_memory_pools(MEMORY_POOLS);
     let signals = SignalWatch::start()?;
     device::check(&plan.options)?;
     let place = mountpoint::prepare(&plan.mountpoint, &plan.backings, plan.options.nonempty)?;

@@ -154,6 +154,16 @@ pub fn raise_nofile_limit() -> u64 {
     limit.maximum.unwrap_or(u64::MAX)
 }
 
+/// Has all threads take memory from so many pools at most. By default there are eight for each
+/// processor, and each keeps what its largest answer ever needed.
+pub fn limit_memory_pools(pools: u16) {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the call sets a number of the allocator's own, under its own lock.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, libc::c_int::from(pools));
+    }
+}
+
 /// Makes this thread the last one to get the processor, and with it, unless told otherwise, the
 /// disks (`setpriority(2)`, `ioprio_set(2)`: the I/O priority follows the nice value).
 pub fn be_idle() {
