@@ -115,10 +115,11 @@ impl Volume {
         self.tidy_history().map(|_| ())
     }
 
-    /// Sweeps, and removes packs that nobody uses: what frees space and needs none.
-    pub(super) fn free_unused(&self) -> Result<()> {
-        self.sweep(None, &|| Ok(()))?;
-        self.packer(&|_| Ok(())).repack(0)?;
+    /// Sweeps, and removes packs that nobody uses: what frees space and needs none. `stop` fails
+    /// when it is to end early.
+    pub(super) fn free_unused(&self, stop: &(dyn Fn() -> Result<()> + Sync)) -> Result<()> {
+        self.sweep(None, stop)?;
+        self.packer(&|_| stop()).repack(0)?;
         Ok(())
     }
 

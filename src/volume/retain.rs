@@ -249,7 +249,7 @@ impl Volume {
                 return Ok(());
             }
             self.space.lock().warning = Some(format!("{short}: the oldest history yields"));
-            self.free_unused()?;
+            self.free_unused(&|| self.check_stop())?;
         }
     }
 
@@ -373,7 +373,7 @@ impl Volume {
                 self.note_refusal(bytes, &policy);
                 return Err(Errno::NOSPC.into());
             }
-            self.free_unused()?;
+            self.free_unused(&|| Ok(()))?;
         }
     }
 
