@@ -35,7 +35,7 @@ pub mod service;
 /// The socket's name in `.rearview`.
 pub const SOCKET_NAME: &str = "control.sock";
 /// The protocol's version; both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 /// The longest request: a path and a few names.
 pub const REQUEST_BYTES_MAX: u32 = 64 * 1024;
 /// The longest response: a diff of some million paths.
@@ -103,6 +103,8 @@ pub enum Request {
     Log {
         /// Root-relative.
         path: PathText,
+        /// Of versions that more snapshots show than so many, only the first and the last are told.
+        names_max: Option<usize>,
     },
     /// The differences between two moments.
     Diff {
@@ -351,17 +353,17 @@ struct Version {
 
 /// Writes one frame.
 pub fn write_frame<T: Serialize>(to: &mut impl Write, body: &T, bytes_max: u32) -> Result<()> {
-    let json = serde_json::to_vec(&Envelope { version: PROTOCOL_VERSION, body })
+    let mut frame = vec![0; 4];
+    serde_json::to_writer(&mut frame, &Envelope { version: PROTOCOL_VERSION, body })
         .map_err(|error| Error::Refused(format!("cannot write the message: {error}")))?;
-    let length = u32::try_from(json.len()).ok().filter(|length| *length <= bytes_max);
+    let bytes = frame.len() - 4;
+    let length = u32::try_from(bytes).ok().filter(|length| *length <= bytes_max);
     let Some(length) = length else {
         return Err(Error::Refused(format!(
-            "the message of {} bytes is longer than the control socket carries; ask for less",
-            json.len()
+            "the message of {bytes} bytes is longer than the control socket carries; ask for less"
         )));
     };
-    let mut frame = length.to_le_bytes().to_vec();
-    frame.extend_from_slice(&json);
+    frame[..4].copy_from_slice(&length.to_le_bytes());
     to.write_all(&frame).and_then(|()| to.flush()).context("write to", socket_label())
 }
 
@@ -407,7 +409,7 @@ mod tests {
 
     #[test]
     fn a_request_survives_the_frame() {
-        let request = Request::Log { path: PathText::new(b"a\xff\n/b") };
+        let request = Request::Log { path: PathText::new(b"a\xff\n/b"), names_max: Some(8) };
         let mut bytes = Vec::new();
         write_frame(&mut bytes, &request, REQUEST_BYTES_MAX).unwrap();
         let back: Request = read_frame(&mut bytes.as_slice(), REQUEST_BYTES_MAX).unwrap();
@@ -456,7 +458,7 @@ mod tests {
             let since = MomentText::new("yesterday");
             let who = Who::Command("tar".into());
             let requests = [
-                Request::Log { path: path.clone() },
+                Request::Log { path: path.clone(), names_max: None },
                 Request::UndoPlan { path, who, since, force: true },
             ];
             for request in requests {

@@ -17,7 +17,10 @@ use crate::types::{Generation, Kind, RelPath, Timestamp, escape};
 use crate::volume::{Extent, Progressing};
 use condition::{AffectedReport, LagReport};
 
+pub use list::{SnapshotLine, SnapshotList, SnapshotsReport};
+
 pub mod condition;
+mod list;
 pub mod log;
 pub mod lost;
 pub mod prune;
@@ -483,61 +486,6 @@ pub fn snapshots(catalog: &Catalog, time: Duration) -> Result<SnapshotList> {
         })
         .collect::<Result<Vec<_>>>()?;
     Ok(SnapshotList::new(&snapshots, freed, catalog.totals()?))
-}
-
-/// Snapshots with the totals of the store. There may be a hundred thousand: this is how the control
-/// socket carries them, with neither names of fields nor times as text.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotList {
-    /// Oldest first.
-    pub lines: Vec<SnapshotLine>,
-    /// Sums over the catalog.
-    pub totals: Totals,
-}
-
-/// One of many snapshots: its name, its moment as time and generation, whether it is automatic and
-/// held, what deleting it alone would free, its tags.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotLine(
-    pub String,
-    pub Timestamp,
-    pub Generation,
-    pub bool,
-    pub bool,
-    pub Option<u64>,
-    pub Vec<String>,
-);
-
-impl SnapshotList {
-    /// Snapshots with what deleting each would free.
-    pub fn new(snapshots: &[Snapshot], freed: Vec<Option<u64>>, totals: Totals) -> SnapshotList {
-        let line = |(snapshot, freed): (&Snapshot, Option<u64>)| {
-            let Snapshot { name, time, generation, automatic, held, tags, .. } = snapshot.clone();
-            SnapshotLine(name, time, generation, automatic, held, freed, tags)
-        };
-        SnapshotList { lines: snapshots.iter().zip(freed).map(line).collect(), totals }
-    }
-}
-
-/// [`SnapshotList`] for scripts.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct SnapshotsReport {
-    /// Oldest first.
-    pub snapshots: Vec<SnapshotReport>,
-    /// Sums over the catalog.
-    pub totals: Totals,
-}
-
-impl From<SnapshotList> for SnapshotsReport {
-    fn from(list: SnapshotList) -> SnapshotsReport {
-        let report = |line| {
-            let SnapshotLine(name, time, generation, automatic, held, freed_bytes, tags) = line;
-            let (time, generation) = (time_text(time), generation.0);
-            SnapshotReport { name, time, generation, automatic, held, freed_bytes, tags }
-        };
-        let snapshots = list.lines.into_iter().map(report).collect();
-        SnapshotsReport { snapshots, totals: list.totals }
-    }
 }
 
 #[cfg(test)]

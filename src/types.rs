@@ -309,6 +309,9 @@ impl rusqlite::types::FromSql for EntryName {
 
 /// Makes bytes printable: valid, printable UTF-8 as it is, all else as `\n`, `\t` or `\xNN`.
 pub fn escape(bytes: &[u8]) -> String {
+    if bytes.iter().all(|byte| is_plain(*byte)) {
+        return String::from_utf8_lossy(bytes).into_owned();
+    }
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
         for c in chunk.valid().chars() {
@@ -333,11 +336,27 @@ pub fn escape(bytes: &[u8]) -> String {
     text
 }
 
+/// [`escape`] of what is nearly always plain text.
+pub fn escape_text(text: &str) -> std::borrow::Cow<'_, str> {
+    match text.bytes().all(is_plain) {
+        true => text.into(),
+        false => escape(text.as_bytes()).into(),
+    }
+}
+
+/// Whether a byte stands for itself in [`escape`], whatever is beside it.
+fn is_plain(byte: u8) -> bool {
+    matches!(byte, b' '..=b'~') && byte != b'\\'
+}
+
 /// The last door before a terminal, behind [`escape`]: text that is made for people, with what no
 /// such text has, control characters other than tabs and the ends of lines, written as `\xNN`.
 pub fn printable(text: &str) -> std::borrow::Cow<'_, str> {
     let harmless = |c: char| matches!(c, '\n' | '\t') || !(c.is_control() || is_format_control(c));
-    if text.chars().all(harmless) {
+    // First what is quick to see of many lines.
+    if text.bytes().all(|byte| matches!(byte, b'\n' | b'\t' | b' '..=b'~'))
+        || text.chars().all(harmless)
+    {
         return text.into();
     }
     let mut shown = String::with_capacity(text.len() + 16);

@@ -252,7 +252,7 @@ fn requests() -> Vec<Request> {
         Request::Purge { paths: vec![path("d")], dry_run: true, even_held: true },
     ];
     for text in ["", "a", "a/f1", "d/s4", "d/linked"] {
-        all.push(Request::Log { path: path(text) });
+        all.push(Request::Log { path: path(text), names_max: None });
     }
     for (a, b) in [("one", "two"), ("one", "now"), ("latest", "2h")] {
         all.push(Request::Diff { a: moment(a), b: moment(b), path: path("") });

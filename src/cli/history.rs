@@ -11,7 +11,7 @@ use crate::control::{Request, Response};
 use crate::error::{Error, Result};
 use crate::report::log::{Event, LogEntry, LogReport};
 use crate::report::{self, DiffReport, MomentText, PathText};
-use crate::types::{Kind, escape};
+use crate::types::{Kind, escape_text};
 
 /// Snapshots of one version that the log names; `--json` names all.
 const SNAPSHOTS_SHOWN_MAX: usize = 8;
@@ -19,9 +19,10 @@ const SNAPSHOTS_SHOWN_MAX: usize = 8;
 /// `rearview log`
 pub fn log(args: &LogArgs) -> Result<Exit> {
     let located = locate(&args.path)?;
-    let request = Request::Log { path: PathText::from(&located.path) };
+    let names_max = (!args.json).then_some(SNAPSHOTS_SHOWN_MAX);
+    let request = Request::Log { path: PathText::from(&located.path), names_max };
     let response = located.ask_or_look(&request, |catalog| {
-        Ok(Response::Log(report::log::log(catalog, &located.path)?))
+        Ok(Response::Log(report::log::log(catalog, &located.path, names_max)?))
     })?;
     let Response::Log(mut report) = response else { return Err(unexpected()) };
     let users = Users::read();
@@ -63,7 +64,7 @@ fn log_row(report: &LogReport, entry: &LogEntry, users: &Users) -> Vec<String> {
         remarks.push(format!("as {}", entry.path.shown()));
     }
     if !entry.snapshots.is_empty() {
-        remarks.push(format!("[{}]", snapshot_names(&entry.snapshots)));
+        remarks.push(format!("[{}]", snapshot_names(entry)));
     }
     vec![
         text::local_time(&entry.time),
@@ -77,14 +78,12 @@ fn log_row(report: &LogReport, entry: &LogEntry, users: &Users) -> Vec<String> {
 }
 
 /// All names of a few; of many the first, how many follow, and the last.
-fn snapshot_names(names: &[String]) -> String {
-    let shown = |name: &String| escape(name.as_bytes());
-    match names {
-        [first, between @ .., last] if names.len() > SNAPSHOTS_SHOWN_MAX => {
-            format!("{}, {} more, {}", shown(first), between.len(), shown(last))
-        }
-        _ => names.iter().map(shown).collect::<Vec<_>>().join(", "),
+fn snapshot_names(entry: &LogEntry) -> String {
+    let mut names: Vec<_> = entry.snapshots.iter().map(|name| escape_text(name)).collect();
+    if entry.snapshots_left_out > 0 {
+        names.insert(1, format!("{} more", entry.snapshots_left_out).into());
     }
+    names.join(", ")
 }
 
 fn event_word(event: Event) -> &'static str {

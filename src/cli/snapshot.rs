@@ -1,5 +1,6 @@
 //! `rearview snapshot …`
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -9,8 +10,10 @@ use super::locate::{Located, is_store_path, locate, unexpected};
 use super::{Exit, SnapshotCommand, text};
 use crate::control::{Request, Response};
 use crate::error::{Error, Result};
-use crate::report::{self, MomentText, SnapshotLine, SnapshotReport, SnapshotsReport};
-use crate::types::escape;
+use crate::report::{
+    self, MomentText, SnapshotLine, SnapshotList, SnapshotReport, SnapshotsReport,
+};
+use crate::types::{escape, escape_text};
 
 /// Does one of the commands on snapshots.
 pub fn run(command: SnapshotCommand) -> Result<Exit> {
@@ -183,7 +186,7 @@ fn list(path: &Path, json: bool) -> Result<Exit> {
         text::print_json(&SnapshotsReport::from(list))?;
         return Ok(Exit::Done);
     }
-    text::print(&table(&list.lines))?;
+    text::print(&table(&list))?;
     let totals = &list.totals;
     let (live, history) = (text::size(totals.live_bytes), text::size(totals.history_bytes()));
     text::print_line(&format!("live {live}, history {history}"))?;
@@ -194,35 +197,42 @@ fn list(path: &Path, json: bool) -> Result<Exit> {
 const LOOK_TIME: Duration = Duration::from_secs(10);
 
 /// The lines as [`text::table`] would make them, of which there may be a hundred thousand.
-fn table(lines: &[SnapshotLine]) -> String {
+fn table(list: &SnapshotList) -> String {
     let local = text::LocalTimes::new();
-    let shown = |line: &SnapshotLine| [escape(line.0.as_bytes()), text::tags(&line.6)];
     let mut widths = [0; 3];
-    for line in lines {
-        let [name, tags] = shown(line);
-        for (width, cell) in widths.iter_mut().zip([&name, marks(line), &tags]) {
+    let mut count = 0;
+    for line in list.lines() {
+        for (width, cell) in widths.iter_mut().zip(&cells(&line)) {
             *width = text::columns_of(cell).max(*width);
         }
+        count += 1;
     }
-    let mut text = String::with_capacity(lines.len() * 64);
-    for line in lines {
-        local.push(&mut text, line.1);
-        let [name, tags] = shown(line);
-        for (width, cell) in widths.iter().zip([&name, marks(line), &tags]) {
+    let mut text = String::with_capacity(count * (widths.iter().sum::<usize>() + 48));
+    for line in list.lines() {
+        local.push(&mut text, line.time);
+        for (width, cell) in widths.iter().zip(&cells(&line)) {
             text.push_str("  ");
             text.push_str(cell);
             text.extend(std::iter::repeat_n(' ', width - text::columns_of(cell)));
         }
         text.push_str("  ");
-        // What it alone holds; dots where that is not counted yet.
-        text.push_str(&line.5.map_or_else(|| "...".into(), text::size));
+        match line.freed {
+            Some(0) => text.push_str("0 B"),
+            Some(bytes) => text.push_str(&text::size(bytes)),
+            None => text.push_str("..."),
+        }
         text.push('\n');
     }
     text
 }
 
-fn marks(line: &SnapshotLine) -> &'static str {
-    match (line.4, line.3) {
+/// Name, marks and tags.
+fn cells<'a>(line: &SnapshotLine<'a>) -> [Cow<'a, str>; 3] {
+    [escape_text(line.name), marks(line).into(), text::tags(line.tags).into()]
+}
+
+fn marks(line: &SnapshotLine<'_>) -> &'static str {
+    match (line.held, line.automatic) {
         (true, true) => "held, automatic",
         (true, false) => "held",
         (false, true) => "automatic",

@@ -120,9 +120,31 @@ impl LocalTimes {
         };
         let civil = self.0.to_datetime(instant);
         let (date, clock) = (civil.date(), civil.time());
+        push_digits(text, i32::from(date.year()), 1000);
+        for (mark, part) in [
+            ('-', date.month()),
+            ('-', date.day()),
+            (' ', clock.hour()),
+            (':', clock.minute()),
+            (':', clock.second()),
+        ] {
+            text.push(mark);
+            push_digits(text, i32::from(part), 10);
+        }
+    }
+}
+
+/// Appends a number with as many digits as `place`, the first one's, has.
+fn push_digits(text: &mut String, number: i32, place: i32) {
+    if !(0..place * 10).contains(&number) {
         // Writing to a string cannot fail.
-        let _ = write!(text, "{:04}-{:02}-{:02} ", date.year(), date.month(), date.day());
-        let _ = write!(text, "{:02}:{:02}:{:02}", clock.hour(), clock.minute(), clock.second());
+        let _ = write!(text, "{number:04}");
+        return;
+    }
+    let mut place = place;
+    while place > 0 {
+        text.push(char::from(b'0' + (number / place % 10) as u8));
+        place /= 10;
     }
 }
 
@@ -216,6 +238,17 @@ mod tests {
         use crate::types::Kind;
         assert_eq!(mode(Kind::Dir, 0o1777), "drwxrwxrwt");
         assert_eq!(mode(Kind::File, 0o4640), "-rwSr-----");
+    }
+
+    #[test]
+    fn many_times_look_as_single_ones_do() {
+        let times = LocalTimes::new();
+        for secs in [-62_135_596_800 * 2, -1, 0, 1_700_000_123, 253_402_207_199, i64::MAX] {
+            let time = Timestamp { secs, nanos: 5 };
+            let mut text = String::new();
+            times.push(&mut text, time);
+            assert_eq!(text, local_time(&time_text(time)));
+        }
     }
 
     #[test]

@@ -177,7 +177,9 @@ impl Handler for Service {
                 let wanted = Wanted { policy, dry_run, allow_none, save };
                 Response::Pruned(prune(self.fs.volume(), wanted)?)
             }
-            Request::Log { path } => Response::Log(report::log::log(catalog, &rel_path(&path)?)?),
+            Request::Log { path, names_max } => {
+                Response::Log(report::log::log(catalog, &rel_path(&path)?, names_max)?)
+            }
             Request::Diff { a, b, path } => {
                 let path = rel_path(&path)?;
                 let (a, b) = (self.moment(&a)?, self.moment(&b)?);

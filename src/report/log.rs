@@ -69,6 +69,13 @@ pub struct LogEntry {
     pub by: Option<ByReport>,
     /// The snapshots that show this state.
     pub snapshots: Vec<String>,
+    /// How many of them, between the last two, are not told.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub snapshots_left_out: usize,
+}
+
+fn is_none(count: &usize) -> bool {
+    *count == 0
 }
 
 /// The history of a path, oldest first.
@@ -101,12 +108,14 @@ pub struct PurgeEntry {
     pub bytes: u64,
 }
 
-/// The history of `path`, which need not exist any more.
-pub fn log(catalog: &Catalog, path: &RelPath) -> Result<LogReport> {
-    let snapshots = catalog.snapshots()?;
+/// The history of `path`, which need not exist any more. Of versions that more than `names_max`
+/// snapshots show only the first and the last of these are told.
+pub fn log(catalog: &Catalog, path: &RelPath, names_max: Option<usize>) -> Result<LogReport> {
+    let snapshots = &*catalog.snapshots()?;
+    let shown = Shown { snapshots, names_max: names_max.unwrap_or(usize::MAX) };
     let mut entries = Vec::new();
     for span in spans(catalog, path)? {
-        entries.extend(lifetime(catalog, &span, &snapshots)?);
+        entries.extend(lifetime(catalog, &span, &shown)?);
     }
     let excluded = is_excluded(catalog, path)?;
     let purges = purges(catalog, path)?;
@@ -138,6 +147,29 @@ fn is_excluded(catalog: &Catalog, path: &RelPath) -> Result<bool> {
         parent = node;
     }
     Ok(excluded)
+}
+
+/// All snapshots, ordered by generation, and how many of them are told of one version.
+struct Shown<'a> {
+    snapshots: &'a [Snapshot],
+    names_max: usize,
+}
+
+impl Shown<'_> {
+    /// The names of those that show what was from one generation until another, and how many of
+    /// them are left out.
+    fn between(&self, from: Generation, until: Option<Generation>) -> (Vec<String>, usize) {
+        let count_before = |g: Generation| self.snapshots.partition_point(|s| s.generation < g);
+        let end = until.map_or(self.snapshots.len(), count_before);
+        let shown = &self.snapshots[count_before(from).min(end)..end];
+        let name = |snapshot: &Snapshot| snapshot.name.clone();
+        match shown {
+            [first, between @ .., last] if shown.len() > self.names_max => {
+                (vec![name(first), name(last)], between.len())
+            }
+            _ => (shown.iter().map(name).collect(), 0),
+        }
+    }
 }
 
 /// An interval in which one node had one name.
@@ -232,7 +264,7 @@ pub(super) fn nodes_of(catalog: &Catalog, path: &RelPath) -> Result<Vec<NodeId>>
 }
 
 /// The entries of one interval: its beginning, each version in it, its end.
-fn lifetime(catalog: &Catalog, span: &Span, snapshots: &[Snapshot]) -> Result<Vec<LogEntry>> {
+fn lifetime(catalog: &Catalog, span: &Span, shown: &Shown<'_>) -> Result<Vec<LogEntry>> {
     let versions = catalog.versions(span.node)?;
     let within = |version: &&Version| {
         span.died.is_none_or(|died| version.born < died)
@@ -248,12 +280,8 @@ fn lifetime(catalog: &Catalog, span: &Span, snapshots: &[Snapshot]) -> Result<Ve
             None => vec![span.first],
         };
         let time = if from == version.born { version.time } else { catalog.time_of(from)? };
-        // They are ordered by generation.
-        let count_before = |end: Generation| snapshots.partition_point(|s| s.generation < end);
-        let end = until.map_or(snapshots.len(), count_before);
-        let shown = snapshots[count_before(from).min(end)..end].iter();
         let mut entry = entry(span, &version.row, events, time_text(time), from);
-        entry.snapshots = shown.map(|snapshot| snapshot.name.clone()).collect();
+        (entry.snapshots, entry.snapshots_left_out) = shown.between(from, until);
         entries.push(entry);
         before = Some(&version.row);
     }
@@ -288,6 +316,7 @@ fn entry(
         mtime: time_text(row.mtime),
         by: None,
         snapshots: Vec::new(),
+        snapshots_left_out: 0,
     }
 }
 
@@ -344,6 +373,30 @@ mod tests {
         let owned = NodeRow { mode: 0o600, uid: 1, ..row() };
         assert_eq!(changes(&old, &owned), [Event::Mode, Event::Owner]);
         assert_eq!(changes(&old, &row()), [Event::Times]);
+    }
+
+    #[test]
+    fn of_many_snapshots_the_first_and_the_last_are_told() {
+        let snapshot = |id: u64| Snapshot {
+            id: crate::types::SnapshotId(id),
+            name: format!("s{id}"),
+            generation: Generation(id * 10),
+            time: Timestamp::default(),
+            automatic: false,
+            held: false,
+            tags: Vec::new(),
+        };
+        let snapshots: Vec<Snapshot> = (1..=20).map(snapshot).collect();
+        let told = |from, until: u64, names_max| {
+            let shown = Shown { snapshots: &snapshots, names_max };
+            shown.between(Generation(from), Some(Generation(until)))
+        };
+        assert_eq!(told(10, 11, 2), (vec!["s1".into()], 0));
+        assert_eq!(told(11, 31, 2), (vec!["s2".into(), "s3".into()], 0));
+        assert_eq!(told(11, 32, 1), (vec!["s2".into(), "s3".into()], 0));
+        assert_eq!(told(5, 1000, 2), (vec!["s1".into(), "s20".into()], 18));
+        assert_eq!(told(31, 32, 2), (vec![], 0));
+        assert_eq!(told(0, 1000, usize::MAX).0.len(), 20);
     }
 
     #[test]
