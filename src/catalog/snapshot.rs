@@ -97,8 +97,8 @@ impl Catalog {
         })
     }
 
-    /// Names the generation `at`. `Refused` for a name that is taken or not allowed. Durable when it
-    /// returns, by one commit with all that was pushed before.
+    /// Names the generation `at`. `Refused` for a name that is taken or not allowed. Durable when
+    /// it returns, by one commit with all that was pushed before.
     pub fn create_snapshot(
         &self,
         name: &str,
