@@ -336,7 +336,7 @@ pub fn remove_empty_shards(replicas: &ReplicaSet) -> Result<()> {
         let Some((above, name)) = path.split_last() else { continue };
         replicas.apply("remove", |_, b| {
             // One that is not empty stays, and any other that does not go is no harm.
-            let _ = b.open_dir(&above).and_then(|above| b.rmdir(&above, &name));
+            let _ = b.open_dir(&above).and_then(|above| b.rmdir(&above, name));
             Ok(())
         })?;
     }
