@@ -99,17 +99,23 @@ pub fn daemon_of(mount_point: &Path) -> Option<u32> {
         let ours = program == b"rearview" || program.starts_with(b"rearview ");
         let serves =
             words.iter().any(|word| *word == b"mount" || word.ends_with(b"mount.fuse.rearview"));
-        if ours && serves && words.contains(&wanted) && !is_zombie(pid) {
+        if ours && serves && words.contains(&wanted) && !has_ended(pid) {
             return Some(pid);
         }
     }
     None
 }
 
-fn is_zombie(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .map(|stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z')))
-        .unwrap_or(true)
+/// Whether the process has ended with all its threads, reaped or not: only then has it given back
+/// what it had open. A command line is gone before that, and the first thread may be, too.
+pub fn has_ended(pid: u32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return true };
+    threads.flatten().all(|thread| {
+        // A thread whose state cannot be read any more is gone.
+        std::fs::read_to_string(thread.path().join("stat"))
+            .map(|stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X'])))
+            .unwrap_or(true)
+    })
 }
 
 /// How many files the process has open.

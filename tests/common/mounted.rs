@@ -8,7 +8,7 @@ use rearviewfs::check::{CheckOptions, check};
 use rearviewfs::progress::Progress;
 
 use super::run::{Done, binary, rearview, run, run_within};
-use super::{daemon_of, mounts_at, tree, wait_until};
+use super::{daemon_of, has_ended, mounts_at, tree, wait_until};
 
 /// A mounted store with its backings.
 pub struct Mounted {
@@ -113,12 +113,15 @@ impl Mounted {
     /// Unmounts with `rearview umount`; when it returns, the daemon has closed the store.
     #[track_caller]
     pub fn unmount(&mut self) {
+        let daemon = daemon_of(&self.mnt);
         let done = rearview([OsString::from("umount"), self.mnt.clone().into()]);
         if done.code != 0 {
             let users = run(Command::new("fuser").arg("-vm").arg(&self.mnt));
             panic!("{}\nusers: {}", done.told(), users.told());
         }
         self.assert_gone();
+        // The disks below can be unmounted only when it has let go of them.
+        wait_until("the daemon has ended", 20, || daemon.is_none_or(has_ended));
         self.mounted = false;
     }
 
@@ -151,14 +154,15 @@ impl Mounted {
         daemon_of(&self.mnt).expect("a daemon serves the mount")
     }
 
-    /// Kills the daemon, as by `kill -9`, and waits until it serves nothing any more.
+    /// Kills the daemon, as by `kill -9`, and waits until it has nothing open any more.
     #[track_caller]
     pub fn kill(&self) {
-        let pid = i32::try_from(self.daemon()).ok().and_then(rustix::process::Pid::from_raw);
+        let daemon = self.daemon();
+        let pid = i32::try_from(daemon).ok().and_then(rustix::process::Pid::from_raw);
         let pid = pid.expect("a daemon has a process id");
         let killed = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         killed.expect("it can be killed");
-        wait_until("the daemon is gone", 20, || daemon_of(&self.mnt).is_none());
+        wait_until("the daemon is gone", 20, || has_ended(daemon));
     }
 
     /// Gives the store a policy, in the form of `[policy]` in `store.toml`; mounts anew.
