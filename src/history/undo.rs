@@ -467,32 +467,45 @@ pub fn missing(bytes: &[u8], rows: &[UndoRow]) -> Vec<UndoRow> {
 /// Segments before `from` have none of them.
 pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, from: u64) -> Result<()> {
     let dir = replicas.private(PrivateDir::Undo)?;
-    let mut found = 0;
-    // Contents whose seal was not committed any more, and how far their before-images reach.
-    let mut unknown: BTreeMap<ContentId, (NodeId, u64)> = BTreeMap::new();
+    let mut found: BTreeMap<ContentId, Vec<UndoRow>> = BTreeMap::new();
     for segment in segments(replicas)?.into_iter().filter(|&segment| segment >= from) {
         let bytes = replicas.read("undo", |id, b| read_segment(b, dir.get(id)?, segment))?;
         for (offset, (_, Record { mut row, is_hole, .. })) in records(&bytes) {
             let place = UndoPlace { file: UndoFile::Segment(segment), offset };
             row.at = (!is_hole).then_some(place);
-            if needs_row(catalog, &row)? {
-                if catalog.content_size(row.content)?.is_none() {
-                    let known = unknown.entry(row.content).or_insert((row.node, 0));
-                    known.1 = known.1.max(row.offset + row.length);
-                }
-                catalog.push(vec![Change::UndoAdd(row)])?;
-                found += 1;
+            let own = found.get(&row.content);
+            if !own.is_some_and(|own| has(own, &row)) && needs_row(catalog, &row)? {
+                found.entry(row.content).or_default().push(row);
             }
         }
     }
-    // No state shows them, but older contents of their nodes rely on them.
-    let contents =
-        unknown.into_iter().map(|(id, (node, size))| Change::ContentAdd { id, node, size });
-    catalog.push(contents.collect())?;
-    if found > 0 {
-        log::info!("history: found {found} before-images not yet recorded");
+    let mut changes = Vec::new();
+    for (&id, rows) in &found {
+        // The seal was not committed any more. No state shows it, but older contents of its node
+        // rely on it.
+        if catalog.content_size(id)?.is_none() {
+            let size = rows.iter().map(|row| row.offset + row.length).max().unwrap_or(0);
+            changes.extend(rows.first().map(|row| Change::ContentAdd { id, node: row.node, size }));
+        }
+        changes.extend(rows.iter().cloned().map(Change::UndoAdd));
+    }
+    if !changes.is_empty() {
+        // All at once: if only rows were committed when we die, no recovery would look for what
+        // their content is.
+        let count: usize = found.values().map(Vec::len).sum();
+        catalog.push(changes)?;
+        log::info!("history: found {count} before-images not yet recorded");
     }
     Ok(())
+}
+
+/// Whether one of the rows of a content says what this one does.
+fn has(rows: &[UndoRow], row: &UndoRow) -> bool {
+    rows.iter().any(|known| {
+        known.content == row.content
+            && known.offset <= row.offset
+            && known.offset + known.length >= row.offset + row.length
+    })
 }
 
 /// Whether this is a before-image that history needs and the catalog does not know.
@@ -502,75 +515,8 @@ fn needs_row(catalog: &Catalog, row: &UndoRow) -> Result<bool> {
     {
         return Ok(false);
     }
-    let sources = catalog.sources(row.node, row.content)?;
-    Ok(!sources.undo.iter().any(|known| {
-        known.content == row.content
-            && known.offset <= row.offset
-            && known.offset + known.length >= row.offset + row.length
-    }))
+    Ok(!has(&catalog.sources(row.node, row.content)?.undo, row))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn a_record_tells_what_its_row_would() {
-        let of = (NodeId(7), ContentId(9));
-        let record = encode(MAGIC, of, 4096, b"old bytes");
-        let Record { row, is_hole, bytes } = decode(&record).expect("a valid record");
-        assert_eq!((row.node, row.content, row.offset, row.length), (of.0, of.1, 4096, 9));
-        assert_eq!((is_hole, bytes), (false, record.len()));
-        let record = encode(MAGIC_HOLE, of, 4096, &(1u64 << 60).to_le_bytes());
-        let Record { row, is_hole, bytes } = decode(&record).expect("a valid record");
-        assert_eq!((row.node, row.content, row.offset, row.length), (of.0, of.1, 4096, 1 << 60));
-        assert_eq!((is_hole, bytes), (true, record.len()));
-    }
-
-    #[test]
-    fn only_names_that_we_write_are_segments() {
-        let parse = |name: &str| parse_segment_name(&EntryName::new(name).expect("a name"));
-        assert_eq!(parse("00000000000000ff.seg"), Some(255));
-        let beyond = format!("{SEGMENT_MAX:016x}.seg");
-        for other in [
-            "ffffffffffffffff.seg",
-            "+0000000000000ff.seg",
-            "00000000000000FF.seg",
-            "ff.seg",
-            &beyond,
-        ] {
-            assert_eq!(parse(other), None, "{other}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn a_changed_record_is_never_taken(at in 0usize..73, flip in 1u8..=255) {
-            let mut record = encode(MAGIC, (NodeId(7), ContentId(9)), 4096, b"old bytes");
-            record[at] ^= flip;
-            prop_assert!(decode(&record).is_none());
-        }
-
-        /// Whoever can write a record can also write its hash.
-        #[test]
-        fn a_segment_of_any_numbers_never_panics(
-            of in any::<[u64; 3]>(), data in proptest::collection::vec(any::<u8>(), 1..200),
-            cut in any::<prop::sample::Index>(),
-        ) {
-            let (node, content, offset) = (NodeId(of[0]), ContentId(of[1]), of[2]);
-            let mut bytes = encode(MAGIC, (node, content), offset >> 2, &data);
-            let hole = encode(MAGIC_HOLE, (node, content), offset, &data);
-            prop_assert!(decode(&hole).is_none_or(|hole| hole.row.length > 0));
-            bytes.resize(bytes.len().next_multiple_of(RECORD_ALIGN as usize), 0);
-            bytes.extend_from_within(..);
-            prop_assert_eq!(records(&bytes).len(), 2);
-            prop_assert!(records(&bytes[..cut.index(bytes.len())]).len() <= 2);
-        }
-
-        #[test]
-        fn garbage_is_no_record(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            prop_assert!(decode(&bytes).is_none());
-        }
-    }
-}
+mod tests;

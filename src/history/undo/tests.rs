@@ -1,0 +1,109 @@
+//! Records, segments, and what recovery makes of them.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::catalog::NodeRow;
+use crate::replica::Replica;
+use crate::replica::dir_backing::DirBacking;
+use crate::types::{Kind, ReplicaMap, Timestamp, XattrSetId};
+
+#[test]
+fn a_record_tells_what_its_row_would() {
+    let of = (NodeId(7), ContentId(9));
+    let record = encode(MAGIC, of, 4096, b"old bytes");
+    let Record { row, is_hole, bytes } = decode(&record).expect("a valid record");
+    assert_eq!((row.node, row.content, row.offset, row.length), (of.0, of.1, 4096, 9));
+    assert_eq!((is_hole, bytes), (false, record.len()));
+    let record = encode(MAGIC_HOLE, of, 4096, &(1u64 << 60).to_le_bytes());
+    let Record { row, is_hole, bytes } = decode(&record).expect("a valid record");
+    assert_eq!((row.node, row.content, row.offset, row.length), (of.0, of.1, 4096, 1 << 60));
+    assert_eq!((is_hole, bytes), (true, record.len()));
+}
+
+#[test]
+fn only_names_that_we_write_are_segments() {
+    let parse = |name: &str| parse_segment_name(&EntryName::new(name).expect("a name"));
+    assert_eq!(parse("00000000000000ff.seg"), Some(255));
+    let beyond = format!("{SEGMENT_MAX:016x}.seg");
+    for other in
+        ["ffffffffffffffff.seg", "+0000000000000ff.seg", "00000000000000FF.seg", "ff.seg", &beyond]
+    {
+        assert_eq!(parse(other), None, "{other}");
+    }
+}
+
+/// Recovery was killed after it had committed the rows and before what their content is: the next
+/// one found the rows, looked no further, and the check found before-images of no content.
+#[test]
+fn before_images_of_an_unknown_content_are_recorded_with_it_in_one_push() {
+    let dir = tempfile::tempdir().expect("a folder");
+    std::fs::create_dir_all(dir.path().join(".rearview/undo")).expect("a folder");
+    let backing = Box::new(DirBacking::open(dir.path()).expect("it opens"));
+    let replica = Replica::new(uuid::Uuid::new_v4(), "r", dir.path(), backing);
+    let replicas = ReplicaSet::new(vec![replica]);
+    let file = dir.path().join(".rearview/catalog.db");
+    Catalog::create(&file, uuid::Uuid::nil()).expect("a catalog");
+    let catalog = Catalog::open(ReplicaMap::new(vec![Some(file)]), true).expect("it opens");
+    let (node, sealed, unknown) = (NodeId(7), ContentId(8), ContentId(9));
+    let zero = Timestamp::default();
+    let row = NodeRow {
+        id: node,
+        kind: Kind::File,
+        mode: 0o644,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        size: 100,
+        blocks: 0,
+        mtime: zero,
+        ctime: zero,
+        btime: zero,
+        xattrs: XattrSetId::NONE,
+        content: sealed,
+    };
+    let add = Change::ContentAdd { id: sealed, node, size: 100 };
+    let before = catalog.push(vec![add, Change::NodePut(row)]).expect("pushed");
+    let log = UndoLog::open(&replicas).expect("it opens");
+    for offset in [0, 10, 50] {
+        log.append(&replicas, (node, unknown), offset, b"old bytes!").expect("appended");
+    }
+    // Twice: as after a write that was tried again.
+    log.append(&replicas, (node, unknown), 10, b"old bytes!").expect("appended");
+    recover(&replicas, &catalog, 0).expect("recovered");
+    assert_eq!(catalog.generation().0, before.0 + 1, "one group, which is there or not");
+    assert_eq!(catalog.content_size(unknown).expect("a look"), Some(60));
+    assert_eq!(catalog.sources(node, unknown).expect("a look").undo.len(), 3);
+    recover(&replicas, &catalog, 0).expect("recovered");
+    assert_eq!(catalog.generation().0, before.0 + 1, "nothing is left to do");
+}
+
+proptest! {
+    #[test]
+    fn a_changed_record_is_never_taken(at in 0usize..73, flip in 1u8..=255) {
+        let mut record = encode(MAGIC, (NodeId(7), ContentId(9)), 4096, b"old bytes");
+        record[at] ^= flip;
+        prop_assert!(decode(&record).is_none());
+    }
+
+    /// Whoever can write a record can also write its hash.
+    #[test]
+    fn a_segment_of_any_numbers_never_panics(
+        of in any::<[u64; 3]>(), data in proptest::collection::vec(any::<u8>(), 1..200),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let (node, content, offset) = (NodeId(of[0]), ContentId(of[1]), of[2]);
+        let mut bytes = encode(MAGIC, (node, content), offset >> 2, &data);
+        let hole = encode(MAGIC_HOLE, (node, content), offset, &data);
+        prop_assert!(decode(&hole).is_none_or(|hole| hole.row.length > 0));
+        bytes.resize(bytes.len().next_multiple_of(RECORD_ALIGN as usize), 0);
+        bytes.extend_from_within(..);
+        prop_assert_eq!(records(&bytes).len(), 2);
+        prop_assert!(records(&bytes[..cut.index(bytes.len())]).len() <= 2);
+    }
+
+    #[test]
+    fn garbage_is_no_record(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        prop_assert!(decode(&bytes).is_none());
+    }
+}
