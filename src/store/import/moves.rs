@@ -3,6 +3,10 @@
 //! A renamed file keeps size, modification time, mode and owner. Among several that agree in these,
 //! its birth tells, where the backing knows births; the change time does not, for the rename sets
 //! it. What stays ambiguous is left as it is: a file that lost its name, and another that is new.
+//!
+//! Where only our own work can be unrecorded, a file that is gone was renamed, for what is removed
+//! is preserved. So one that also got other times or another mode is known by its size, among the
+//! files that cannot be those which had their names.
 
 use std::collections::{HashMap, HashSet};
 
@@ -46,7 +50,19 @@ impl Import<'_> {
         let files = self.take_other_links()?;
         let mut origins = self.origins(&files)?;
         let mut moves = by_birth(&files, &origins);
-        by_uniqueness(&files, &origins, &mut moves);
+        by_uniqueness(&files, &origins, &mut moves, |_, key| Some(key));
+        if self.bounds.is_some() {
+            let strange = |file: &Deferred| match &file.over {
+                Some(row) => self.is_preserved(row),
+                None => Ok(true),
+            };
+            let strange = files.iter().map(strange).collect::<Result<Vec<bool>>>()?;
+            let blurred = |file: Option<usize>, key| {
+                let meant = file.is_none_or(|index| strange[index]);
+                meant.then_some(MoveKey { mtime: Timestamp::default(), mode: 0, ..key })
+            };
+            by_uniqueness(&files, &origins, &mut moves, blurred);
+        }
         // A file that is its own origin was renamed nowhere.
         for (index, file) in files.iter().enumerate() {
             let own = |origin: &usize| {
@@ -86,6 +102,9 @@ impl Import<'_> {
                 false => Change::EntryAdd { parent, name, node: row.id },
             });
             self.note_links(file, row.id);
+            if content_differs(row, &file.stat) {
+                self.keep_recorded(row, &file.dir, &file.name, file.stat.size)?;
+            }
             self.refresh_with(row, &file.stat, file.xattrs, !file.excluded)?;
             self.report.moved += 1;
         }
@@ -219,20 +238,30 @@ fn by_birth(files: &[Deferred], origins: &[Origin]) -> HashMap<usize, usize> {
         .collect()
 }
 
-/// Of what is left, pairs of one changed file and one lost name that agree, where no other of
-/// either does.
-fn by_uniqueness(files: &[Deferred], origins: &[Origin], moves: &mut HashMap<usize, usize>) {
+/// Of what is left, pairs of one changed file and one lost name that agree in a key, where no other
+/// of either does. `key` makes it of what they keep, for a file by its index or an origin, or
+/// `None`.
+fn by_uniqueness(
+    files: &[Deferred],
+    origins: &[Origin],
+    moves: &mut HashMap<usize, usize>,
+    key: impl Fn(Option<usize>, MoveKey) -> Option<MoveKey>,
+) {
     let paired: HashSet<usize> = moves.values().copied().collect();
     let mut found: HashMap<MoveKey, (Vec<usize>, Vec<usize>)> = HashMap::new();
     for (index, origin) in origins.iter().enumerate() {
-        if origin.missing.is_some() && !paired.contains(&index) {
-            found.entry(MoveKey::of_row(&origin.row)).or_default().0.push(index);
+        if origin.missing.is_some()
+            && !paired.contains(&index)
+            && let Some(key) = key(None, MoveKey::of_row(&origin.row))
+        {
+            found.entry(key).or_default().0.push(index);
         }
     }
     for (index, file) in files.iter().enumerate() {
         if file.doubt == Doubt::Changed
             && !moves.contains_key(&index)
-            && let Some((_, own)) = found.get_mut(&MoveKey::of(&file.stat))
+            && let Some(key) = key(Some(index), MoveKey::of(&file.stat))
+            && let Some((_, own)) = found.get_mut(&key)
         {
             own.push(index);
         }

@@ -110,6 +110,34 @@ fn entries_and_attributes_of_a_dirty_directory_are_recovered() {
     assert_recorded(&store.catalog, &bench.path("b"));
 }
 
+/// A file of a snapshot got other times, another mode and another name, and none of that was in the
+/// catalog when the power went: its older contents, which lie in it, were lost.
+#[test]
+fn a_file_touched_and_renamed_in_one_breath_is_the_one_it_was() {
+    let bench = Bench::new();
+    let store = opened(&bench);
+    let before = nodes(&store, &["one/f", "two/h"]);
+    let (old, over) = (before[0], before[1]);
+    let content = store.catalog.node(over).unwrap().unwrap().content;
+    intend(&store, &[Dirty::File(old), Dirty::Dir(id_of(&store.catalog, "one"))]);
+    intend(&store, &[Dirty::Dir(id_of(&store.catalog, "two"))]);
+    drop(store);
+    for name in ["a", "b"] {
+        let (from, to) = (bench.path(name).join("one/f"), bench.path(name).join("two/h"));
+        let times = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
+        fs::File::open(&from).unwrap().set_times(times).unwrap();
+        fs::set_permissions(&from, fs::Permissions::from_mode(0o640)).unwrap();
+        unclean::preserve(&bench.path(name), "two/h", (over, content), true);
+        fs::rename(from, to).unwrap();
+        // A new file of another size.
+        write(&bench.path(name).join("two/new"), b"longer");
+    }
+    let store = unclean::open_with_preserved(&bench, &["a", "b"], &[content]);
+    assert_eq!(nodes(&store, &["two/h"]), [old]);
+    assert_eq!(store.catalog.node(over).unwrap(), None, "what it replaced is gone");
+    assert_recorded(&store.catalog, &bench.path("b"));
+}
+
 #[test]
 fn dirty_files_are_compared_byte_by_byte_under_all_their_names() {
     let bench = Bench::new();

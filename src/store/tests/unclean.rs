@@ -25,7 +25,7 @@ fn write_alike(root: &Path, names: &[&str]) {
 }
 
 /// What a death leaves on the backing: the file under its name in `preserved/`.
-fn preserve(root: &Path, name: &str, of: (NodeId, ContentId), remove: bool) {
+pub(super) fn preserve(root: &Path, name: &str, of: (NodeId, ContentId), remove: bool) {
     let (node, content) = of;
     let shard = root.join(format!(".rearview/preserved/{:02x}", node.0 & 0xff));
     fs::create_dir_all(&shard).unwrap();
@@ -41,7 +41,7 @@ fn row_at(catalog: &Catalog, name: &str) -> NodeRow {
 }
 
 /// Opens with the given contents found in `preserved/`, as history recovery would.
-fn open_with_preserved(bench: &Bench, names: &[&str], found: &[ContentId]) -> Store {
+pub(super) fn open_with_preserved(bench: &Bench, names: &[&str], found: &[ContentId]) -> Store {
     let recover = |_: &ReplicaSet, catalog: &Catalog, _| {
         for &id in found {
             catalog.push(vec![Change::ContentPreserved { id, cloned: false }])?;
