@@ -53,6 +53,7 @@ mod xattr;
 pub use self::actor::Actor;
 pub use self::attach::{Differing, Joining};
 pub use self::audit::Audit;
+pub use self::commit::HANGS;
 pub use self::lost::PastContent;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
 pub use self::places::{LiveNode, VersionRecord};

@@ -25,6 +25,7 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Unsh
 use crate::types::Creds;
 
 pub mod device;
+pub mod patience;
 pub mod sqlite;
 
 /// What one thread is at present; the kernel's state, remembered.

@@ -41,7 +41,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, MutexGuard, RwLock, RwLockWriteGuard};
 use rustix::io::Errno;
 
-use crate::catalog::{Catalog, Durability, Snapshot, Totals};
+use crate::catalog::{Catalog, Durability, HANGS, Snapshot, Totals};
 use crate::error::{Error, Result};
 use crate::excludes::{META_KEY, Patterns};
 use crate::history::{self, History};
@@ -505,7 +505,8 @@ impl Volume {
                     continue;
                 }
                 log::error!("the catalog of a replica failed: {reason}");
-                self.replicas().eject(replica, Fault::new("catalog", Errno::IO));
+                let errno = if reason == HANGS { Errno::TIMEDOUT } else { Errno::IO };
+                self.replicas().eject(replica, Fault::new("catalog", errno));
             }
         }
     }

@@ -43,7 +43,7 @@ const COMMIT_MS: u64 = 250;
 /// How long after the last commit the WAL is emptied into the database, in milliseconds.
 const IDLE_MS: u64 = 2_000;
 /// What is said of a database that does not answer in time.
-pub(super) const HANGS: &str = "it does not answer";
+pub const HANGS: &str = "it does not answer";
 /// Times of generations are kept this exactly, in nanoseconds.
 const TICK_NANOS: i64 = 10_000_000;
 
@@ -313,9 +313,10 @@ impl Catalog {
         }
     }
 
-    /// How long a replica's database may take for a commit.
+    /// How long a replica's database may take for a commit, and for what a query reads at once.
     pub fn set_timeout(&self, timeout: Duration) {
         self.shared.lanes.set_timeout(timeout);
+        self.shared.readers.set_timeout(timeout);
     }
 
     /// The replicas whose catalogs failed and are written no more, with the reason.

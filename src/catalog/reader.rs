@@ -1,21 +1,27 @@
 //! Connections for queries: a few, on the first attached replica, none ever waiting for the writer.
 //!
-//! A replica whose file cannot be read is detached like one that cannot be written, and the query
-//! is asked again of the next. A query runs in the thread that asks, for handing it over would cost
-//! more than most of them: on a disk that hangs it waits as long as the disk does, but whoever asks
-//! after it is answered by another replica.
+//! A replica whose file cannot be read, or not in time, is detached like one that cannot be
+//! written, and the query is asked again of the next. A query runs in the thread that asks, for
+//! handing it over would cost more than most of them; what it must read from the disk is handed
+//! over ([`with_patience`]), and so is the opening of a connection.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use rusqlite::{Connection, ErrorCode};
+use rustix::io::Errno;
 
 use super::Shared;
+use super::commit::HANGS;
 use super::database::Db;
+use super::lane::TIMEOUT;
 use super::schema::{Use, connect};
 use crate::error::{Error, Result};
+use crate::sys::patience::Patience;
+use crate::sys::sqlite::with_patience;
 use crate::types::{ReplicaId, ReplicaMap};
 
 /// Idle connections kept, with up to 8 MiB of cache each.
@@ -29,6 +35,7 @@ const SLOW: Duration = Duration::from_secs(1);
 pub(super) struct Readers {
     files: RwLock<ReplicaMap<Option<PathBuf>>>,
     gone: ReplicaMap<AtomicBool>,
+    patience: ReplicaMap<Arc<Patience>>,
     idle: Mutex<Vec<(ReplicaId, Db)>>,
     /// When the queries began that run.
     running: ReplicaMap<Mutex<Vec<Instant>>>,
@@ -43,8 +50,14 @@ impl Readers {
         let gone = files.map(|_, file| AtomicBool::new(file.is_none()));
         let files = RwLock::new(files);
         let running = ReplicaMap::for_all(|_| Mutex::default());
+        let patience = ReplicaMap::for_all(|_| Arc::new(Patience::new(TIMEOUT)));
         let (idle, replaced) = (Mutex::default(), AtomicU64::new(0));
-        Readers { files, gone, idle, running, replaced }
+        Readers { files, gone, patience, idle, running, replaced }
+    }
+
+    /// How long a query waits for the disk at once.
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.patience.iter().for_each(|(_, patience)| patience.set_timeout(timeout));
     }
 
     /// Closes all idle connections.
@@ -99,24 +112,15 @@ impl Readers {
         }
     }
 
-    fn take(&self, id: Option<ReplicaId>) -> Result<(ReplicaId, Db)> {
-        let (id, file) =
-            id.and_then(|id| Some((id, self.files.read()[id].clone()?))).ok_or_else(|| {
-                Error::Damaged {
-                    what: "the catalog".into(),
-                    detail: "no replica's copy can be read".into(),
-                    remedy: "Repair the disks, then unmount and mount again",
-                }
-            })?;
-        if let Some(found) = self.idle.lock().pop()
-            && found.0 == id
+    /// A connection; `None` if it cannot be opened in time.
+    fn take(&self, id: ReplicaId) -> Option<Result<Db>> {
+        if let Some((on, db)) = self.idle.lock().pop()
+            && on == id
         {
-            return Ok(found);
+            return Some(Ok(db));
         }
-        match connect(&file, Use::Read) {
-            Ok(db) => Ok((id, db)),
-            Err(error) => Err(error),
-        }
+        let file = self.files.read()[id].clone().unwrap_or_default();
+        self.patience[id].call(move || connect(&file, Use::Read))
     }
 
     fn give_back(&self, id: ReplicaId, db: Db, taken_at: u64) {
@@ -135,15 +139,29 @@ impl Shared {
     pub fn read<T>(&self, mut query: impl FnMut(&Connection) -> rusqlite::Result<T>) -> Result<T> {
         loop {
             let taken_at = self.readers.replaced.load(Ordering::Acquire);
-            let chosen = self.readers.choose();
-            // Opening can hang as well.
-            let begun = chosen.map(|id| (id, self.readers.begin(id)));
-            let taken = self.readers.take(chosen);
-            let outcome = taken.map(|(id, db)| (id, query(&db), db));
-            if let Some((id, begun)) = begun {
-                self.readers.end(id, begun);
-            }
-            let (id, outcome, db) = outcome?;
+            let Some(id) = self.readers.choose() else {
+                return Err(Error::Damaged {
+                    what: "the catalog".into(),
+                    detail: "no replica's copy can be read".into(),
+                    remedy: "Repair the disks, then unmount and mount again",
+                });
+            };
+            let patience = &self.readers.patience[id];
+            let begun = self.readers.begin(id);
+            let asked = self.readers.take(id).map(|db| -> Result<_> {
+                let db = db?;
+                Ok((with_patience(patience, || query(&db)), db))
+            });
+            self.readers.end(id, begun);
+            let others = !self.read_only && self.others_than(id);
+            let (outcome, db) = match asked {
+                Some(asked) => asked?,
+                None if others => {
+                    self.detach(id, Some(HANGS.into()));
+                    continue;
+                }
+                None => return Err(Errno::TIMEDOUT.into()),
+            };
             match outcome {
                 Ok(answer) => {
                     self.readers.give_back(id, db, taken_at);
@@ -151,8 +169,11 @@ impl Shared {
                 }
                 // The file was replaced meanwhile: the next try reads the new one.
                 Err(error) if is_broken(&error) && self.readers.is_replaced(taken_at) => {}
-                Err(error) if !self.read_only && is_broken(&error) && self.others_than(id) => {
-                    self.detach(id, Some(error.to_string()));
+                Err(error) if others && is_broken(&error) => {
+                    let hangs = patience.is_over();
+                    let reason = if hangs { HANGS.into() } else { error.to_string() };
+                    self.detach(id, Some(reason));
+                    self.lanes.discard(id, db);
                 }
                 Err(error) => return Err(error.into()),
             }

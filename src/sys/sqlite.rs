@@ -5,11 +5,28 @@
 //! path at that moment. Here it takes a path as it is told: one through a descriptor
 //! (`/proc/self/fd/N/name`) stays in the directory that the descriptor is of, whatever becomes of
 //! the directory's name. The last component is never followed: SQLite opens with `O_NOFOLLOW`.
+//!
+//! **Reads end in time**, where whoever asks wants that ([`with_patience`]). SQLite reads by
+//! `pread`, which can be another function than the system's: what is in the page cache it gives at
+//! once, which costs no more than `pread` does; all else is read by another thread, into memory of
+//! that thread, and where that takes too long the read fails with `ETIMEDOUT`. So a query runs in
+//! the thread that asks, with what it borrows from there, and yet is never left waiting for a disk
+//! that hangs. The descriptor may be closed meanwhile: a read that is under way holds the file
+//! itself, and one that then begins reads something else for nobody.
+//!
+//! The index of the WAL is mapped memory, before which no function stands. Whoever only reads
+//! writes to it only after a commit, the thread of which has just made the page writable: what a
+//! disk that hangs stops there is that thread, for which nobody waits in vain either.
 
-use std::ffi::{CStr, c_char, c_int};
-use std::sync::OnceLock;
+use std::cell::RefCell;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, OnceLock};
 
 use rusqlite::ffi;
+use rustix::io::Errno;
+
+use super::patience::Patience;
 
 /// What SQLite knows it by.
 const NAME: &CStr = c"rearview";
@@ -24,7 +41,7 @@ fn register() -> bool {
     // SAFETY: what `sqlite3_vfs_find` gives is valid for the life of the process and is only read.
     // The copy is leaked, so it is valid as long, and is written by nobody but SQLite from here on.
     // Its other functions take what they need (`pAppData`) from the structure that they are given,
-    // which the copy has as well.
+    // which the copy has as well. SQLite casts what it is given for `pread` back to that type.
     unsafe {
         if ffi::sqlite3_initialize() != ffi::SQLITE_OK {
             return false;
@@ -34,11 +51,95 @@ fn register() -> bool {
             return false;
         }
         let own = Box::leak(Box::new(*unix));
+        let pread: unsafe extern "C" fn(c_int, *mut c_void, usize, i64) -> isize = patient_pread;
+        let pread = std::mem::transmute::<*const (), unsafe extern "C" fn()>(pread as *const ());
+        let set = own.xSetSystemCall;
+        if set.is_none_or(|set| set(own, c"pread".as_ptr(), Some(pread)) != ffi::SQLITE_OK) {
+            return false;
+        }
         own.pNext = std::ptr::null_mut();
         own.zName = NAME.as_ptr();
         own.xFullPathname = Some(plain_path);
         ffi::sqlite3_vfs_register(own, 0) == ffi::SQLITE_OK
     }
+}
+
+thread_local! {
+    /// How long this thread waits for reads of a file; `None` for ever.
+    static PATIENCE: RefCell<Option<Arc<Patience>>> = const { RefCell::new(None) };
+}
+
+/// Does something in which no read by SQLite is waited for longer than `patience` allows.
+pub fn with_patience<T>(patience: &Arc<Patience>, work: impl FnOnce() -> T) -> T {
+    /// Puts back what was, also where the work panics.
+    struct Before(Option<Arc<Patience>>);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            PATIENCE.set(self.0.take());
+        }
+    }
+    let _before = Before(PATIENCE.replace(Some(patience.clone())));
+    work()
+}
+
+/// `pread(2)`, or as much of it as is there in time.
+unsafe extern "C" fn patient_pread(
+    fd: c_int,
+    buffer: *mut c_void,
+    count: libc::size_t,
+    offset: libc::off_t,
+) -> libc::ssize_t {
+    let fail = |errno: Errno| {
+        // SAFETY: it is this thread's own.
+        unsafe { *libc::__errno_location() = errno.raw_os_error() };
+        -1
+    };
+    PATIENCE.with_borrow(|patience| {
+        let Some(patience) = patience else {
+            // SAFETY: the caller's own call, as it is.
+            return unsafe { libc::pread(fd, buffer, count, offset) };
+        };
+        let into = libc::iovec { iov_base: buffer, iov_len: count };
+        // SAFETY: as above; the one vector is on the stack.
+        let cached = unsafe { libc::preadv2(fd, &into, 1, offset, libc::RWF_NOWAIT) };
+        if cached >= 0 {
+            return cached;
+        }
+        if is_in_memory(fd) {
+            // SAFETY: as above.
+            return unsafe { libc::pread(fd, buffer, count, offset) };
+        }
+        let read = move || {
+            let mut own = vec![0u8; count];
+            // SAFETY: the memory is the vector's, which is as long. A descriptor that was closed
+            // meanwhile is `EBADF`, or another file that is only read.
+            let read = unsafe { libc::pread(fd, own.as_mut_ptr().cast(), count, offset) };
+            match usize::try_from(read) {
+                Ok(read) => {
+                    own.truncate(read);
+                    Ok(own)
+                }
+                Err(_) => Err(std::io::Error::last_os_error()),
+            }
+        };
+        match patience.call(read) {
+            Some(Ok(own)) => {
+                // SAFETY: it is no more than was asked for, and the caller has room for that.
+                unsafe { std::ptr::copy_nonoverlapping(own.as_ptr(), buffer.cast(), own.len()) };
+                own.len() as libc::ssize_t
+            }
+            Some(Err(error)) => fail(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+            None => fail(Errno::TIMEDOUT),
+        }
+    })
+}
+
+/// Whether a file is on a filesystem without a disk.
+fn is_in_memory(fd: c_int) -> bool {
+    const TMPFS: u32 = 0x0102_1994;
+    // SAFETY: whoever reads from it has it open.
+    let file = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::fs::fstatfs(file).is_ok_and(|kind| kind.f_type as u32 == TMPFS)
 }
 
 /// The path itself.
