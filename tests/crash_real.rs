@@ -67,11 +67,13 @@ fn noise(at: &Path) -> Child {
         .expect("bash starts")
 }
 
-/// Works on a mount until so many operations were acknowledged, and then crashes it.
+/// Works on a mount until so many operations were acknowledged, and then crashes it: with `alone`
+/// so that it goes on, and so many more are acknowledged after it.
 fn under_load(
     mnt: &Path,
     seed: u64,
     operations: usize,
+    alone: Option<usize>,
     position: &(dyn Fn() -> [usize; DISKS] + Sync),
     crash: impl FnOnce(),
 ) -> Before {
@@ -107,8 +109,17 @@ fn under_load(
             unchanged(mnt, name, shown)
                 .unwrap_or_else(|why| panic!("seed {seed}: before the crash: {why}"));
         }
-        shared.dying.store(true, Ordering::SeqCst);
-        crash();
+        match alone {
+            None => {
+                shared.dying.store(true, Ordering::SeqCst);
+                crash();
+            }
+            Some(more) => {
+                crash();
+                reached(shared.done.load(Ordering::Relaxed) + more);
+                shared.ending.store(true, Ordering::SeqCst);
+            }
+        }
         for (name, worker) in workers {
             let story = worker.join().expect("a worker does not panic");
             before
@@ -206,7 +217,8 @@ fn a_killed_daemon_loses_nothing_that_was_acknowledged() {
     let mut store = Mounted::new();
     for seed in first..first + rounds {
         let operations = Dice::new(seed).between(30, 400);
-        let before = under_load(&store.mnt, seed, operations, &|| [0; DISKS], || store.kill());
+        let before =
+            under_load(&store.mnt, seed, operations, None, &|| [0; DISKS], || store.kill());
         store.mount().ok();
         judge(&store.mnt, &before, Names::Acknowledged, ACKNOWLEDGED).unwrap_or_else(|why| {
             let found: String = store.backings.iter().map(|backing| listing(backing)).collect();
@@ -230,13 +242,20 @@ fn shut_down(root: &Path, how: usize) {
     common::run::python(root, &program);
 }
 
-/// Rounds on an XFS and an ext4 that go down in some order, with the daemon killed before, between
-/// or after.
-fn shut_downs(rounds: u64, first: u64, both: bool) {
+/// A store on an XFS and an ext4.
+fn over_two() -> ([LoopFs; DISKS], Mounted) {
     let disks = [LoopFs::xfs(300), LoopFs::ext4(128)];
     let backings: Vec<PathBuf> = disks.iter().map(|disk| disk.root().join("backing")).collect();
     backings.iter().for_each(|backing| std::fs::create_dir(backing).expect("a backing"));
-    let mut store = Mounted::over(backings.clone());
+    let store = Mounted::over(backings);
+    (disks, store)
+}
+
+/// Both disks go down in some order, with the daemon killed before, between or after.
+#[test]
+fn what_was_synced_survives_disks_that_are_shut_down() {
+    let (rounds, first) = (rounds(4), number("REARVIEW_SEED", 1));
+    let (disks, mut store) = over_two();
     for seed in first..first + rounds {
         let mut dice = Dice::new(seed);
         let operations = dice.between(30, 300);
@@ -244,10 +263,9 @@ fn shut_downs(rounds: u64, first: u64, both: bool) {
         let how = [dice.below(3), dice.below(3)];
         let told =
             format!("seed {seed}: disk {first} first, by {how:?}, killed after {kill_after}");
-        let before = under_load(&store.mnt, seed, operations, &|| [0; DISKS], || {
-            let downs = if both { 2 } else { 1 };
-            for step in 0..=downs {
-                if both && step == kill_after || !both && step == 1 {
+        let before = under_load(&store.mnt, seed, operations, None, &|| [0; DISKS], || {
+            for step in 0..=DISKS {
+                if step == kill_after {
                     store.kill();
                 } else {
                     let disk =
@@ -268,26 +286,54 @@ fn shut_downs(rounds: u64, first: u64, both: bool) {
         common::shell(&store.mnt, "rm -rf w* noise*");
     }
     store.unmount();
-}
-
-#[test]
-fn what_was_synced_survives_disks_that_are_shut_down() {
-    let (rounds, first) = (rounds(4), number("REARVIEW_SEED", 1));
-    shut_downs(rounds, first, true);
     println!("{rounds} shutdowns of an XFS and an ext4 backing under load");
 }
 
-/// Cuts of disks of this kind, at the same and at different points, and of one alone.
+/// One disk goes down and the mount goes on with the other: nobody is told of an error, and when it
+/// is back it is made equal.
+#[test]
+fn a_disk_that_is_shut_down_alone_costs_nothing() {
+    let (rounds, first) = (rounds(2), number("REARVIEW_SEED", 1));
+    let (disks, mut store) = over_two();
+    for seed in first..first + rounds {
+        let mut dice = Dice::new(seed);
+        let (disk, how) = ((seed % 2) as usize, dice.below(3));
+        let (operations, more) = (dice.between(30, 300), dice.between(10, 200));
+        let told = format!("seed {seed}: disk {disk} alone, by {how}");
+        let wrong = |why| panic!("{told}: {why}");
+        let down = || shut_down(disks[disk].root(), how);
+        let before = under_load(&store.mnt, seed, operations, Some(more), &|| [0; DISKS], down);
+        judge(&store.mnt, &before, Names::Acknowledged, ACKNOWLEDGED).unwrap_or_else(wrong);
+        end_somehow(&mut store, &mut dice);
+        disks[disk].unmount();
+        disks[disk].mount();
+        store.mount().ok();
+        judge(&store.mnt, &before, Names::Acknowledged, ACKNOWLEDGED).unwrap_or_else(wrong);
+        finish(&mut store).unwrap_or_else(wrong);
+        store.mount().ok();
+        common::shell(&store.mnt, "rm -rf w* noise*");
+    }
+    store.unmount();
+    println!("{rounds} shutdowns of one backing of two alone");
+}
+
+/// Ends a mount one of whose disks is dead: well, or by killing it.
+fn end_somehow(store: &mut Mounted, dice: &mut Dice) {
+    if dice.percent(50) {
+        store.kill();
+        return;
+    }
+    let done = run(Command::new(common::run::binary()).arg("umount").arg(&store.mnt));
+    assert!(matches!(done.code, 0 | 3), "{}", done.told());
+    store.ended_elsewhere();
+}
+
+/// Cuts of disks of these kinds, at the same and at different points.
 fn block_cuts(kinds: [&'static str; DISKS], cuts: u64, seed: u64) -> u64 {
-    let disks = kinds.map(LoggedFs::new);
-    let backings: Vec<PathBuf> = disks.iter().map(|disk| disk.root().join("backing")).collect();
-    backings.iter().for_each(|backing| std::fs::create_dir(backing).expect("a backing"));
-    let mut store = Mounted::over(backings);
-    // From here on something is promised.
-    disks.iter().for_each(|disk| sync(disk.root()));
+    let (disks, mut store) = over_logged(kinds);
     let position = || -> [usize; DISKS] { std::array::from_fn(|index| disks[index].position()) };
     let begin = position();
-    let before = under_load(&store.mnt, seed, 150, &position, || store.kill());
+    let before = under_load(&store.mnt, seed, 150, None, &position, || store.kill());
     run(Command::new("umount").arg("-l").arg(&store.mnt)).ok();
     store.ended_elsewhere();
     drop(store);
@@ -316,26 +362,74 @@ fn block_cuts(kinds: [&'static str; DISKS], cuts: u64, seed: u64) -> u64 {
             .zip(cut)
             .map(|(log, cut)| log.mount_as_of(cut, volatile.then_some(&mut dice)))
             .collect();
-        let backings: Vec<PathBuf> =
-            mounted.iter().map(|disk| disk.root().join("backing")).collect();
-        let raw: String = backings.iter().map(|backing| listing(backing)).collect();
         let names = if kinds.contains(&"btrfs") { Names::Each } else { Names::OneMoment };
-        let mut store = Mounted::over(backings);
-        let mut verdict = judge(&store.mnt, &before, names, cut);
-        verdict = verdict.and(finish(&mut store));
-        if let Err(why) = verdict {
-            let after: String = store.backings.iter().map(|backing| listing(backing)).collect();
-            panic!(
-                "{kinds:?}, seed {seed}, cut {index} at {cut:?}, volatile: {volatile}: {why}\n\
-                 --- after the cut\n{raw}--- after recovery\n{after}"
-            );
-        }
+        let told = format!("{kinds:?}, seed {seed}, cut {index} at {cut:?}, volatile: {volatile}");
+        recovers(&mounted, &before, names, cut, &told);
     }
     cuts
 }
 
-fn sync(root: &Path) {
-    run(Command::new("sync").arg("-f").arg(root)).ok();
+/// A store on two disks that log what is written to them.
+fn over_logged(kinds: [&'static str; DISKS]) -> ([LoggedFs; DISKS], Mounted) {
+    let disks = kinds.map(LoggedFs::new);
+    let backings: Vec<PathBuf> = disks.iter().map(|disk| disk.root().join("backing")).collect();
+    backings.iter().for_each(|backing| std::fs::create_dir(backing).expect("a backing"));
+    let store = Mounted::over(backings);
+    // From here on something is promised.
+    for disk in &disks {
+        run(Command::new("sync").arg("-f").arg(disk.root())).ok();
+    }
+    (disks, store)
+}
+
+/// Mounts what a cut left, and looks at everything.
+fn recovers(disks: &[LoopFs], before: &Before, names: Names, cut: [usize; DISKS], told: &str) {
+    let backings: Vec<PathBuf> = disks.iter().map(|disk| disk.root().join("backing")).collect();
+    let raw: String = backings.iter().map(|backing| listing(backing)).collect();
+    let mut store = Mounted::over(backings);
+    let verdict = judge(&store.mnt, before, names, cut).and_then(|()| finish(&mut store));
+    if let Err(why) = verdict {
+        let after: String = store.backings.iter().map(|backing| listing(backing)).collect();
+        panic!("{told}: {why}\n--- after the cut\n{raw}--- after recovery\n{after}");
+    }
+}
+
+/// One disk loses its power, and the mount goes on with the other. What the disk has of what was
+/// not flushed is tried in several ways; in each it is made equal, and nothing is missing.
+fn unplugged(kinds: [&'static str; DISKS], cuts: u64, seed: u64) -> u64 {
+    let mut dice = Dice::new(seed);
+    let (disks, mut store) = over_logged(kinds);
+    let dead = (seed % 2) as usize;
+    let (operations, more) = (dice.between(30, 150), dice.between(10, 100));
+    let unplug = || disks[dead].unplug();
+    let before = under_load(&store.mnt, seed, operations, Some(more), &|| [0; DISKS], unplug);
+    judge(&store.mnt, &before, Names::Acknowledged, ACKNOWLEDGED)
+        .unwrap_or_else(|why| panic!("{kinds:?}, seed {seed}, while {dead} is dead: {why}"));
+    end_somehow(&mut store, &mut dice);
+    run(Command::new("umount").arg("-l").arg(&store.mnt));
+    drop(store);
+    // What was killed with the process alone is still in the kernel.
+    run(Command::new("sync").arg("-f").arg(disks[1 - dead].root())).ok();
+    let logs: Vec<BlockLog> = disks.into_iter().map(LoggedFs::into_log).collect();
+    for index in 0..cuts {
+        let mut dice = Dice::new(seed << 16 | index);
+        let disks: [LoopFs; DISKS] = std::array::from_fn(|disk| {
+            logs[disk].mount_as_of(logs[disk].len(), (disk == dead).then_some(&mut dice))
+        });
+        let told = format!("{kinds:?}, seed {seed}, cut {index} of disk {dead} alone");
+        recovers(&disks, &before, Names::Acknowledged, ACKNOWLEDGED, &told);
+    }
+    cuts
+}
+
+#[test]
+fn a_disk_that_is_unplugged_alone_costs_nothing() {
+    let (cuts, seed) = (rounds(3), number("REARVIEW_SEED", 1));
+    for (index, kinds) in [["ext4", "xfs"], ["btrfs", "ext4"], ["xfs", "btrfs"]].iter().enumerate()
+    {
+        let done = unplugged(*kinds, cuts.div_ceil(3), seed + index as u64);
+        println!("{done} cuts of one of {kinds:?} alone");
+    }
 }
 
 #[test]

@@ -2,6 +2,11 @@
 //! ends in time, and `status` says what happened.
 
 mod common;
+#[allow(dead_code)] // Used in part.
+mod crash {
+    pub mod dice;
+    pub mod rig;
+}
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,6 +17,7 @@ use std::time::{Duration, Instant};
 use common::disk::LoopFs;
 
 use common::{Mounted, run, wait_until};
+use crash::rig::LoggedFs;
 
 /// What `-o timeout=` is set to where something is to hang.
 const TIMEOUT_SECS: u64 = 2;
@@ -123,6 +129,37 @@ fn a_disk_that_hangs_is_out_of_use_in_time_and_no_operation_waits_longer() {
     assert!(error.contains("timed out"), "{error}");
     assert!(matches!(closed.code, 0 | 3), "{}", closed.told());
     store.ended_elsewhere();
+}
+
+/// A query of the catalog runs where it was asked for, and the disk hangs in the midst of it.
+#[test]
+fn a_disk_that_hangs_within_a_query_is_out_of_use_in_time_and_another_answers() {
+    let (disk, plain) = (LoggedFs::new("ext4"), common::scratch());
+    let backing = disk.root().join("backing");
+    fs::create_dir(&backing).unwrap();
+    let mut store = over(&backing, plain.path());
+    let program = "for d in $(seq 40); do mkdir d$d; for f in $(seq 25); do echo $d$f > d$d/f$f; \
+                   done; done";
+    common::shell(&store.mnt, program);
+    store.snapshot("s");
+    common::shell(&store.mnt, "rm -r d*");
+    // So that SQLite has nothing of it in its own memory.
+    store.remount();
+    disk.hang(&backing.join(".rearview").join(rearviewfs::store::CATALOG_FILE));
+    let begun = Instant::now();
+    for dir in 1..=40 {
+        let listed = fs::read_dir(store.past("s").join(format!("d{dir}"))).unwrap();
+        assert_eq!(listed.count(), 25);
+    }
+    let elapsed = begun.elapsed();
+    let error = await_offline(&store, 0);
+    assert_eq!(state(&store, 1).0, "online");
+    disk.resume();
+    assert!(elapsed < BOUND, "{elapsed:?}");
+    assert!(error.contains("catalog failed") && error.contains("timed out"), "{error}");
+    let gone = backing.to_str().unwrap();
+    store.rearview(&["replica", "online", "--wait", gone]).ok();
+    store.finish();
 }
 
 #[test]
@@ -312,7 +349,7 @@ fn a_daemon_killed_while_it_waits_for_its_own_mount_is_ended_by_the_next_mount()
     };
     let outcome = std::panic::catch_unwind(|| {
         wait_until("the barrier waits", 20, waits);
-        store.kill();
+        store.kill_at_once();
     });
     run(Command::new("fsfreeze").arg("-u").arg(disk.root())).ok();
     outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -157,12 +157,19 @@ impl Mounted {
     /// Kills the daemon, as by `kill -9`, and waits until it has nothing open any more.
     #[track_caller]
     pub fn kill(&self) {
+        let daemon = self.kill_at_once();
+        wait_until("the daemon is gone", 20, || has_ended(daemon));
+    }
+
+    /// Kills the daemon, one of whose threads may be where not even that ends it.
+    #[track_caller]
+    pub fn kill_at_once(&self) -> u32 {
         let daemon = self.daemon();
         let pid = i32::try_from(daemon).ok().and_then(rustix::process::Pid::from_raw);
         let pid = pid.expect("a daemon has a process id");
         let killed = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         killed.expect("it can be killed");
-        wait_until("the daemon is gone", 20, || has_ended(daemon));
+        daemon
     }
 
     /// Gives the store a policy, in the form of `[policy]` in `store.toml`; mounts anew.

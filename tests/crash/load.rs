@@ -20,6 +20,8 @@ use crate::model::reference::{Body, Dump, Reference, Shown, pattern, put};
 pub struct Shared {
     /// Nothing is expected to succeed any more.
     pub dying: AtomicBool,
+    /// The workers are to end, after what they are at.
+    pub ending: AtomicBool,
     /// Operations that were acknowledged.
     pub done: AtomicUsize,
 }
@@ -43,8 +45,8 @@ enum Step {
 }
 
 impl Worker<'_> {
-    /// Works in `root` until everything fails, or `seeds` are used up. The last mark of the story
-    /// is of what was not acknowledged, if anything was under way.
+    /// Works in `root` until everything fails, it is to end, or `seeds` are used up. The last mark
+    /// of the story is of what was not acknowledged, if anything was under way.
     pub fn work(
         root: &Path,
         seeds: impl Iterator<Item = u64>,
@@ -64,6 +66,9 @@ impl Worker<'_> {
         File::open(root).and_then(|dir| dir.sync_all()).map_err(|error| error.to_string())?;
         worker.note(reference, None, "creation");
         for op in seeds.flat_map(operations) {
+            if shared.ending.load(Ordering::SeqCst) {
+                break;
+            }
             let told = format!("{op:?}");
             let mut next = worker.reference.clone();
             match worker.step(&op, &mut next) {

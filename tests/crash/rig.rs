@@ -9,6 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use rustix::fs::Advice;
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::dice::Dice;
 use crate::common::disk::LoopFs;
 use crate::common::{self, mounts_at, run, wait_until};
@@ -97,6 +100,36 @@ impl LoggedFs {
         u64::from_le_bytes(count) as usize
     }
 
+    /// Takes the disk's power: no call on it succeeds any more.
+    pub fn unplug(&self) {
+        self.signal(Signal::KILL);
+        wait_until("the disk is dead", 20, || common::has_ended(self.server.id()));
+    }
+
+    /// Nothing that reaches the disk returns, until [`LoggedFs::resume`]. What memory has of `file`
+    /// and of the disk is dropped before that.
+    #[track_caller]
+    pub fn hang(&self, file: &Path) {
+        run(Command::new("sync").arg("-f").arg(&self.root)).ok();
+        for cached in [file, &self.scratch.path().join("disk")] {
+            let cached = File::open(cached).expect("it can be opened");
+            cached.sync_all().expect("it can be synced");
+            rustix::fs::fadvise(cached, 0, None, Advice::DontNeed).expect("it can be dropped");
+        }
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets all that waits for the disk go on.
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.server.id()).ok().and_then(Pid::from_raw);
+        // It may be dead already.
+        let _ = kill_process(pid.expect("a server has a process id"), signal);
+    }
+
     /// Takes the disk out of use; what remains is its log.
     pub fn into_log(mut self) -> BlockLog {
         self.end();
@@ -107,6 +140,7 @@ impl LoggedFs {
     }
 
     fn end(&mut self) {
+        self.resume();
         if !mounts_at(&self.root).is_empty() {
             let done = run(Command::new("umount").arg(&self.root));
             if done.code != 0 {
@@ -117,11 +151,12 @@ impl LoggedFs {
         if let Some(device) = self.device.take() {
             run(Command::new("losetup").args(["-d", &device]));
         }
-        let pid = i32::try_from(self.server.id()).ok().and_then(rustix::process::Pid::from_raw);
-        if let Some(pid) = pid {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        }
-        let _ = self.server.wait();
+        // It notices a signal only with the next event if that comes just before it waits for one.
+        wait_until("the server of the logged disk ends", 60, || {
+            let runs = matches!(self.server.try_wait(), Ok(None));
+            runs.then(|| self.signal(Signal::TERM));
+            !runs
+        });
         let disk = self.scratch.path().join("disk");
         if !mounts_at(&disk).is_empty() {
             run(Command::new("umount").arg("-l").arg(&disk));
