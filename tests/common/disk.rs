@@ -45,7 +45,16 @@ impl LoopFs {
         let file = std::fs::File::create(image).expect("an image can be made");
         file.set_len(mebibytes << 20).expect("an image can be sized");
         let options = if kind == "ext4" { &["-q", "-F", "-m", "0"][..] } else { &["-q", "-f"] };
-        run(Command::new(format!("mkfs.{kind}")).args(options).arg(image)).ok();
+        // mkfs.btrfs looks at all mounts and gives up at one whose daemon was killed: tests beside
+        // this one have such for a moment.
+        let mut made = None;
+        super::wait_until("a filesystem is made", 60, || {
+            let done = run(Command::new(format!("mkfs.{kind}")).args(options).arg(image));
+            let again = done.code != 0 && done.stderr.contains("not connected");
+            made = Some(done);
+            !again
+        });
+        made.expect("it ran").ok();
     }
 
     /// Mounts the file `image` in a scratch folder.
