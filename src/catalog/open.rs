@@ -12,7 +12,7 @@ use rusqlite::backup::Backup;
 use rusqlite::config::DbConfig;
 
 use super::actor::{self, Acts, Known};
-use super::commit::{Queue, TickClock, Waiting, Writer};
+use super::commit::{HANGS, Queue, TickClock, Waiting, Writer};
 use super::database::{Db, Place};
 use super::lane::Lanes;
 use super::reader::Readers;
@@ -323,7 +323,7 @@ impl Catalog {
             match self.shared.lanes.wait(id, turn) {
                 Some(Ok(head)) => self.shared.ended.lock()[id] = Some(head),
                 Some(Err(error)) => self.shared.detach(id, Some(error.to_string())),
-                None => self.shared.detach(id, Some("it does not answer".into())),
+                None => self.shared.detach(id, Some(HANGS.into())),
             }
         }
         flushed

@@ -167,6 +167,7 @@ enum Copied {
     Busy,
 }
 
+/// Runs a checkpoint, which waits for what is in its way as long as `db` is told to.
 fn checkpoint(db: &Connection, how: &str) -> rusqlite::Result<Copied> {
     let (busy, frames, copied): (i64, i64, i64) =
         db.query_row(&format!("PRAGMA wal_checkpoint({how})"), [], |row| {

@@ -12,8 +12,6 @@
 //!
 //! One thread at a time packs, repacks and sweeps: a chunk that is found stays while it is wanted.
 
-mod repack;
-
 use std::collections::HashMap;
 
 use super::chunker::{Chunker, cut_fixed};
@@ -27,6 +25,8 @@ use crate::catalog::{
 use crate::error::{Error, Result};
 use crate::replica::ReplicaSet;
 use crate::types::{ChunkId, ContentId, NodeId, PackId};
+
+mod repack;
 
 /// Contents are packed in runs of about this many bytes; after each the originals go.
 const RUN_BYTES: u64 = 64 << 20;
@@ -44,10 +44,14 @@ const COMMIT_ROWS: usize = 64;
 /// would: tests use it.
 pub type Step<'a> = &'a (dyn Fn(&str) -> Result<()> + Sync);
 
+/// Steps by their names: see [`ENDS`].
+const PACK_RECORDED: &str = "a pack was recorded";
+const SEGMENT_REMOVED: &str = "a segment was removed";
+/// The step of whoever forgets scratch files before packing.
+pub const SCRATCH_FORGOTTEN: &str = "scratch files were forgotten";
 /// The steps after which nothing is half done: who ends the work there leaves nothing that only
 /// recovery would remove.
-pub const ENDS: [&str; 3] =
-    ["a pack was recorded", "a segment was removed", "scratch files were forgotten"];
+pub const ENDS: [&str; 3] = [PACK_RECORDED, SEGMENT_REMOVED, SCRATCH_FORGOTTEN];
 
 /// What is to be done with a preserved content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,8 +119,8 @@ impl<'a> Packer<'a> {
         }
     }
 
-    /// The same, in runs of at most `bytes`, where there is little room for what a run writes: the
-    /// originals go after it only. One content is never more than one run.
+    /// The same, in runs that end once they have taken `bytes`, where there is little room for what
+    /// a run writes: the originals go after it only.
     pub fn in_runs_of(mut self, bytes: u64) -> Packer<'a> {
         self.run_bytes = bytes.min(RUN_BYTES);
         self
@@ -291,7 +295,7 @@ impl<'a> Packer<'a> {
             // What no replica has whole stays where it is.
             if !self.catalog.needs_segment(segment)? {
                 self.history.undo.remove(self.replicas, segment)?;
-                (self.step)("a segment was removed")?;
+                (self.step)(SEGMENT_REMOVED)?;
             }
         }
         packed.done = true;
@@ -443,7 +447,7 @@ impl<'a> Packer<'a> {
             }))]
         }));
         self.push(changes)?;
-        (self.step)("a pack was recorded")
+        (self.step)(PACK_RECORDED)
     }
 
     /// Pushes groups in their order, each whole, a few with each commit.

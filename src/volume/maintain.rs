@@ -151,17 +151,17 @@ impl Volume {
             // The copy and the originals both lie there for a moment; what is left is the reserve.
             let space = self.replicas().space()?;
             let piece = space.available.saturating_mul(space.block_bytes) / 2;
-            let fits = |content: &WaitingContent| match content.size <= piece {
+            let mut fits = |content: &WaitingContent| match content.size <= piece {
                 true => self.claim(content),
                 false => Ok(Claim::Wait),
             };
             let mut packer = self.packer(&|_| Ok(())).in_runs_of(piece);
-            let run = match packer.contents(after, &mut |content| fits(content)) {
+            let (last, run) = match packer.contents(after, &mut fits) {
                 Err(error) if error.is(Errno::NOSPC) => return Ok(()),
-                run => run?,
+                packed => packed?,
             };
-            after = run.0;
-            if run.1.done {
+            after = last;
+            if run.done {
                 break;
             }
         }

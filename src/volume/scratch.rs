@@ -6,7 +6,7 @@
 //! instead of packed, for its bytes would be those of the program's real files a second time.
 
 use crate::error::Result;
-use crate::history::packer::Step;
+use crate::history::packer::{SCRATCH_FORGOTTEN, Step};
 use crate::types::ContentId;
 
 use super::Volume;
@@ -33,7 +33,7 @@ impl Volume {
             let mut useless = Vec::new();
             self.forget_nodes(&nodes, &mut useless)?;
             self.remove_useless(&mut useless)?;
-            step("scratch files were forgotten")?;
+            step(SCRATCH_FORGOTTEN)?;
         }
     }
 }
