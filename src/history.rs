@@ -30,7 +30,7 @@ use rustix::io::Errno;
 
 pub use extents::{Extent, Extents, Place};
 
-use crate::catalog::{Base, Catalog, Change, UndoFile, UndoPlace, UndoRow, Whereabouts};
+use crate::catalog::{Base, Catalog, Change, UndoFile, UndoPlace, Whereabouts};
 use crate::error::{Error, Result};
 use crate::replica::backing::{Access, Backing, Creds, DirEntry, Handle, Seek};
 use crate::replica::{Handles, PrivateDir, ReplicaSet};
@@ -38,7 +38,7 @@ use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use packs::{PackStore, PlacedRecipe};
 use ranges::ByteRange;
-use undo::UndoLog;
+use undo::{Image, UndoLog};
 
 /// Owner of what the daemon makes for itself: root's, or the mounter's own, with no umask.
 pub const OWN: Creds = Creds::DAEMON;
@@ -51,8 +51,10 @@ const EXTENT_MAPS_MAX: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");
 const RECIPES_MAX: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
 /// Before-images are taken in blocks of this size: what filesystems and databases write at least.
 const BLOCK_BYTES: u64 = 4096;
-/// The most bytes of a before-image held in memory at once.
+/// The most bytes of a before-image.
 const COPY_BYTES: u64 = 1 << 20;
+/// Before-images are appended so many bytes at a time: what is held in memory meanwhile.
+const APPEND_BYTES: u64 = 8 << 20;
 
 /// An extent map with the node's stamp at its making.
 type StampedMap = (u64, Arc<Extents>);
@@ -111,49 +113,49 @@ impl History {
         self.undo.join(replicas, id)
     }
 
-    /// Preserves `range` of the sealed content that `file` still has there. When it returns, the
-    /// bytes are durable on every replica, and the live ones may be overwritten. If we die before
-    /// the caller's overwrite, a before-image that equals the live bytes is left: harmless.
+    /// Preserves what the sealed content has in these ranges, which `file` still has there. When it
+    /// returns, the bytes are durable on every replica, and the live ones may be overwritten. If we
+    /// die before the caller's overwrite, a before-image that equals the live bytes is left:
+    /// harmless.
     pub fn before_overwrite(
         &self,
         replicas: &ReplicaSet,
         catalog: &Catalog,
         of: (NodeId, ContentId),
         file: &Handles,
-        range: ByteRange,
+        ranges: &[ByteRange],
     ) -> Result<()> {
         let _pin = self.undo.pin();
         let mut rows = Vec::new();
-        let mut at = range.start;
-        while at < range.end {
-            let (data, end) = next_run(replicas, file, at, range.end)?;
-            // A hole is one row, however long: a file can be one of exabytes.
-            let end = if data { end.min(at + COPY_BYTES) } else { end };
-            let place = if data {
-                let mut bytes = vec![0; (end - at) as usize];
-                let got =
-                    replicas.read("read", |id, b| b.read_at(file.get(id)?, &mut bytes, at))?;
-                // A file that is shorter than its sealed size was damaged behind our back; what is
-                // missing reads as zeros, as it would from the live file.
-                bytes[got..].fill(0);
-                Some(self.undo.append(replicas, of, at, &bytes)?)
-            } else {
-                self.undo.append_hole(replicas, of, at, end - at)?;
-                None
-            };
-            let (node, content) = of;
-            rows.push(Change::UndoAdd(UndoRow {
-                node,
-                content,
-                offset: at,
-                length: end - at,
-                at: place,
-            }));
-            at = end;
+        let (mut images, mut bytes) = (Vec::new(), 0);
+        for range in ranges {
+            let mut at = range.start;
+            while at < range.end {
+                let piece = ByteRange { start: at, end: range.end.min(at + COPY_BYTES) };
+                let image = read_image(replicas, file, piece, range.end)?;
+                match &image {
+                    Image::Bytes(_, data) => {
+                        at += data.len() as u64;
+                        bytes += data.len() as u64;
+                    }
+                    Image::Hole(hole) => at = hole.end,
+                }
+                images.push(image);
+                if bytes >= APPEND_BYTES {
+                    rows.extend(self.undo.append(replicas, of, &images)?);
+                    (images, bytes) = (Vec::new(), 0);
+                }
+            }
         }
+        rows.extend(self.undo.append(replicas, of, &images)?);
         self.undo.sync(replicas)?;
-        catalog.push(rows)?;
+        catalog.push(rows.into_iter().map(Change::UndoAdd).collect())?;
         Ok(())
+    }
+
+    /// Whether contents are preserved whole by sharing their blocks.
+    pub fn shares_blocks(&self) -> bool {
+        self.reflink.load(Ordering::Relaxed)
     }
 
     /// Preserves a sealed content whole by sharing its blocks, where every replica can; `false`
@@ -167,7 +169,7 @@ impl History {
         size: u64,
         file: &Handles,
     ) -> Result<bool> {
-        if !self.reflink.load(Ordering::Relaxed) {
+        if !self.shares_blocks() {
             return Ok(false);
         }
         let (node, content) = of;
@@ -387,15 +389,35 @@ fn is_uncommitted(catalog: &Catalog, node: NodeId, content: ContentId) -> Result
     Ok(catalog.node(node)?.is_some_and(|row| content > row.content))
 }
 
-/// Whether data or a hole begins at `at`, and where it ends (at most `limit`).
-fn next_run(replicas: &ReplicaSet, file: &Handles, at: u64, limit: u64) -> Result<(bool, u64)> {
-    replicas.read("seek", |id, b| {
-        let file = file.get(id)?;
-        run_at(b, file, at, limit)
-    })
+/// Reads what a file has in `piece`, or from its start on as far as there is data; or the hole that
+/// begins there, which may be longer: up to `limit`.
+fn read_image(
+    replicas: &ReplicaSet,
+    file: &Handles,
+    piece: ByteRange,
+    limit: u64,
+) -> Result<Image> {
+    let start = piece.start;
+    let mut bytes = vec![0; (piece.end - start) as usize];
+    // A file that is shorter than its sealed size was damaged behind our back; what is missing
+    // reads as zeros, as it would from the live file.
+    let read = replicas.read("read", |id, b| b.read_at(file.get(id)?, &mut bytes, start))?;
+    bytes[read..].fill(0);
+    // What is overwritten is in the kernel's cache, mostly, and where its holes are is not: only
+    // zeros can be one.
+    if bytes.chunks(BLOCK_BYTES as usize).any(|block| block.iter().all(|&byte| byte == 0)) {
+        let (data, end) = replicas.read("seek", |id, b| run_at(b, file.get(id)?, start, limit))?;
+        if !data {
+            // One image, however long: a file can be one of exabytes.
+            return Ok(Image::Hole(ByteRange { start, end }));
+        }
+        bytes.truncate(bytes.len().min((end - start) as usize));
+    }
+    Ok(Image::Bytes(start, bytes))
 }
 
-/// See [`next_run`]; on one replica. Past the last data everything is hole.
+/// Whether data or a hole begins at `at`, and where it ends (at most `limit`). Past the last data
+/// everything is hole.
 pub fn run_at(b: &dyn Backing, file: &Handle, at: u64, limit: u64) -> std::io::Result<(bool, u64)> {
     let data = match b.seek(file, at, Seek::Data) {
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok((false, limit)),

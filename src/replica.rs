@@ -49,7 +49,7 @@ mod verdict;
 
 pub use handles::{Handles, PrivateDir};
 pub use health::{Fault, Health, State};
-pub use together::SyncAll;
+pub use together::{Piece, SyncAll};
 
 /// The unit in which [`ReplicaSet::space`] counts blocks, in bytes.
 const SPACE_BLOCK_BYTES: u64 = 4096;

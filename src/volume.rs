@@ -2,26 +2,22 @@
 //!
 //! The steps of every mutating operation are the same: say what is about to change (`intend`),
 //! lock, preserve what would be lost (`history`), apply to every replica (`replica`), push to the
-//! catalog, answer. What the kernel
-//! was told is thus in the catalog's queue, and a snapshot that waits for the queue contains it.
+//! catalog, answer. What the kernel was told is thus in the catalog's queue, and a snapshot that
+//! waits for the queue contains it. A write that would wait for what it overwrites is answered
+//! first (`deferred`).
 //!
-//! # Lock order
-//! 1. `cut`, shared by operations, exclusive while a moment is cut;
-//! 2. `dirs`, the stripes of directories whose entries change, in ascending order;
-//! 3. `Node::lock`, in ascending order of node ids;
-//! 4. `tree`, shared while a directory is opened by its path, exclusive while a directory moves;
-//! 5. the leaf locks: the node table's shards, places, the replicas' and the catalog's own.
-//!
-//! No lock is held while waiting for a commit, except a node's own in its fsync.
+//! The order among all locks is in `locks`.
 
 mod actors;
 mod attributes;
 mod checkpoint;
 mod content;
+mod deferred;
 mod digest;
 mod excludes;
 mod files;
 mod intend;
+mod locks;
 mod maintain;
 mod namespace;
 pub mod nodes;
@@ -38,7 +34,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard, RwLock, RwLockWriteGuard};
+use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use rustix::io::Errno;
 
 use crate::catalog::{Catalog, Durability, HANGS, Snapshot, Totals};
@@ -56,10 +52,11 @@ use crate::types::{EntryName, Generation, NodeId, PRIVATE_DIR, RelPath, ReplicaI
 use actors::Actors;
 pub use attributes::{Changes, Privileges};
 use checkpoint::Checkpoints;
+use deferred::Deferrals;
 use excludes::Excludes;
 use maintain::Maintenance;
 pub use namespace::Newborn;
-use nodes::{Node, Nodes, State};
+use nodes::{Node, Nodes};
 use resync::Resyncs;
 pub use resync::{Extent, ForeignReport, Progressing};
 
@@ -79,6 +76,8 @@ const END_POLL: Duration = Duration::from_millis(2);
 pub struct VolumeOptions {
     /// A file that stays open for writing is sealed when it was not written for this long.
     pub idle_seal: Duration,
+    /// How long a write is deferred at most, but for what is under way then.
+    pub defer_writes: Duration,
     /// How often the housekeeping looks.
     pub housekeeping: Duration,
     /// What is preserved is packed at least so long after the last packing.
@@ -105,6 +104,7 @@ impl Default for VolumeOptions {
     fn default() -> VolumeOptions {
         VolumeOptions {
             idle_seal: Duration::from_secs(30),
+            defer_writes: Duration::from_millis(10),
             housekeeping: Duration::from_secs(1),
             pack_after: Duration::from_secs(60),
             policy_every: Duration::from_secs(300),
@@ -137,6 +137,7 @@ pub struct Volume {
     actors: Actors,
     options: VolumeOptions,
     cut: RwLock<()>,
+    deferrals: Deferrals,
     dirs: Vec<Mutex<()>>,
     tree: RwLock<()>,
     /// Files with changes that are not sealed yet. They stay in the table until they are.
@@ -219,6 +220,7 @@ impl Volume {
             actors: Actors::new(),
             options,
             cut: RwLock::new(()),
+            deferrals: Deferrals::new(),
             dirs: (0..DIR_STRIPES).map(|_| Mutex::new(())).collect(),
             tree: RwLock::new(()),
             unsealed: Mutex::default(),
@@ -256,6 +258,7 @@ impl Volume {
             Housekeeper::start(&volume, "rv-housekeeping", housekeep)?,
             Housekeeper::start(&volume, "rv-maintenance", maintain::run)?,
             Housekeeper::start(&volume, "rv-checkpoint", checkpoint::run)?,
+            Housekeeper::start(&volume, "rv-deferred", deferred::run)?,
             Housekeeper::start(&volume, "rv-scrub", scrub::run)?,
         ];
         volume.housekeepers.lock().extend(housekeepers);
@@ -316,7 +319,7 @@ impl Volume {
     /// Seals every file that is open for writing, records what is due, and returns the generation
     /// that shows exactly what was live. Later changes do not reach it.
     pub fn settle(&self) -> Result<Generation> {
-        let cut = self.cut.write();
+        let cut = self.stop_changes();
         self.settle_in(&cut);
         Ok(self.catalog().freeze())
     }
@@ -326,7 +329,7 @@ impl Volume {
         let unsealed: Vec<Arc<Node>> = self.unsealed.lock().values().cloned().collect();
         for node in unsealed {
             // One file that cannot be sealed must not keep all others from being in a snapshot.
-            if let Err(error) = self.seal(&node, &mut node.lock()) {
+            if let Err(error) = self.seal(&node, &mut self.lock(&node)) {
                 log::error!("{}: not sealed, its last version stands: {error}", self.told(&node));
             }
         }
@@ -424,43 +427,10 @@ impl Volume {
         self.replicas().dir(dir, || self.nodes.path(self.catalog(), dir))
     }
 
-    /// Locks the entries of a directory.
-    fn lock_dir(&self, dir: NodeId) -> MutexGuard<'_, ()> {
-        self.dirs[dir.0 as usize % DIR_STRIPES].lock()
-    }
-
-    /// Locks the entries of two directories.
-    fn lock_dirs(&self, a: NodeId, b: NodeId) -> (MutexGuard<'_, ()>, Option<MutexGuard<'_, ()>>) {
-        let (low, high) = {
-            let stripes = (a.0 as usize % DIR_STRIPES, b.0 as usize % DIR_STRIPES);
-            (stripes.0.min(stripes.1), stripes.0.max(stripes.1))
-        };
-        let first = self.dirs[low].lock();
-        (first, (low != high).then(|| self.dirs[high].lock()))
-    }
-
     /// The directory's times changed: they are recorded, and made equal on all replicas, at the
     /// next settling.
     fn mark_dir(&self, dir: NodeId) {
         self.stale_dirs.lock().insert(dir);
-    }
-
-    /// Locks one or two nodes in ascending order of their ids.
-    fn lock_nodes<'a>(
-        first: &'a Node,
-        second: Option<&'a Node>,
-    ) -> (MutexGuard<'a, State>, Option<MutexGuard<'a, State>>) {
-        match second {
-            Some(second) if second.id < first.id => {
-                let second = second.lock();
-                (first.lock(), Some(second))
-            }
-            Some(second) => {
-                let first = first.lock();
-                (first, Some(second.lock()))
-            }
-            None => (first.lock(), None),
-        }
     }
 
     /// Refuses names that cannot be made in `parent`: our private directory in the root.
@@ -517,7 +487,7 @@ impl Volume {
         let idle: Vec<Arc<Node>> = self.unsealed.lock().values().cloned().collect();
         for node in idle {
             let _cut = self.cut.read();
-            let mut state = node.lock();
+            let mut state = self.lock(&node);
             let quiet = state
                 .open
                 .as_ref()

@@ -17,6 +17,11 @@ impl ByteRange {
         ByteRange { start, end: start.saturating_add(length) }
     }
 
+    /// How many bytes it has.
+    pub fn len(&self) -> u64 {
+        self.end.saturating_sub(self.start)
+    }
+
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.start >= self.end
@@ -54,6 +59,11 @@ impl RangeSet {
             missing.push(ByteRange { start: at, end: range.end });
         }
         missing
+    }
+
+    /// The ranges in order.
+    pub fn iter(&self) -> impl Iterator<Item = ByteRange> {
+        self.0.iter().map(|(&start, &end)| ByteRange { start, end })
     }
 
     /// Adds a range, joined with those it overlaps or touches.

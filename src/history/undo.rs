@@ -25,7 +25,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::catalog::{Catalog, Change, UndoFile, UndoPlace, UndoRow};
 use crate::error::{Error, Result};
 use crate::replica::backing::{Access, Backing, Handle};
-use crate::replica::{Handles, PrivateDir, ReplicaSet};
+use crate::replica::{Handles, Piece, PrivateDir, ReplicaSet};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use super::ranges::ByteRange;
@@ -127,6 +127,32 @@ fn encode(magic: [u8; 4], of: (NodeId, ContentId), offset: u64, data: &[u8]) -> 
     hash.update(&header[..32]).update(data);
     header[32..64].copy_from_slice(hash.finalize().as_bytes());
     [header.as_slice(), data].concat()
+}
+
+/// Bytes that a content has, or that it has none there.
+pub enum Image {
+    /// At an offset, these; not empty.
+    Bytes(u64, Vec<u8>),
+    /// A hole.
+    ///
+    /// Its row alone would not do: one that was not committed when we died would be lost, and the
+    /// content would show what was written into the hole.
+    Hole(ByteRange),
+}
+
+impl Image {
+    fn encode(&self, of: (NodeId, ContentId)) -> Vec<u8> {
+        match self {
+            Image::Bytes(offset, bytes) => {
+                assert!(!bytes.is_empty() && bytes.len() <= DATA_BYTES_MAX as usize);
+                encode(MAGIC, of, *offset, bytes)
+            }
+            Image::Hole(range) => {
+                let length = range.end - range.start;
+                encode(MAGIC_HOLE, of, range.start, &length.to_le_bytes())
+            }
+        }
+    }
 }
 
 /// A record of a segment.
@@ -291,45 +317,48 @@ impl UndoLog {
         Ok(images)
     }
 
-    /// Appends the bytes that a content has at `offset`, on every replica. Not durable yet.
+    /// Appends, on every replica, what a content has, and returns the rows that tell so. Not
+    /// durable yet.
     pub fn append(
         &self,
         replicas: &ReplicaSet,
         of: (NodeId, ContentId),
-        offset: u64,
-        data: &[u8],
-    ) -> Result<UndoPlace> {
-        assert!(!data.is_empty() && data.len() <= DATA_BYTES_MAX as usize);
-        self.append_record(replicas, encode(MAGIC, of, offset, data))
-    }
-
-    /// Appends, on every replica, that a content has a hole at `offset`. Not durable yet.
-    ///
-    /// Its row alone would not do: one that was not committed when we died would be lost, and the
-    /// content would show what was written into the hole.
-    pub fn append_hole(
-        &self,
-        replicas: &ReplicaSet,
-        of: (NodeId, ContentId),
-        offset: u64,
-        length: u64,
-    ) -> Result<()> {
-        self.append_record(replicas, encode(MAGIC_HOLE, of, offset, &length.to_le_bytes()))?;
-        Ok(())
-    }
-
-    fn append_record(&self, replicas: &ReplicaSet, record: Vec<u8>) -> Result<UndoPlace> {
+        images: &[Image],
+    ) -> Result<Vec<UndoRow>> {
         let mut tail = self.tail.lock();
-        if tail.files.is_none() || tail.end >= SEGMENT_BYTES_MAX {
-            self.begin_segment(replicas, &mut tail)?;
+        let mut rows = Vec::with_capacity(images.len());
+        let mut images = images.iter().peekable();
+        while images.peek().is_some() {
+            if tail.files.is_none() || tail.end >= SEGMENT_BYTES_MAX {
+                self.begin_segment(replicas, &mut tail)?;
+            }
+            let files = tail.files.clone().expect("a segment was begun");
+            // As many records as the segment takes, with one write.
+            let mut records = Vec::new();
+            let mut end = tail.end;
+            while end < SEGMENT_BYTES_MAX
+                && let Some(image) = images.next()
+            {
+                records.resize((end - tail.end) as usize, 0);
+                records.extend(image.encode(of));
+                let file = UndoFile::Segment(tail.segment);
+                let place = UndoPlace { file, offset: end + HEADER_BYTES as u64 };
+                let (offset, length, at) = match image {
+                    Image::Bytes(offset, bytes) => (*offset, bytes.len() as u64, Some(place)),
+                    Image::Hole(range) => (range.start, range.end - range.start, None),
+                };
+                rows.push(UndoRow { node: of.0, content: of.1, offset, length, at });
+                end = (tail.end + records.len() as u64).next_multiple_of(RECORD_ALIGN);
+            }
+            tail.position += records.len() as u64;
+            let at = std::mem::replace(&mut tail.end, end);
+            if let Err(error) = replicas.write(&files, vec![Piece { offset: at, bytes: records }]) {
+                // The next record takes the place of what may be there in part.
+                tail.end = at;
+                return Err(error);
+            }
         }
-        let files = tail.files.clone().expect("a segment was begun");
-        let at = tail.end;
-        replicas.write(&files, &record, at)?;
-        tail.end = (at + record.len() as u64).next_multiple_of(RECORD_ALIGN);
-        tail.position += record.len() as u64;
-        let file = UndoFile::Segment(tail.segment);
-        Ok(UndoPlace { file, offset: at + HEADER_BYTES as u64 })
+        Ok(rows)
     }
 
     fn begin_segment(&self, replicas: &ReplicaSet, tail: &mut Tail) -> Result<()> {

@@ -37,6 +37,7 @@ use super::backing::{
     Access, Backing, Creds, DirEntry, Handle, RenameMode, Seek, SetTime, Space, Stat,
 };
 use super::health::Fault;
+use super::together::{Piece, write_pieces};
 use crate::sys::device::Watch;
 use crate::types::{EntryName, Kind, RelPath, Xattrs};
 use checked::{Argument, Checked, On};
@@ -119,10 +120,10 @@ impl Guarded {
         self.begin("sync_all", None, SYNC_PATIENCE, |inner| inner.sync_all())
     }
 
-    /// Begins to write all of `data`.
-    pub fn begin_write(&self, file: &Handle, data: &Arc<[u8]>, offset: u64) -> UnderWay {
-        let (own, data) = (file.clone(), data.clone());
-        let call = move |inner: &dyn Backing| inner.write_at(&own, &data, offset);
+    /// Begins to write all pieces in their order.
+    pub fn begin_write(&self, file: &Handle, pieces: &Arc<[Piece]>) -> UnderWay {
+        let (own, pieces) = (file.clone(), pieces.clone());
+        let call = move |inner: &dyn Backing| write_pieces(inner, &own, &pieces);
         self.begin("write_at", Some(file), 1, call)
     }
 

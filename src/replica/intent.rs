@@ -147,6 +147,10 @@ pub struct Intent<'a> {
     epoch: Epoch,
 }
 
+/// An [`Intent`] that outlives the call which began it: to be given to [`Intents::end`].
+#[must_use = "its epoch does not end before it does"]
+pub struct KeptIntent(Epoch);
+
 impl Intents {
     /// Begins the log of a mount on every replica, and the first epoch; nodes that are born from
     /// now on have ids from `next` on. `mount` is when the mount began, `base` what is durable.
@@ -271,6 +275,17 @@ impl Intents {
         }
     }
 
+    /// An operation has ended.
+    pub fn end(&self, KeptIntent(epoch): KeptIntent) {
+        let mut book = self.book.lock();
+        let span = book.span(epoch);
+        span.running -= 1;
+        if span.running == 0 && epoch < book.current {
+            book.forget();
+            self.ended.notify_all();
+        }
+    }
+
     /// What was dirtied in this epoch so far.
     pub fn dirty_in(&self, epoch: Epoch) -> DirtySet {
         self.book.lock().spans.get(&epoch).map(|span| span.set.clone()).unwrap_or_default()
@@ -311,6 +326,13 @@ impl Book {
 }
 
 impl Intent<'_> {
+    /// The operation goes on when this call has returned.
+    pub fn keep(self) -> KeptIntent {
+        let kept = KeptIntent(self.epoch);
+        std::mem::forget(self);
+        kept
+    }
+
     /// The operation is about to change this, too.
     pub fn also(&self, what: Dirty) -> Result<()> {
         self.intents.book.lock().span(self.epoch).add(what);
@@ -339,13 +361,7 @@ impl Intent<'_> {
 
 impl Drop for Intent<'_> {
     fn drop(&mut self) {
-        let mut book = self.intents.book.lock();
-        let span = book.span(self.epoch);
-        span.running -= 1;
-        if span.running == 0 && self.epoch < book.current {
-            book.forget();
-            self.intents.ended.notify_all();
-        }
+        self.intents.end(KeptIntent(self.epoch));
     }
 }
 

@@ -1,8 +1,9 @@
 //! What all replicas do at the same time: syncs, and writes that are worth it.
 
+use std::io;
 use std::sync::Arc;
 
-use super::backing::Backing;
+use super::backing::{Backing, Handle};
 use super::guarded::UnderWay;
 use super::verdict::{Nature, Verdict};
 use super::{Handles, Replica, ReplicaSet};
@@ -12,6 +13,16 @@ use crate::types::ReplicaId;
 /// From so many bytes on a write goes to all replicas at once. Below it copying costs less than
 /// waking a second thread.
 const PARALLEL_BYTES_MIN: usize = 32 << 10;
+
+/// Bytes and where in a file they go.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Of the first byte.
+    pub offset: u64,
+    /// The bytes: from memory that nobody else can change meanwhile. Mirrors that are written from
+    /// shared memory diverge.
+    pub bytes: Vec<u8>,
+}
 
 /// A sync that is under way on all replicas.
 #[must_use]
@@ -54,20 +65,21 @@ impl ReplicaSet {
         SyncAll { set: self, op: "syncfs", begun: self.online().map(begin).collect() }
     }
 
-    /// Writes all of `data` on every replica, on all at once where it is much. On an error an
-    /// unknown part of it may be written on each: whoever writes levels them then.
-    pub fn write(&self, file: &Arc<Handles>, data: &[u8], offset: u64) -> Result<()> {
+    /// Writes all pieces in their order on every replica, on all at once where it is much. On an
+    /// error an unknown part of them may be written on each: whoever writes levels them then.
+    pub fn write(&self, file: &Arc<Handles>, pieces: Vec<Piece>) -> Result<()> {
         let online: Vec<(ReplicaId, Arc<Replica>)> =
             self.online().map(|id| (id, self.get(id))).collect();
-        if online.len() < 2 || data.len() < PARALLEL_BYTES_MIN {
-            let (file, data) = (file.clone(), data.to_vec());
-            let write = move |id, b: &dyn Backing| b.write_at(file.get(id)?, &data, offset);
+        let bytes: usize = pieces.iter().map(|piece| piece.bytes.len()).sum();
+        if online.len() < 2 || bytes < PARALLEL_BYTES_MIN {
+            let file = file.clone();
+            let write = move |id, b: &dyn Backing| write_pieces(b, file.get(id)?, &pieces);
             return self.change("write", write).map(|_| ());
         }
-        // One copy for all: from shared memory they could diverge, and a call that hangs keeps it.
-        let data: Arc<[u8]> = data.into();
+        // One copy for all; a call that hangs keeps it.
+        let pieces: Arc<[Piece]> = pieces.into();
         let begin = |(id, replica): &(ReplicaId, Arc<Replica>)| {
-            (*id, file.get(*id).map(|file| replica.backing.begin_write(file, &data, offset)))
+            (*id, file.get(*id).map(|file| replica.backing.begin_write(file, &pieces)))
         };
         let begun: Vec<_> = online.iter().map(begin).collect();
         // All have ended before any is judged: none may be writing when the caller levels them.
@@ -79,4 +91,9 @@ impl ReplicaSet {
         }
         self.judge("write", verdict).map(|_| ())
     }
+}
+
+/// Writes all pieces in their order.
+pub(super) fn write_pieces(b: &dyn Backing, file: &Handle, pieces: &[Piece]) -> io::Result<()> {
+    pieces.iter().try_for_each(|piece| b.write_at(file, &piece.bytes, piece.offset))
 }

@@ -65,7 +65,7 @@ impl Volume {
     ) -> Result<(Arc<Node>, Stat)> {
         let node = self.named(parent, name)?;
         let stat = (|| {
-            let state = node.lock();
+            let state = self.lock(&node);
             match state.open.as_ref().and_then(|open| open.any().cloned()) {
                 Some(_) => self.stat_locked(&node, &state),
                 None => {
@@ -93,7 +93,7 @@ impl Volume {
 
     /// Attributes of a live node; `ino` is its node id.
     pub fn stat(&self, node: &Arc<Node>) -> Result<Stat> {
-        let state = node.lock();
+        let state = self.lock(node);
         self.stat_locked(node, &state)
     }
 
@@ -176,7 +176,7 @@ impl Volume {
         let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(node)])?;
         let entries = if changes.size == Some(0) { self.lock_parent(node)? } else { None };
-        let mut state = node.lock();
+        let mut state = self.lock(node);
         if let Some(size) = changes.size {
             if node.kind != Kind::File {
                 return Err(Error::Posix(Errno::INVAL));
@@ -310,7 +310,7 @@ impl Volume {
         if let Some(target) = self.catalog().symlink_target(node.id)? {
             return Ok(target);
         }
-        let state = node.lock();
+        let state = self.lock(node);
         let (dir, name) = self.location(node, &state)?;
         self.replicas().read("readlink", |id, b| b.readlink(&b.open_node(dir.get(id)?, &name)?))
     }
@@ -322,7 +322,7 @@ impl Volume {
         node: &Arc<Node>,
         mut f: impl FnMut(&dyn Backing, &Handle) -> std::io::Result<T>,
     ) -> Result<T> {
-        let state = node.lock();
+        let state = self.lock(node);
         if let Some(handles) = state.open.as_ref().and_then(|open| open.any().cloned()) {
             return self.replicas().read(op, |id, b| f(b, handles.get(id)?));
         }
@@ -340,7 +340,7 @@ impl Volume {
     /// Whether it is known, without asking a backing, that there are no extended attributes. The
     /// kernel asks for some with every file that is made, listed or written.
     fn lacks_xattrs(&self, node: &Arc<Node>) -> Result<bool> {
-        let state = node.lock();
+        let state = self.lock(node);
         let known = match state.open.as_deref() {
             Some(open) => (!open.attributed).then_some(open.sealed.xattrs),
             None => self.catalog().node(node.id)?.map(|row| row.xattrs),
@@ -380,7 +380,7 @@ impl Volume {
         }
         let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(node)])?;
-        let mut state = node.lock();
+        let mut state = self.lock(node);
         self.check_room(node, name, value)?;
         let (key, own) = (name.to_owned(), value.to_vec());
         note_attributed(&mut state);
@@ -434,7 +434,7 @@ impl Volume {
         }
         let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(node)])?;
-        let mut state = node.lock();
+        let mut state = self.lock(node);
         let key = name.to_owned();
         note_attributed(&mut state);
         self.on_object("removexattr", node, &state, move |b, o| b.remove_xattr(o, &key))?;

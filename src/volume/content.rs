@@ -134,7 +134,7 @@ impl Volume {
                 None => self.catalog().node(holder)?.map(|row| self.nodes.load(holder, row.kind)),
             };
             let outcome = {
-                let state = node.as_ref().map(|node| node.lock());
+                let state = node.as_ref().map(|node| self.lock(node));
                 // A dead node that nobody has open does not change any more.
                 let stamp = state.as_ref().map_or(0, |state| state.stamp);
                 let extents = self.history.extents(self.catalog(), (id, content), stamp)?;

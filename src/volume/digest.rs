@@ -142,7 +142,7 @@ impl Volume {
     ) -> Result<Option<(ContentId, Digest)>> {
         let id = node.id;
         let (dir, name, content, stamp) = {
-            let state = node.lock();
+            let state = self.lock(node);
             let Some(content) = self.settled_content(id, &state)? else { return Ok(None) };
             if self.catalog().digest(content)?.is_some() {
                 return Ok(None);
@@ -164,7 +164,7 @@ impl Volume {
         });
         stop()?;
         let Ok(Some(digest)) = read else { return Ok(None) };
-        let state = node.lock();
+        let state = self.lock(node);
         let same = state.stamp == stamp && self.settled_content(id, &state)? == Some(content);
         Ok(same.then_some((content, digest)))
     }

@@ -8,11 +8,11 @@ use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::history::ranges::ByteRange;
+use crate::history::ranges::{ByteRange, RangeSet};
 use crate::history::{self, preserved_dir, preserved_name};
 use crate::replica::backing::{Access, Backing, Handle, RenameMode, Seek, SetTime};
 use crate::replica::copy::copy_all;
-use crate::replica::{Handles, PrivateDir, SyncAll};
+use crate::replica::{Handles, Piece, PrivateDir, SyncAll};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use super::intend::dirty;
@@ -45,7 +45,7 @@ impl Volume {
         let _cut = if truncate { self.begin_change() } else { self.cut.read() };
         let _intent = if truncate { Some(self.intend(&[dirty(node)])?) } else { None };
         let entries = if truncate { self.lock_parent(node)? } else { None };
-        let mut state = node.lock();
+        let mut state = self.lock(node);
         self.open_state(node, &mut state)?;
         let access = if writable || truncate { Access::ReadWrite } else { Access::Read };
         self.open_handles(node, &mut state, access)?;
@@ -63,7 +63,7 @@ impl Volume {
     }
 
     /// Makes sure that the open state of a file is there, with what the catalog knows of it.
-    pub(super) fn open_state(&self, node: &Arc<Node>, state: &mut State) -> Result<()> {
+    pub(super) fn open_state(&self, node: &Node, state: &mut State) -> Result<()> {
         if state.open.is_none() {
             let sealed = self.catalog().node(node.id)?.ok_or(Error::Posix(Errno::STALE))?;
             state.open = Some(Box::new(Open::new(sealed)));
@@ -74,7 +74,7 @@ impl Volume {
     /// Makes sure that a file with open state has handles for `access`.
     pub(super) fn open_handles(
         &self,
-        node: &Arc<Node>,
+        node: &Node,
         state: &mut State,
         access: Access,
     ) -> Result<()> {
@@ -111,11 +111,7 @@ impl Volume {
 
     /// The directory and the name by which a file is reached on every replica: its own, or for an
     /// orphan the ones under which it is preserved.
-    pub(super) fn location(
-        &self,
-        node: &Arc<Node>,
-        state: &State,
-    ) -> Result<(Arc<Handles>, EntryName)> {
+    pub(super) fn location(&self, node: &Node, state: &State) -> Result<(Arc<Handles>, EntryName)> {
         if state.orphan {
             let content = state.open.as_ref().map_or(ContentId::EMPTY, |open| open.sealed.content);
             let dir = self.replicas().private(preserved_dir(node.id))?;
@@ -128,7 +124,7 @@ impl Volume {
     /// Ends one open. The last writer's end seals the file.
     pub fn release(&self, node: &Arc<Node>, writable: bool) -> Result<()> {
         let _cut = self.cut.read();
-        let mut state = node.lock();
+        let mut state = self.lock(node);
         let Some(open) = state.open.as_mut() else { return Ok(()) };
         open.opens -= 1;
         open.writers -= u32::from(writable);
@@ -148,7 +144,8 @@ impl Volume {
     /// written. So a file that was emptied and not written yet waits for its last writer's end.
     pub fn flush(&self, node: &Arc<Node>) -> Result<()> {
         let _cut = self.cut.read();
-        let mut state = node.lock();
+        let mut state = self.lock(node);
+        self.deferred_error(&mut state)?;
         if state.open.as_ref().is_some_and(|open| open.emptied) {
             return Ok(());
         }
@@ -158,7 +155,7 @@ impl Volume {
     /// Reads from an open file; short only at its end.
     pub fn read(&self, node: &Arc<Node>, offset: u64, buffer: &mut [u8]) -> Result<usize> {
         let handles = {
-            let mut state = node.lock();
+            let mut state = self.lock(node);
             self.open_state(node, &mut state)?;
             self.open_handles(node, &mut state, Access::Read)?;
             state.open.as_ref().and_then(|open| open.any().cloned()).expect("opened above")
@@ -183,16 +180,14 @@ impl Volume {
         b: &dyn Backing,
         f: impl FnOnce(&Handle) -> std::io::Result<T>,
     ) -> std::io::Result<T> {
-        let state = node.lock();
+        let state = self.lock(node);
         let (dir, name) =
             self.location(node, &state).map_err(|error| std::io::Error::from(error.to_errno()))?;
         f(&b.open_file(dir.get(id)?, &name, Access::Read)?)
     }
 
-    /// Writes to a file that is open for writing.
-    ///
-    /// The data is written from one private buffer, the kernel's request, which nobody else can
-    /// change meanwhile: mirrors written from shared memory diverge.
+    /// Writes to a file that is open for writing; `strip` also takes its privileges away. An error
+    /// may be an earlier write's, which was [deferred](super::deferred).
     pub fn write(
         &self,
         node: &Arc<Node>,
@@ -206,11 +201,20 @@ impl Volume {
         }
         let _cut = self.begin_change();
         self.ensure_room(data.len() as u64)?;
-        let _intent = self.intend(&[dirty(node)])?;
-        let mut state = node.lock();
+        let intent = self.intend(&[dirty(node)])?;
+        let mut state = node.lock_as_is();
+        self.writable(node, &mut state)?;
+        self.deferred_error(&mut state)?;
         let range = ByteRange::new(offset, data.len() as u64);
-        let handles = self.before_change(node, &mut state, range)?;
-        let written = self.replicas().write(&handles, data, offset);
+        let piece = Piece { offset, bytes: data.to_vec() };
+        if !strip && self.is_to_be_deferred(&state, range) {
+            self.mark_unsealed(node, &mut state, true, caller);
+            self.defer(node, &mut state, piece, intent);
+            return self.deferred_error(&mut state);
+        }
+        self.carry_out(node, &mut state);
+        let handles = self.before_change(node, &mut state, &[range])?;
+        let written = self.replicas().write(&handles, vec![piece]);
         self.mark_unsealed(node, &mut state, true, caller);
         if let Err(error) = written {
             self.level(&handles, range)?;
@@ -220,6 +224,25 @@ impl Volume {
             self.strip_privileges(node, &mut state)?;
         }
         Ok(())
+    }
+
+    /// Writes what was deferred. The file's lock is held, and it was open for writing.
+    pub(super) fn write_pieces(
+        &self,
+        node: &Node,
+        state: &mut State,
+        pieces: Vec<Piece>,
+    ) -> Result<()> {
+        let ranges: Vec<ByteRange> = pieces
+            .iter()
+            .map(|piece| ByteRange::new(piece.offset, piece.bytes.len() as u64))
+            .collect();
+        let handles = self.before_change(node, state, &ranges)?;
+        let written = self.replicas().write(&handles, pieces);
+        if written.is_err() {
+            ranges.iter().try_for_each(|&range| self.level(&handles, range))?;
+        }
+        written
     }
 
     /// After a write that failed on the primary, as on a full disk, a part of the data may be there
@@ -249,41 +272,45 @@ impl Volume {
         Ok(())
     }
 
-    /// Gets a file ready for a change of `range`: open for writing everywhere, and what the sealed
-    /// content has there preserved. Returns the handles to change it by.
+    /// Gets a file ready for a change of these ranges: open for writing everywhere, and what the
+    /// sealed content has there preserved. Returns the handles to change it by.
     fn before_change(
         &self,
-        node: &Arc<Node>,
+        node: &Node,
         state: &mut State,
-        range: ByteRange,
+        ranges: &[ByteRange],
     ) -> Result<Arc<Handles>> {
         // What must lose its setuid bit is told so; the thread's last caller must not decide it.
         crate::sys::regain_fsetid().map_err(Error::from_io)?;
         self.writable(node, state)?;
-        self.preserve(node, state, range)?;
+        self.preserve(node, state, ranges)?;
         let open = state.open.as_ref().expect("opened above");
         Ok(open.write.clone().expect("opened above"))
     }
 
-    /// Preserves what the sealed content has in `range` and is not preserved yet.
+    /// Preserves what the sealed content has in these ranges and is not preserved yet.
     pub(super) fn preserve(
         &self,
-        node: &Arc<Node>,
+        node: &Node,
         state: &mut State,
-        range: ByteRange,
+        ranges: &[ByteRange],
     ) -> Result<()> {
         let open = state.open.as_mut().expect("the caller opened the file");
-        let range = history::touched(range, open.sealed.size);
-        if range.is_empty() || open.sealed.content == ContentId::EMPTY {
+        if open.sealed.content == ContentId::EMPTY {
             return Ok(());
         }
-        let missing = open.saved.missing(range);
-        if missing.is_empty() {
+        let mut lost = RangeSet::default();
+        for &range in ranges {
+            let touched = history::touched(range, open.sealed.size);
+            open.saved.missing(touched).into_iter().for_each(|part| lost.insert(part));
+        }
+        let mut lost: Vec<ByteRange> = lost.iter().collect();
+        if lost.is_empty() {
             return Ok(());
         }
         let of = (node.id, open.sealed.content);
         let whole = ByteRange { start: 0, end: open.sealed.size };
-        let untouched = open.saved.missing(whole) == [whole];
+        let untouched = open.is_untouched();
         let handles = open.write.clone().expect("the caller opened the file");
         let replicas = self.replicas();
         state.stamp = self.nodes.next_stamp();
@@ -291,30 +318,26 @@ impl Volume {
         let cloned = untouched
             && !state.orphan
             && self.history.clone_whole(replicas, self.catalog(), of, whole.end, &handles)?;
-        if cloned {
+        if !cloned {
+            self.ensure_room(lost.iter().map(ByteRange::len).sum())?;
+            // Each call waits until it is durable, so who overwrites a file from end to end, with
+            // a sync now and then, has what comes next preserved with it. History yields for what
+            // is needed only, not for what may be.
             let open = state.open.as_mut().expect("as above");
-            open.saved.insert(whole);
-            return Ok(());
+            let next = lost.iter().fold(None, |_, &part| open.run.took(part));
+            let next = next.map(|next| history::touched(next, open.sealed.size));
+            if let Some(next) = next.filter(|next| replicas.ensure_room(next.len()).is_ok()) {
+                for part in open.saved.missing(next) {
+                    open.run.took(part);
+                    lost.push(part);
+                }
+            }
+            self.history.before_overwrite(replicas, self.catalog(), of, &handles, &lost)?;
         }
-        // Each call waits until it is durable, so who overwrites a file from end to end has what
-        // comes next preserved with it.
-        let open = state.open.as_ref().expect("as above");
-        let next = ByteRange::new(range.end, open.run.ahead(missing[0]));
-        let next = history::touched(next, open.sealed.size);
-        let wide = ByteRange { start: range.start, end: range.end.max(next.end) };
-        let bytes = |parts: &[ByteRange]| parts.iter().map(|part| part.end - part.start).sum();
-        let ahead = open.saved.missing(wide);
-        let missing = if ahead != missing && replicas.ensure_room(bytes(&ahead)).is_ok() {
-            ahead
-        } else {
-            // History yields for what is needed only, not for what may be.
-            self.ensure_room(bytes(&missing))?;
-            missing
-        };
-        for part in missing {
-            state.open.as_mut().expect("as above").run.took(part);
-            self.history.before_overwrite(replicas, self.catalog(), of, &handles, part)?;
-            state.open.as_mut().expect("as above").saved.insert(part);
+        let saved = &mut state.open.as_mut().expect("as above").saved;
+        match cloned {
+            true => saved.insert(whole),
+            false => lost.into_iter().for_each(|part| saved.insert(part)),
         }
         Ok(())
     }
@@ -341,7 +364,7 @@ impl Volume {
             return Ok(());
         }
         let lost = ByteRange { start: size, end: u64::MAX };
-        let handles = self.before_change(node, state, lost)?;
+        let handles = self.before_change(node, state, &[lost])?;
         self.replicas().apply("truncate", |id, b| b.truncate(handles.get(id)?, size))?;
         self.mark_unsealed(node, state, true, caller);
         state.open.as_mut().expect("the caller opened the file").emptied = size == 0;
@@ -445,14 +468,14 @@ impl Volume {
     ) -> Result<()> {
         let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(node)])?;
-        let mut state = node.lock();
+        let mut state = self.lock(node);
         let range = ByteRange::new(offset, length);
         let destroys = mode & FALLOCATE_DESTROYS != 0;
         if !destroys {
             self.ensure_room(length)?;
         }
         let lost = if destroys { range } else { ByteRange { start: 0, end: 0 } };
-        let handles = self.before_change(node, &mut state, lost)?;
+        let handles = self.before_change(node, &mut state, &[lost])?;
         let mut first = true;
         let allocated = self.replicas().apply("fallocate", |id, b| {
             let file = handles.get(id)?;
@@ -476,7 +499,7 @@ impl Volume {
 
     /// Finds data or a hole in a live file.
     pub fn seek(&self, node: &Arc<Node>, offset: u64, to: Seek) -> Result<u64> {
-        let mut state = node.lock();
+        let mut state = self.lock(node);
         self.open_state(node, &mut state)?;
         self.open_handles(node, &mut state, Access::Read)?;
         let handles =
@@ -496,7 +519,7 @@ impl Volume {
         let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(to)])?;
         let other = (from.id != to.id).then_some(&**from);
-        let (mut state, mut from_state) = Volume::lock_nodes(to, other);
+        let (mut state, mut from_state) = self.lock_nodes(to, other);
         let source = match from_state.as_mut() {
             Some(from_state) => self.writable(from, from_state)?,
             None => self.writable(to, &mut state)?,
@@ -508,7 +531,7 @@ impl Volume {
         }
         self.ensure_room(length)?;
         let range = ByteRange::new(to_offset, length);
-        let handles = self.before_change(to, &mut state, range)?;
+        let handles = self.before_change(to, &mut state, &[range])?;
         let copied = self.replicas().apply("copy", |id, b| {
             copy_all(b, (source.get(id)?, from_offset), (handles.get(id)?, to_offset), length)
         });
@@ -521,7 +544,7 @@ impl Volume {
     }
 
     /// Handles of a file for reading and writing on every replica.
-    fn writable(&self, node: &Arc<Node>, state: &mut State) -> Result<Arc<Handles>> {
+    fn writable(&self, node: &Node, state: &mut State) -> Result<Arc<Handles>> {
         self.open_state(node, state)?;
         self.open_handles(node, state, Access::ReadWrite)?;
         Ok(state.open.as_ref().and_then(|open| open.write.clone()).expect("opened above"))
@@ -530,7 +553,8 @@ impl Volume {
     /// Makes a file durable on every replica, together with its history.
     pub fn fsync(&self, node: &Arc<Node>, data_only: bool) -> Result<()> {
         let handles = {
-            let state = node.lock();
+            let mut state = self.lock(node);
+            self.deferred_error(&mut state)?;
             match state.open.as_ref().and_then(|open| open.write.clone()) {
                 None if state.orphan => None,
                 // Who wrote it may have closed it without a sync: reading does not make it durable.

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use parking_lot::RwLockReadGuard;
-
 use crate::error::Result;
 use crate::replica::Handles;
 use crate::replica::intent::{Dirty, DirtySet, Epoch, Intent, MovedDir};
@@ -13,13 +11,6 @@ use super::Volume;
 use super::nodes::Node;
 
 impl Volume {
-    /// The very start of an operation that changes something: no moment is cut before the guard is
-    /// dropped. Where a resync cannot keep up, it is waited for a moment first.
-    pub(super) fn begin_change(&self) -> RwLockReadGuard<'_, ()> {
-        self.resyncs.brake.wait();
-        self.cut.read()
-    }
-
     /// To be called at the start of every operation that changes something on the replicas, before
     /// anything is changed on any of them. What comes of it counts in the epoch of the intent until
     /// that is dropped.

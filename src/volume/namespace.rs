@@ -62,7 +62,7 @@ impl Volume {
         let node = self.nodes.insert(row.id, Kind::File, parent, name);
         node.looked_up();
         {
-            let mut state = node.lock();
+            let mut state = self.lock(&node);
             let mut open = Open::new(row);
             open.write = Some(Arc::new(handles));
             open.opens = 1;
@@ -176,7 +176,7 @@ impl Volume {
         let _intent = self.intend(&[Dirty::Dir(parent), dirty(node)])?;
         let _entries = self.lock_dir(parent);
         let to = self.dir(parent)?;
-        let mut state = node.lock();
+        let mut state = self.lock(node);
         if state.orphan {
             return Err(Error::Posix(Errno::NOENT));
         }
@@ -207,7 +207,7 @@ impl Volume {
         if node.kind == Kind::Dir {
             return Err(Error::Posix(Errno::ISDIR));
         }
-        let mut state = node.lock();
+        let mut state = self.lock(&node);
         let dir = self.dir(parent)?;
         let stat = self.replicas().read("stat", |id, b| b.stat_at(dir.get(id)?, name))?;
         let mut changes = Vec::with_capacity(3);
@@ -301,7 +301,7 @@ impl Volume {
         if node.kind != Kind::Dir {
             return Err(Error::Posix(Errno::NOTDIR));
         }
-        let mut state = node.lock();
+        let mut state = self.lock(&node);
         let dir = self.dir(parent)?;
         let stat = self.replicas().read("stat", |id, b| b.stat_at(dir.get(id)?, name))?;
         let _tree = self.tree.write();
@@ -353,7 +353,7 @@ impl Volume {
         let from = self.dir(parent)?;
         let to = self.dir(new_parent)?;
         // Whoever reaches one of them by its name waits until the name is what the node says.
-        let (mut source_state, mut target_state) = Volume::lock_nodes(&source, target.as_deref());
+        let (mut source_state, mut target_state) = self.lock_nodes(&source, target.as_deref());
         self.meets_rules(new_name)?;
         let excluded = self.is_excluded(new_parent, new_name, source.kind == Kind::Dir)?;
         let lost = Some((parent, name));
@@ -492,7 +492,7 @@ impl Volume {
 
     /// Makes a directory's entries durable on every replica, together with its history.
     pub fn fsync_dir(&self, node: &Arc<Node>) -> Result<()> {
-        if !node.lock().orphan {
+        if !self.lock(node).orphan {
             let dir = self.dir(node.id)?;
             let syncing = self.replicas().begin_sync(&dir, false);
             let recorded = self.barrier();

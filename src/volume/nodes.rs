@@ -5,7 +5,7 @@
 //! memory is bounded by what the kernel knows.
 //!
 //! Locks: `Node::state` protects everything about one node, its content included, and is held
-//! across an operation on it. The order among all locks is in `volume.rs`.
+//! across an operation on it. The order among all locks is in `locks.rs`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,6 +21,8 @@ use crate::replica::Handles;
 use crate::replica::backing::Stat;
 use crate::types::{EntryName, Kind, NodeId, RelPath};
 use rustix::io::Errno;
+
+use super::deferred::Deferred;
 
 /// Shards of the table: more than threads, so that they rarely meet.
 const SHARDS: usize = 64;
@@ -82,6 +84,10 @@ pub struct Open {
     pub saved: RangeSet,
     /// Whether it is being overwritten from one end to the other.
     pub run: Run,
+    /// What was written and is not carried out yet.
+    pub deferred: Option<Deferred>,
+    /// What went wrong with that.
+    pub failed: Option<Errno>,
     /// The content or the attributes changed since the seal.
     pub dirty: bool,
     /// The content did.
@@ -104,22 +110,16 @@ pub struct Run {
 }
 
 impl Run {
-    /// So many bytes after `range`, which is to be preserved, are likely to be overwritten next:
-    /// as many as were in a row before it, so that at most as much as was needed is in vain.
-    pub fn ahead(&self, range: ByteRange) -> u64 {
-        match self.end == range.start && self.bytes >= RUN_BYTES_MIN {
-            true => self.bytes.min(AHEAD_BYTES_MAX),
-            false => 0,
-        }
-    }
-
-    /// A range was preserved.
-    pub fn took(&mut self, range: ByteRange) {
+    /// A range is preserved. Tells what is likely to be overwritten next: as much as was in a row
+    /// before it, so that at most as much as was needed is in vain.
+    pub fn took(&mut self, range: ByteRange) -> Option<ByteRange> {
         if self.end != range.start {
             self.bytes = 0;
         }
-        self.bytes += range.end - range.start;
+        let ahead = self.bytes.min(AHEAD_BYTES_MAX);
+        self.bytes += range.len();
         self.end = range.end;
+        (ahead >= RUN_BYTES_MIN).then(|| ByteRange::new(self.end, ahead))
     }
 }
 
@@ -144,6 +144,8 @@ impl Open {
             sealed,
             saved: RangeSet::default(),
             run: Run::default(),
+            deferred: None,
+            failed: None,
             dirty: false,
             written: false,
             emptied: false,
@@ -160,8 +162,9 @@ impl Open {
 }
 
 impl Node {
-    /// Locks the node for an operation.
-    pub fn lock(&self) -> MutexGuard<'_, State> {
+    /// Locks the node with writes to it that may be deferred: operations lock it by
+    /// [`Volume::lock`](super::Volume::lock).
+    pub fn lock_as_is(&self) -> MutexGuard<'_, State> {
         self.state.lock()
     }
 
@@ -286,7 +289,8 @@ impl Nodes {
 
     /// The nodes that are open. Their locks are taken one after another.
     pub fn open_ones(&self) -> Vec<Arc<Node>> {
-        let is_open = |node: &&Arc<Node>| node.kind == Kind::File && node.lock().open.is_some();
+        let is_open =
+            |node: &&Arc<Node>| node.kind == Kind::File && node.lock_as_is().open.is_some();
         let mut open = Vec::new();
         for shard in &self.shards {
             let all: Vec<Arc<Node>> = shard.lock().values().cloned().collect();
@@ -365,15 +369,16 @@ mod tests {
         let mut run = Run::default();
         let page = |number: u64| ByteRange::new(number * 4096, 4096);
         for number in 0..64 {
-            assert_eq!(run.ahead(page(number)), 0, "page {number}");
-            run.took(page(number));
+            assert_eq!(run.took(page(number)), None, "page {number}");
         }
-        assert_eq!(run.ahead(page(64)), RUN_BYTES_MIN);
-        assert_eq!(run.ahead(page(65)), 0, "a gap");
-        run.took(ByteRange::new(64 * 4096, 100 << 20));
-        let next = ByteRange::new((64 * 4096) + (100 << 20), 4096);
-        assert_eq!(run.ahead(next), AHEAD_BYTES_MAX);
-        run.took(page(7));
-        assert_eq!(run.ahead(page(8)), 0, "begun anew elsewhere");
+        let ahead = ByteRange::new(65 * 4096, RUN_BYTES_MIN);
+        assert_eq!(run.took(page(64)), Some(ahead));
+        assert_eq!(run.took(page(66)), None, "a gap");
+        run.took(ByteRange::new(67 * 4096, 100 << 20));
+        let end = 67 * 4096 + (100 << 20);
+        let ahead = ByteRange::new(end + 4096, AHEAD_BYTES_MAX);
+        assert_eq!(run.took(ByteRange::new(end, 4096)), Some(ahead));
+        assert_eq!(run.took(page(7)), None, "begun anew elsewhere");
+        assert_eq!(run.took(page(8)), None);
     }
 }

@@ -71,7 +71,7 @@ impl Volume {
 
     /// Lets the present states and names of live nodes begin now: those before end with them.
     fn begin_anew(&self, nodes: &[NodeId]) -> Result<()> {
-        let _cut = self.cut.write();
+        let _cut = self.stop_changes();
         // Else the new state would be taken for the old one's burst.
         self.catalog().freeze();
         let mut changes = Vec::new();

@@ -42,7 +42,7 @@ impl Volume {
         if written && !standing.versioned && known != ContentId::EMPTY {
             // The last version that history shows must not rely on the file any more.
             let whole = ByteRange { start: 0, end: open.sealed.size };
-            self.preserve(node, state, whole)?;
+            self.preserve(node, state, &[whole])?;
         }
         let known = if written { ContentId::EMPTY } else { known };
         row.content = self.content_shown(standing.versioned, &row, known, &mut changes);
@@ -148,7 +148,7 @@ impl Volume {
         let _entries = self.lock_dir(dir);
         let node = self.nodes.load(dir, Kind::Dir);
         // A directory that was removed meanwhile is not recorded again: its remover held this lock.
-        let _state = node.lock();
+        let _state = self.lock(&node);
         if dir != NodeId::ROOT && node.place(self.catalog())?.is_none() {
             return Ok(());
         }

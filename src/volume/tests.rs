@@ -4,6 +4,7 @@ use super::*;
 use crate::history::History;
 use crate::store::{self, OpenOptions};
 
+mod deferred;
 mod faults;
 mod growth;
 
@@ -22,6 +23,7 @@ fn open_volume(store: Store) -> Arc<Volume> {
     let long = Duration::from_secs(3600);
     let options = VolumeOptions {
         idle_seal: long,
+        defer_writes: long,
         housekeeping: long,
         pack_after: long,
         policy_every: long,

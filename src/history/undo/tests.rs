@@ -65,11 +65,15 @@ fn before_images_of_an_unknown_content_are_recorded_with_it_in_one_push() {
     let add = Change::ContentAdd { id: sealed, node, size: 100 };
     let before = catalog.push(vec![add, Change::NodePut(row)]).expect("pushed");
     let log = UndoLog::open(&replicas).expect("it opens");
+    let append = |offset| {
+        let image = Image::Bytes(offset, b"old bytes!".to_vec());
+        log.append(&replicas, (node, unknown), &[image]).expect("appended");
+    };
     for offset in [0, 10, 50] {
-        log.append(&replicas, (node, unknown), offset, b"old bytes!").expect("appended");
+        append(offset);
     }
     // Twice: as after a write that was tried again.
-    log.append(&replicas, (node, unknown), 10, b"old bytes!").expect("appended");
+    append(10);
     recover(&replicas, &catalog, 0).expect("recovered");
     assert_eq!(catalog.generation().0, before.0 + 1, "one group, which is there or not");
     assert_eq!(catalog.content_size(unknown).expect("a look"), Some(60));

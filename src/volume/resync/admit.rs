@@ -61,6 +61,7 @@ impl Rounds<'_> {
                 continue;
             };
             let begun = Instant::now();
+            volume.carry_out_all();
             let due = self.next_due();
             tries += 1;
             if due.dirtied > LAST_OBJECTS && tries < TRIES_MAX {
@@ -89,7 +90,7 @@ impl Rounds<'_> {
         // From here on nothing can fail.
         volume.replicas().admit(id);
         for (node, handle) in opened {
-            if let Some(open) = node.lock().open.as_mut()
+            if let Some(open) = node.lock_as_is().open.as_mut()
                 && let Some(write) = &open.write
             {
                 open.write = Some(Arc::new(write.with(id, handle)));
@@ -118,7 +119,7 @@ impl super::Volume {
         let backing = replica.backing();
         let mut opened = Vec::new();
         for node in self.nodes.open_ones() {
-            let state = node.lock();
+            let state = node.lock_as_is();
             let write = state.open.as_ref().and_then(|open| open.write.clone());
             let Some(write) = write else { continue };
             let handle = match state.orphan {

@@ -35,7 +35,7 @@ impl Volume {
         self.settle()?;
         self.catalog().flush(Durability::Durable)?;
         let head = {
-            let cut = self.cut.write();
+            let cut = self.stop_changes();
             self.settle_in(&cut);
             self.catalog().flush(Durability::Durable)?;
             self.replicas().eject(id, Fault::by_hand());

@@ -259,14 +259,14 @@ impl Work<'_> {
     /// Looks at an object that is no directory.
     fn object(&mut self, node: &Arc<Node>) -> Result<Looked> {
         let volume = self.volume;
-        let standing = self.standing(node, &node.lock())?;
+        let standing = self.standing(node, &volume.lock(node))?;
         let Some(standing) = standing else { return Ok(Looked::Busy) };
         let copies = self.look(&standing, true)?;
         if self.is_sound(node, &standing, &copies)? {
             let content = standing.record.row.content;
             if let (None, Some(digest)) = (standing.digest, copies.first().and_then(|c| c.digest))
                 && content != ContentId::EMPTY
-                && self.standing(node, &node.lock())?.as_ref() == Some(&standing)
+                && self.standing(node, &volume.lock(node))?.as_ref() == Some(&standing)
             {
                 // All replicas have the same bytes: nothing can be known better.
                 volume.record_digest(content, digest)?;
@@ -276,7 +276,7 @@ impl Work<'_> {
         let edits = {
             let _cut = volume.cut.read();
             let _entries = volume.lock_parent(node)?;
-            let mut state = node.lock();
+            let mut state = volume.lock(node);
             let _tree = volume.tree.read();
             if self.standing(node, &state)?.as_ref() != Some(&standing) {
                 return Ok(Looked::Busy);
@@ -299,7 +299,7 @@ impl Work<'_> {
     /// Looks at a directory: its entries on every replica, then its attributes.
     fn dir(&mut self, node: &Arc<Node>) -> Result<Looked> {
         let volume = self.volume;
-        let standing = self.standing(node, &node.lock())?;
+        let standing = self.standing(node, &volume.lock(node))?;
         let Some(standing) = standing else { return Ok(Looked::Busy) };
         let mut looked = Looked::Done;
         let copies = self.look(&standing, false)?;
@@ -320,7 +320,7 @@ impl Work<'_> {
         }
         let _cut = volume.cut.read();
         let _entries = volume.lock_dir(node.id);
-        let state = node.lock();
+        let state = volume.lock(node);
         let _tree = volume.tree.read();
         match self.standing(node, &state)? {
             Some(standing) => {

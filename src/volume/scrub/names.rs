@@ -76,7 +76,7 @@ impl Work<'_> {
         let volume = self.volume;
         let _cut = volume.cut.read();
         let _entries = volume.lock_parent(node)?;
-        let state = node.lock();
+        let state = volume.lock(node);
         let _tree = volume.tree.read();
         if self.standing(node, &state)?.as_ref() != Some(standing) {
             return Ok(Looked::Busy);

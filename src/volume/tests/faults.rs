@@ -63,8 +63,10 @@ impl Rig {
         let node = self.lookup(text)?;
         self.volume.open_file(&node, true, false, &CALLER)?;
         let written = self.volume.write(&node, 0, data, false, &CALLER);
+        // What was deferred is told with the close.
+        let closed = self.volume.flush(&node);
         self.volume.release(&node, true)?;
-        written
+        written.and(closed)
     }
 
     fn create(&self, text: &str) -> Result<()> {
@@ -74,7 +76,7 @@ impl Rig {
 }
 
 /// Puts a plan between us and the backing of one replica.
-fn put_between(store: &Store, index: usize, plan: Plan) {
+pub(super) fn put_between(store: &Store, index: usize, plan: Plan) {
     let id = store.replicas.ids().nth(index).unwrap();
     let before = store.replicas.get(id);
     let inner = Box::new(DirBacking::open(&before.path).unwrap());

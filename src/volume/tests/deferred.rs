@@ -1,0 +1,228 @@
+//! Writes that are carried out later: nobody can tell, and no history is lost by it.
+
+use proptest::prelude::*;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use super::faults::put_between;
+use super::*;
+use crate::replica::faulty::{Call, Injected};
+use crate::types::ContentId;
+
+const CALLER: Caller = Caller { creds: Creds::DAEMON, pid: 0 };
+const BLOCK: usize = 4096;
+
+/// A file of four blocks that a version holds, open for writing.
+struct Bench {
+    volume: Arc<Volume>,
+    node: Arc<Node>,
+    dirs: Vec<tempfile::TempDir>,
+    /// Syncs of segments of the undo log.
+    syncs: Arc<AtomicUsize>,
+    /// Writes to the live file fail.
+    fails: Arc<AtomicBool>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let dirs: Vec<_> = (0..2).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
+        let store = open_store(&dirs);
+        let (syncs, fails) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        for index in 0..2 {
+            let (syncs, fails) = (syncs.clone(), fails.clone());
+            let plan = move |call: Call<'_>| {
+                if call.op == "sync" && index == 0 {
+                    syncs.fetch_add(1, Ordering::SeqCst);
+                }
+                // Records of the undo log are longer. The others are made equal after it.
+                let hit = index == 0 && call.op == "write_at" && call.len == BLOCK as u64;
+                let fails = hit && fails.load(Ordering::SeqCst);
+                fails.then_some(Injected::Error(Errno::NOSPC))
+            };
+            put_between(&store, index, Arc::new(plan));
+        }
+        let volume = open_volume(store);
+        let name = EntryName::new("file").unwrap();
+        let (node, _) = volume.create(NodeId::ROOT, &name, 0o644, true, &CALLER).unwrap();
+        volume.write(&node, 0, &[1; 4 * BLOCK], false, &CALLER).unwrap();
+        volume.flush(&node).unwrap();
+        Bench { volume, node, dirs, syncs, fails }
+    }
+
+    fn write(&self, block: usize, byte: u8) -> Result<()> {
+        let offset = (block * BLOCK) as u64;
+        self.volume.write(&self.node, offset, &[byte; BLOCK], false, &CALLER)
+    }
+
+    /// What the live file reads as, the first byte of each block.
+    fn live(&self) -> Vec<u8> {
+        let mut bytes = vec![0; 5 * BLOCK];
+        let read = self.volume.read(&self.node, 0, &mut bytes).unwrap();
+        bytes[..read].iter().step_by(BLOCK).copied().collect()
+    }
+
+    /// The same of the past.
+    fn past(&self, content: ContentId) -> Vec<u8> {
+        let mut bytes = vec![0; 4 * BLOCK];
+        self.volume.read_content(self.node.id, content, 0, &mut bytes).unwrap();
+        bytes.iter().step_by(BLOCK).copied().collect()
+    }
+
+    /// The same on a backing.
+    fn on_disk(&self, index: usize) -> Vec<u8> {
+        let bytes = std::fs::read(self.dirs[index].path().join("file")).unwrap();
+        bytes.iter().step_by(BLOCK).copied().collect()
+    }
+
+    fn sealed(&self) -> ContentId {
+        self.volume.catalog().node(self.node.id).unwrap().unwrap().content
+    }
+}
+
+#[test]
+fn many_overwrites_wait_for_one_sync() {
+    let bench = Bench::new();
+    let sealed = bench.sealed();
+    let before = bench.syncs.load(Ordering::SeqCst);
+    for block in [2, 0, 3] {
+        bench.write(block, 2).unwrap();
+    }
+    assert_eq!(bench.syncs.load(Ordering::SeqCst), before, "nobody waits");
+    assert_eq!(bench.on_disk(0), [1, 1, 1, 1], "nothing is overwritten before it is preserved");
+    bench.volume.carry_out_all();
+    // The segment's name, and what is in it.
+    assert_eq!(bench.syncs.load(Ordering::SeqCst), before + 2);
+    for index in [0, 1] {
+        assert_eq!(bench.on_disk(index), [2, 1, 2, 2]);
+    }
+    assert_eq!(bench.past(sealed), [1, 1, 1, 1]);
+    bench.volume.release(&bench.node, true).unwrap();
+    bench.volume.close().unwrap();
+}
+
+#[test]
+fn whoever_looks_at_the_file_sees_what_was_written() {
+    let bench = Bench::new();
+    let (sealed, volume) = (bench.sealed(), &bench.volume);
+    bench.write(1, 2).unwrap();
+    assert_eq!(bench.live(), [1, 2, 1, 1]);
+    let old = volume.stat(&bench.node).unwrap();
+    // In part beyond the end.
+    volume.write(&bench.node, 3 * BLOCK as u64, &[3; 2 * BLOCK], false, &CALLER).unwrap();
+    let new = volume.stat(&bench.node).unwrap();
+    assert_eq!((old.size, new.size), (4 * BLOCK as u64, 5 * BLOCK as u64));
+    bench.write(0, 4).unwrap();
+    assert_eq!(bench.past(sealed), [1, 1, 1, 1]);
+    bench.write(2, 5).unwrap();
+    let snapshot = volume.create_snapshot("one", false, &[]).unwrap();
+    let shown = bench.sealed();
+    bench.write(2, 6).unwrap();
+    let cut = Changes { size: Some(2 * BLOCK as u64), ..Changes::default() };
+    volume.set_attributes(&bench.node, &cut, &CALLER).unwrap();
+    assert_eq!(bench.live(), [4, 2]);
+    assert_eq!(bench.past(shown), [4, 2, 5, 3], "of {}", snapshot.name);
+    assert_eq!(bench.past(sealed), [1, 1, 1, 1]);
+    volume.release(&bench.node, true).unwrap();
+    volume.close().unwrap();
+    assert_eq!(bench.on_disk(0), bench.on_disk(1));
+}
+
+#[test]
+fn a_deferred_write_counts_in_its_epoch_until_it_is_carried_out() {
+    let bench = Bench::new();
+    bench.write(1, 2).unwrap();
+    let epoch = bench.volume.open_epoch();
+    let drained = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            bench.volume.drain_epochs(epoch);
+            drained.store(true, Ordering::SeqCst);
+        });
+        assert!(!drained.load(Ordering::SeqCst));
+        assert_eq!(bench.on_disk(0), [1, 1, 1, 1]);
+        bench.volume.carry_out_all();
+        waiting.join().unwrap();
+    });
+    bench.volume.forget_epochs(None);
+    bench.volume.release(&bench.node, true).unwrap();
+    bench.volume.close().unwrap();
+}
+
+#[test]
+fn what_went_wrong_is_told_once_to_the_next_write_or_sync_or_close() {
+    type Tell = fn(&Bench) -> Result<()>;
+    let told: [(&str, Tell); 3] = [
+        ("write", |bench| bench.write(2, 3)),
+        ("fsync", |bench| bench.volume.fsync(&bench.node, false)),
+        ("close", |bench| bench.volume.flush(&bench.node)),
+    ];
+    for (what, tell) in told {
+        let bench = Bench::new();
+        bench.write(1, 2).unwrap();
+        bench.fails.store(true, Ordering::SeqCst);
+        bench.volume.carry_out_all();
+        bench.fails.store(false, Ordering::SeqCst);
+        let error = tell(&bench).unwrap_err();
+        assert!(error.is(Errno::NOSPC), "{what}: {error}");
+        tell(&bench).unwrap();
+        bench.volume.release(&bench.node, true).unwrap();
+        bench.volume.close().unwrap();
+        assert_eq!(bench.on_disk(0), bench.on_disk(1), "{what}");
+    }
+}
+
+#[test]
+fn so_much_that_memory_would_fill_is_carried_out_by_the_writer() {
+    let bench = Bench::new();
+    let large = vec![7; 5 << 20];
+    bench.volume.write(&bench.node, 0, &large, false, &CALLER).unwrap();
+    assert_eq!(bench.on_disk(0), [1, 1, 1, 1]);
+    bench.volume.write(&bench.node, 0, &large, false, &CALLER).unwrap();
+    assert_eq!(bench.on_disk(0).len(), large.len() / BLOCK);
+    assert_eq!(bench.volume.deferrals.bytes.load(Ordering::SeqCst), 0);
+    bench.volume.release(&bench.node, true).unwrap();
+    bench.volume.close().unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    /// Whatever is written, in whatever order it is carried out, the file is what was written and
+    /// each version is what the file was.
+    #[test]
+    fn a_file_and_its_versions_are_what_was_written(
+        steps in proptest::collection::vec((0usize..6, 0u64..20_000, 1usize..9000), 1..30)
+    ) {
+        let bench = Bench::new();
+        let mut model = vec![1; 4 * BLOCK];
+        let mut versions = vec![(bench.sealed(), model.clone())];
+        for (number, (what, at, length)) in steps.into_iter().enumerate() {
+            match what {
+                0 => bench.volume.carry_out_all(),
+                1 => {
+                    bench.volume.flush(&bench.node).unwrap();
+                    versions.push((bench.sealed(), model.clone()));
+                }
+                _ => {
+                    let data = vec![number as u8 + 2; length];
+                    bench.volume.write(&bench.node, at, &data, false, &CALLER).unwrap();
+                    let end = at as usize + length;
+                    model.resize(model.len().max(end), 0);
+                    model[at as usize..end].copy_from_slice(&data);
+                }
+            }
+        }
+        let mut read = vec![0; model.len() + 1];
+        let got = bench.volume.read(&bench.node, 0, &mut read).unwrap();
+        prop_assert!(read[..got] == model);
+        for (content, model) in versions {
+            let mut read = vec![0; model.len()];
+            bench.volume.read_content(bench.node.id, content, 0, &mut read).unwrap();
+            prop_assert!(read == model, "{content}");
+        }
+        bench.volume.release(&bench.node, true).unwrap();
+        bench.volume.close().unwrap();
+        for dir in &bench.dirs {
+            prop_assert!(std::fs::read(dir.path().join("file")).unwrap() == model);
+        }
+    }
+}
