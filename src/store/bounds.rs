@@ -165,6 +165,14 @@ impl Survey {
         Ok(survey)
     }
 
+    /// Directories that may have moved and were not recognised. They are gone, or a backing shows
+    /// them by other inode numbers than before: what has the name of one may be another, with
+    /// anything in it.
+    pub fn strays(&self, bounds: &Bounds) -> HashSet<NodeId> {
+        let unknown = |node: &&NodeId| !self.moved.contains_key(*node);
+        bounds.moved().iter().filter(unknown).copied().collect()
+    }
+
     fn is_dir(&self, site: &Site, path: &RelPath) -> Result<bool> {
         match site.backing.open_dir(path) {
             Ok(_) => Ok(true),

@@ -15,7 +15,7 @@
 //! Not done here: reading file contents (size and modification time tell whether one changed), and
 //! history beside the live tree, which was recovered before.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::catalog::{Catalog, Change, NodeRow};
@@ -72,6 +72,7 @@ pub fn import(
         pending: Vec::new(),
         fresh_catalog: false,
         bounds: within.map(|(bounds, _)| bounds.clone()),
+        strays: HashSet::new(),
         newborn: HashMap::new(),
         parked: HashMap::new(),
         read: IdSet::default(),
@@ -151,6 +152,8 @@ struct Pending {
     node: NodeId,
     /// The catalog has no entries of it.
     fresh: bool,
+    /// It may be another than the catalog says: all below it is read.
+    doubtful: bool,
     /// Its rules; before it is read, those of the directory above.
     scope: Arc<Scope>,
 }
@@ -178,6 +181,8 @@ struct Import<'a> {
     fresh_catalog: bool,
     /// Nothing else can differ.
     bounds: Option<Bounds>,
+    /// Directories that may have moved and are not recognised on the backing.
+    strays: HashSet<NodeId>,
     /// Directories that got their nodes before they were met.
     newborn: HashMap<RelPath, NodeId>,
     /// Nodes whose name means something else, and what it was.
@@ -222,7 +227,13 @@ impl Import<'_> {
             }
         };
         let scope = Scope::root(self.exclude.clone(), None);
-        self.pending.push(Pending { path: root, node: NodeId::ROOT, fresh, scope });
+        self.pending.push(Pending {
+            path: root,
+            node: NodeId::ROOT,
+            fresh,
+            doubtful: false,
+            scope,
+        });
         Ok(())
     }
 
@@ -340,9 +351,11 @@ impl Import<'_> {
                 self.keep_recorded(&row, &dir.path, &name, stat.size)?;
             }
             self.refresh(&row, object)?;
-            if kind == Kind::Dir && self.bounds.as_ref().is_none_or(|bounds| bounds.born(node)) {
+            let doubtful = dir.doubtful || self.strays.contains(&node);
+            let born = || self.bounds.as_ref().is_none_or(|bounds| bounds.born(node));
+            if kind == Kind::Dir && (doubtful || born()) {
                 let scope = dir.scope.clone();
-                self.pending.push(Pending { path, node, fresh: false, scope });
+                self.pending.push(Pending { path, node, fresh: false, doubtful, scope });
             }
             return Ok(());
         }
@@ -360,7 +373,7 @@ impl Import<'_> {
         }
         if stat.kind == Kind::Dir {
             let scope = dir.scope.clone();
-            self.pending.push(Pending { path, node, fresh: true, scope });
+            self.pending.push(Pending { path, node, fresh: true, doubtful: false, scope });
         }
         Ok(())
     }

@@ -24,6 +24,8 @@ pub(super) struct Within<'a> {
     pub bounds: &'a Bounds,
     catalog: &'a Catalog,
     aside: HashMap<NodeId, EntryName>,
+    /// Directories that may have moved on the target and are not recognised there.
+    strays: HashSet<NodeId>,
 }
 
 /// Makes `target` equal to `source` as [`super::fill`] does, where nothing can differ but what is
@@ -37,7 +39,8 @@ pub fn fill_within(
 ) -> Result<FillReport> {
     progress.begin(&format!("Recovering {}", target.path.display()), 0, 0);
     let result = Fill::new(source, target, None, progress).and_then(|mut fill| {
-        fill.within = Some(Within { bounds, catalog, aside: HashMap::new() });
+        let (aside, strays) = (HashMap::new(), HashSet::new());
+        fill.within = Some(Within { bounds, catalog, aside, strays });
         fill.run_within(replica)
     });
     progress.end();
@@ -46,8 +49,12 @@ pub fn fill_within(
 
 impl Fill<'_> {
     fn run_within(mut self, replica: u64) -> Result<FillReport> {
-        let Some(Within { bounds, catalog, .. }) = self.within else { return self.run() };
+        let Some(Within { bounds, catalog, strays, .. }) = &mut self.within else {
+            return self.run();
+        };
+        let (bounds, catalog) = (*bounds, *catalog);
         let survey = Survey::new(self.target, replica, catalog, bounds)?;
+        *strays = survey.strays(bounds);
         self.put_aside(&survey, catalog)?;
         // On the source every directory lies where the catalog has it.
         let mut dirs: Vec<RelPath> = Vec::new();
@@ -59,12 +66,15 @@ impl Fill<'_> {
         // lies in a directory which moves.
         let (mut entered, mut seen) = (Vec::new(), HashSet::new());
         for dir in dirs {
-            let mut waiting = vec![dir];
-            while let Some(path) = waiting.pop() {
-                if seen.insert(path.clone()) && self.is_on_both(&path)? {
-                    let below = self.place_dirs(&path)?;
-                    waiting.extend(below.iter().map(|name| path.join(name)));
-                    entered.push(path);
+            let mut waiting = vec![(dir, false)];
+            while let Some((path, doubtful)) = waiting.pop() {
+                let first = seen.insert(path.clone());
+                if (first || doubtful) && self.is_on_both(&path)? {
+                    let below = self.place_dirs(&path, doubtful)?;
+                    waiting.extend(below.into_iter().map(|(name, all)| (path.join(&name), all)));
+                    if first {
+                        entered.push(path);
+                    }
                 }
             }
         }
@@ -136,8 +146,9 @@ impl Fill<'_> {
         Ok(())
     }
 
-    /// Makes the sub-directories that the source has; returns those to be gone into.
-    fn place_dirs(&mut self, path: &RelPath) -> Result<Vec<EntryName>> {
+    /// Makes the sub-directories that the source has; returns those to be gone into, and whether
+    /// all below them is: so it is where `doubtful` says it of this one.
+    fn place_dirs(&mut self, path: &RelPath, doubtful: bool) -> Result<Vec<(EntryName, bool)>> {
         let nodes = self.nodes_in(path)?;
         let from = self.source.dir(path)?;
         let to = self.target.dir(path)?;
@@ -147,8 +158,10 @@ impl Fill<'_> {
                 continue;
             }
             let node = nodes.get(&entry.name).copied();
-            if self.make_dir(&to, path, &entry.name, node)? || self.goes_into(node) {
-                below.push(entry.name);
+            let made = self.make_dir(&to, path, &entry.name, node)?;
+            let doubtful = doubtful || node.is_some_and(|node| self.is_stray(node));
+            if made || doubtful || self.goes_into(node) {
+                below.push((entry.name, doubtful));
             }
         }
         Ok(below)
@@ -196,6 +209,10 @@ impl Fill<'_> {
             dir = node;
         }
         Ok(catalog.list(dir)?.into_iter().map(|entry| (entry.name, entry.node)).collect())
+    }
+
+    fn is_stray(&self, node: NodeId) -> bool {
+        self.within.as_ref().is_some_and(|within| within.strays.contains(&node))
     }
 
     /// Whether a directory that is there on both sides has to be gone into.

@@ -20,6 +20,7 @@ use crate::types::{EntryName, NodeId, RelPath};
 impl Import<'_> {
     pub(super) fn run_within(&mut self, bounds: &Bounds, replica: u64) -> Result<()> {
         let survey = Survey::new(self.site, replica, self.catalog, bounds)?;
+        self.strays = survey.strays(bounds);
         self.settle_moved_dirs(bounds, &survey)?;
         let dirs: HashSet<NodeId> = survey.dirs.iter().map(|(_, dir)| *dir).collect();
         for file in bounds.files() {
@@ -33,7 +34,7 @@ impl Import<'_> {
         for (path, dir) in survey.dirs {
             self.take_attributes(&path, dir)?;
             let scope = self.scope_above(&path)?;
-            self.pending.push(Pending { path, node: dir, fresh: false, scope });
+            self.pending.push(Pending { path, node: dir, fresh: false, doubtful: false, scope });
         }
         self.take_pending()
     }
@@ -143,7 +144,8 @@ impl Import<'_> {
             let handle = self.site.dir(&path)?;
             let found = self.site.backing.stat_at(&handle, &name);
             let scope = self.scope_above(&path)?;
-            let mut dir = Pending { path: path.clone(), node: parent, fresh: false, scope };
+            let mut dir =
+                Pending { path: path.clone(), node: parent, fresh: false, doubtful: false, scope };
             let entries = self.rules_in(&handle);
             dir.scope = self.scope_of(&dir, &handle, &entries);
             match found {
@@ -211,7 +213,8 @@ impl Import<'_> {
             }
             let handle = self.site.dir(&at)?;
             let entries = self.rules_in(&handle);
-            let dir = Pending { path: at.clone(), node: NodeId::ROOT, fresh: false, scope };
+            let (path, node) = (at.clone(), NodeId::ROOT);
+            let dir = Pending { path, node, fresh: false, doubtful: false, scope };
             scope = self.scope_of(&dir, &handle, &entries);
         }
         Ok(scope)
