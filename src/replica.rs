@@ -62,7 +62,7 @@ pub struct Replica {
     pub label: String,
     /// The backing directory.
     pub path: PathBuf,
-    backing: Guarded,
+    backing: Arc<Guarded>,
 }
 
 impl Replica {
@@ -73,18 +73,16 @@ impl Replica {
         path: impl Into<PathBuf>,
         backing: Box<dyn Backing>,
     ) -> Replica {
-        Replica::with_timeout(uuid, label, path, backing, CALL_TIMEOUT)
+        Replica::sharing(uuid, label, path, Arc::new(Guarded::new(backing, CALL_TIMEOUT)))
     }
 
-    /// Takes an opened backing, none of whose calls may take longer than `timeout`.
-    pub fn with_timeout(
+    /// Takes a backing that is guarded already, and also used by others.
+    pub fn sharing(
         uuid: uuid::Uuid,
         label: impl Into<String>,
         path: impl Into<PathBuf>,
-        backing: Box<dyn Backing>,
-        timeout: Duration,
+        backing: Arc<Guarded>,
     ) -> Replica {
-        let backing = Guarded::new(backing, timeout);
         Replica { uuid, label: label.into(), path: path.into(), backing }
     }
 
@@ -95,7 +93,7 @@ impl Replica {
 
     /// The backing, for work on this replica alone.
     pub fn backing(&self) -> &dyn Backing {
-        &self.backing
+        &*self.backing
     }
 
     /// How many calls were given up on and have not returned: while there are any, they may still
@@ -522,6 +520,14 @@ impl ReplicaSet {
         }
         drop(ejecting);
         self.ejections.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// One of our own files could not be written: if by its device's fault, a replica is out of use.
+    pub fn blame(&self, id: ReplicaId, op: &'static str, path: RelPath, errno: Errno) {
+        if meaning(errno) == Meaning::Device {
+            self.records[id].count_write_error();
+            self.eject(id, Fault::new(op, errno).on(path));
+        }
     }
 
     /// Takes a replica into use again, once it has been made equal to the others. Kept handles are

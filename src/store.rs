@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use crate::catalog::{Catalog, Head};
@@ -24,15 +25,14 @@ use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
 use crate::history;
 use crate::progress::Progress;
-use crate::replica::intent::format::LOG_FILE;
+use crate::replica::ReplicaSet;
 use crate::replica::intent::{Base, Intents};
-use crate::replica::{Replica, ReplicaSet};
-use crate::retention::StorePolicy;
 use crate::types::{ReplicaId, ReplicaMap, Timestamp};
 
 use identify::{Candidate, Found, Plan};
 use lock::StoreLock;
-use marker::{CleanMark, Marker, Peer, PeerState, Phase};
+use marker::{Marker, Peer, PeerState, Phase};
+use member::Member;
 use site::Site;
 
 mod between;
@@ -48,6 +48,8 @@ mod join;
 mod lineage;
 pub mod lock;
 pub mod marker;
+mod member;
+mod noted;
 pub(crate) mod quarantine;
 pub mod record;
 mod regain;
@@ -60,7 +62,7 @@ pub use between::Between;
 pub use fill::FillReport;
 pub use import::{ImportReport, row_of};
 pub use inspect::{StoreInfo, inspect};
-pub use join::{Arrival, Fork, check_empty, is_replica};
+pub use join::{Arrival, Fork};
 pub use lock::Owner;
 pub use settle::import_tree;
 
@@ -106,97 +108,8 @@ pub struct Store {
     members: Mutex<Vec<Member>>,
     opened_at: Head,
     owner: Owner,
-}
-
-/// One replica of an open store.
-struct Member {
-    site: Site,
-    marker: Marker,
-    /// `None` once the replica was taken out of the store.
-    lock: Option<StoreLock>,
-    /// Absent peers that were current before this mount: they still are if it changes nothing.
-    left_behind: Vec<Uuid>,
-    /// Not current: its marker is left as it is.
-    stale: bool,
-}
-
-impl Member {
-    fn catalog_file(&self) -> PathBuf {
-        self.site.private_path(CATALOG_FILE)
-    }
-
-    fn write_marker(&self) -> Result<()> {
-        self.marker.write(&self.site)
-    }
-
-    /// The head of this replica's catalog; `None` if it has no whole one of its store. After an
-    /// unclean end all of it is read, unless the mount kept an intent log.
-    fn head(&self, logged: bool) -> Option<Head> {
-        match Catalog::verify(&self.catalog_file(), self.marker.clean.is_none() && !logged) {
-            Ok(head) if head.store == self.marker.store => Some(head),
-            Ok(head) => {
-                log::error!(
-                    "{}: the catalog belongs to another store ({})",
-                    self.site.path.display(),
-                    head.store
-                );
-                None
-            }
-            Err(error) => {
-                if self.marker.phase == Phase::Ok {
-                    log::error!("{}: {error}", self.catalog_file().display());
-                }
-                None
-            }
-        }
-    }
-
-    /// Marks the clean end. `behind` are members that did not reach it.
-    fn close(&mut self, head: &Head, opened_at: &Head, behind: &[Uuid]) -> Result<()> {
-        for peer in &mut self.marker.peers {
-            if behind.contains(&peer.replica) && peer.state == PeerState::Ok {
-                peer.state = PeerState::Stale;
-                peer.reason = "the last mount did not end cleanly on it".into();
-            }
-            // Nothing happened without them: they are as good as those that were here.
-            if head == opened_at && self.left_behind.contains(&peer.replica) {
-                peer.state = PeerState::Ok;
-                peer.reason.clear();
-            }
-        }
-        self.marker.clean = Some(CleanMark::of(head));
-        self.marker.opened = None;
-        self.write_marker()
-    }
-
-    /// Opens its backing for use.
-    fn open_replica(&self) -> Result<Replica> {
-        let backing = self.site.between.open(&self.site.path)?;
-        let (marker, path) = (&self.marker, &self.site.path);
-        Ok(Replica::new(marker.replica, marker.label.clone(), path, backing))
-    }
-
-    /// What the others have to note of it while the store is in use.
-    fn as_present(&self) -> Peer {
-        match (self.stale, self.marker.phase) {
-            (false, _) => self.as_peer(PeerState::Ok),
-            (true, Phase::Ok) => {
-                let reason = "it missed changes and waits for its resync".into();
-                Peer { reason, ..self.as_peer(PeerState::Stale) }
-            }
-            (true, _) => self.as_peer(PeerState::Filling),
-        }
-    }
-
-    fn as_peer(&self, state: PeerState) -> Peer {
-        Peer {
-            replica: self.marker.replica,
-            label: self.marker.label.clone(),
-            path: identify::record_path(&self.site.path),
-            state,
-            reason: String::new(),
-        }
-    }
+    /// How backings that come are opened.
+    between: Between,
 }
 
 /// Opens the store in `paths`, or makes one there. See the module for what it goes through, and
@@ -207,7 +120,10 @@ pub fn open(
     recover: Recover<'_>,
     progress: &Progress,
 ) -> Result<Store> {
-    let candidates = identify::look(paths)?;
+    let (candidates, silent) = identify::look_all(paths, &options.between)?;
+    if let Some(path) = silent.first() {
+        return Err(Errno::TIMEDOUT).context("look at", path);
+    }
     let mut members = match identify::decide(&candidates, options.init)? {
         Plan::Create { .. } if options.existing_only => return Err(no_store(paths)),
         Plan::Create { source } => create(&candidates, source, options)?,
@@ -215,7 +131,7 @@ pub fn open(
     };
     let (winner, behind) = settle::settle(&mut members, recover, options, progress)?;
     let (members, winner) = join::current_first(members, winner, &behind);
-    finish_open(members, winner, Owner::this(options.mountpoint.as_deref()))
+    finish_open(members, winner, options)
 }
 
 fn no_store(paths: &[PathBuf]) -> Error {
@@ -235,7 +151,7 @@ fn enlist(
     candidate: &Candidate,
     options: &OpenOptions,
 ) -> Result<(Site, StoreLock, Option<Marker>)> {
-    let site = Site::open_between(&identify::make(candidate)?.path, &options.between)?;
+    let site = identify::make(candidate, &options.between)?;
     let is_new = !matches!(candidate.found, Found::Replica(_));
     site.make_private()?;
     let owner = Owner::this(options.mountpoint.as_deref());
@@ -326,8 +242,8 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
 }
 
 /// Notes durably who takes part, and opens the catalog.
-fn finish_open(mut members: Vec<Member>, winner: usize, owner: Owner) -> Result<Store> {
-    let head = Catalog::inspect(&members[winner].catalog_file())?;
+fn finish_open(mut members: Vec<Member>, winner: usize, options: &OpenOptions) -> Result<Store> {
+    let head = members[winner].inspect()?;
     let uuid = members[winner].marker.store;
     let now = Timestamp::now().as_nanos();
     let absent = absent_peers(&members, winner);
@@ -402,7 +318,8 @@ fn finish_open(mut members: Vec<Member>, winner: usize, owner: Owner) -> Result<
         intents,
         members: Mutex::new(members),
         opened_at: head,
-        owner,
+        owner: Owner::this(options.mountpoint.as_deref()),
+        between: options.between.clone(),
     })
 }
 
@@ -448,9 +365,9 @@ fn empty_tmp(site: &Site) -> Result<()> {
 
 fn replica_set(members: &[Member]) -> Result<ReplicaSet> {
     let current = members.iter().filter(|member| !member.stale);
-    let set = ReplicaSet::new(current.map(Member::open_replica).collect::<Result<Vec<_>>>()?);
+    let set = ReplicaSet::new(current.map(Member::as_replica).collect::<Result<Vec<_>>>()?);
     for behind in members.iter().filter(|member| member.stale) {
-        set.add(behind.open_replica()?);
+        set.add(behind.as_replica()?);
     }
     Ok(set)
 }
@@ -482,7 +399,7 @@ impl Store {
         for (id, member) in ReplicaId::all().zip(&*members).filter(|(_, member)| !member.stale) {
             let synced = member.site.backing.sync_all().context("make durable", &member.site.path);
             let closed = self.catalog.closed_head(id);
-            let head = || closed.map_or_else(|| Catalog::inspect(&member.catalog_file()), Ok);
+            let head = || closed.map_or_else(|| member.inspect(), Ok);
             match synced.and_then(|()| head()) {
                 Ok(head) => heads.push((id.index(), head)),
                 Err(error) => {
@@ -501,98 +418,21 @@ impl Store {
             .filter(|index| !whole.contains(index))
             .map(|index| members[index].marker.replica)
             .collect();
+        let mut closed = false;
         for index in whole {
-            members[index].close(&head, &self.opened_at, &behind)?;
+            match members[index].close(&head, &self.opened_at, &behind) {
+                Ok(()) => closed = true,
+                // All it has is durable, but it does not say so: it is looked at by the next mount.
+                Err(error) => {
+                    log::error!("{error}");
+                    failure = Some(error);
+                }
+            }
             // At once: a call that hangs on another disk can keep the process from ending.
             members[index].lock = None;
         }
-        Ok(())
-    }
-
-    /// The record of a replica in use.
-    pub fn current_marker(&self) -> Option<Marker> {
-        let members = self.members.lock();
-        members.iter().find(|member| !member.stale).map(|member| member.marker.clone())
-    }
-
-    /// What the store keeps.
-    pub fn policy(&self) -> StorePolicy {
-        let members = self.members.lock();
-        let current = members.iter().find(|member| !member.stale);
-        current.map(|member| member.marker.policy.clone()).unwrap_or_default()
-    }
-
-    /// Changes what the store keeps, durably in the markers of all replicas in use. If we die
-    /// midway, the next mount gives all of them the same again, the old or the new one. `Refused`
-    /// for a policy that cannot be meant; fails otherwise only if no replica can note it.
-    pub fn set_policy(&self, policy: &StorePolicy) -> Result<()> {
-        policy.check()?;
-        let mut members = self.members.lock();
-        let before = members.iter().filter_map(|member| member.marker.policy_changed).max();
-        // Later than the last change, whatever the clock says.
-        let changed = Timestamp::now().as_nanos().max(before.map_or(0, |at| at.saturating_add(1)));
-        let mut failure = None;
-        let mut noted = false;
-        for member in members.iter_mut().filter(|member| !member.stale) {
-            member.marker.policy.clone_from(policy);
-            member.marker.policy_changed = Some(changed);
-            match member.write_marker() {
-                Ok(()) => noted = true,
-                Err(error) => failure = Some(error),
-            }
-        }
         match failure {
-            Some(error) if !noted => Err(error),
-            _ => Ok(()),
-        }
-    }
-
-    /// Reads the markers and locks of all replicas in use, and the intent logs, and writes those
-    /// anew that are not what we wrote. Returns those, and how that went.
-    pub fn check_own_files(&self) -> Vec<(ReplicaId, PathBuf, Result<()>)> {
-        let mut members = self.members.lock();
-        let mut found = Vec::new();
-        for id in self.replicas.online() {
-            let Some(member) = members.get_mut(id.index()).filter(|member| !member.stale) else {
-                continue;
-            };
-            let written = Marker::read(&member.site);
-            if !written.is_ok_and(|written| written.as_ref() == Some(&member.marker)) {
-                let path = member.site.private_path(marker::MARKER_FILE);
-                found.push((id, path, member.write_marker()));
-            }
-            if let Some(healed) = member.lock.as_mut().and_then(|lock| lock.heal(&member.site)) {
-                found.push((id, member.site.private_path(lock::LOCK_FILE), healed));
-            }
-            if let Some(healed) = self.intents.heal(&self.replicas, id) {
-                let path = member.site.private_path(LOG_FILE);
-                found.push((id, path, healed.map_err(Error::from_io)));
-            }
-        }
-        found
-    }
-
-    /// Notes, durably in the markers of the others, that the store goes on without this replica.
-    /// Fails only if no other can note it.
-    pub fn mark_stale(&self, replica: ReplicaId, reason: &str) -> Result<()> {
-        let mut members = self.members.lock();
-        let stale = &mut members[replica.index()];
-        stale.stale = true;
-        let stale = stale.marker.replica;
-        let mut failure = None;
-        let mut noted = false;
-        for member in members.iter_mut().filter(|member| !member.stale) {
-            if let Some(peer) = member.marker.peers.iter_mut().find(|peer| peer.replica == stale) {
-                peer.state = PeerState::Stale;
-                peer.reason = crate::types::escape(reason.as_bytes()).chars().take(1000).collect();
-            }
-            match member.write_marker() {
-                Ok(()) => noted = true,
-                Err(error) => failure = Some(error),
-            }
-        }
-        match failure {
-            Some(error) if !noted => Err(error),
+            Some(error) if !closed => Err(error),
             _ => Ok(()),
         }
     }

@@ -144,6 +144,19 @@ impl Guarded {
         }
     }
 
+    /// Does something else that touches the backing's device. A worker does it, as if it were one
+    /// call, and that goes on for as long as the device works on it.
+    pub fn within<T: Send + 'static>(
+        &self,
+        op: &'static str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let mut watch = Watch::new(self.workers.inner().device());
+        let pending = self.workers.begin(move |_| Ok(work()));
+        let answer = pending.wait_while(self.timeout(), SYNC_PATIENCE, || watch.has_moved());
+        answer.inspect_err(|error| note_timeout(&self.workers, op, (None, None), error))
+    }
+
     /// Hands a call to a worker and waits for its answer.
     fn call<T: Send + 'static>(
         &self,

@@ -14,7 +14,7 @@ impl Deref for Held {
     type Target = dyn Backing;
 
     fn deref(&self) -> &Self::Target {
-        &self.0.backing
+        &*self.0.backing
     }
 }
 

@@ -1,53 +1,96 @@
-//! A place for tests between the store and its backings.
+//! How the backings of a store that is in use are opened: what stands between us and them.
+//!
+//! Every call on one ends in time ([`Guarded`]), from the first look at it on. A test may put
+//! something of its own below that.
 
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{IoContext, Result};
 use crate::replica::backing::Backing;
 use crate::replica::dir_backing::DirBacking;
+use crate::replica::guarded::{CALL_TIMEOUT, Guarded};
 use crate::store::site::Site;
+use crate::sys::patience;
 
 type Wrap = dyn Fn(&Path, Box<dyn Backing>) -> Box<dyn Backing> + Send + Sync;
 
 /// How backings are opened.
-#[derive(Clone, Default)]
-pub struct Between(Option<Arc<Wrap>>);
+#[derive(Clone)]
+pub struct Between {
+    wrap: Option<Arc<Wrap>>,
+    /// How long a call may take.
+    pub timeout: Duration,
+}
+
+impl Default for Between {
+    fn default() -> Between {
+        Between { wrap: None, timeout: CALL_TIMEOUT }
+    }
+}
 
 impl Between {
     /// `wrap` gets the path and the handle of every backing that is opened.
     pub fn new(
         wrap: impl Fn(&Path, Box<dyn Backing>) -> Box<dyn Backing> + Send + Sync + 'static,
     ) -> Between {
-        Between(Some(Arc::new(wrap)))
+        Between { wrap: Some(Arc::new(wrap)), ..Between::default() }
     }
 
-    /// Opens the backing at `path`.
-    pub(super) fn open(&self, path: &Path) -> Result<Box<dyn Backing>> {
-        let backing = Box::new(DirBacking::open(path)?);
-        Ok(match &self.0 {
-            Some(wrap) => wrap(path, backing),
-            None => backing,
-        })
+    /// The same, with another time for each call.
+    pub fn with_timeout(self, timeout: Duration) -> Between {
+        Between { timeout, ..self }
+    }
+
+    /// Does what touches `path` and is no call on a backing; `ETIMEDOUT` if that hangs.
+    pub(super) fn within<T: Send + 'static>(
+        &self,
+        path: &Path,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let answer = patience::within(self.timeout, work);
+        answer.unwrap_or_else(|| Err(rustix::io::Errno::TIMEDOUT).context("look at", path))
     }
 }
 
 impl fmt::Debug for Between {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Between(a test)" } else { "Between(nothing)" })
+        f.write_str(if self.wrap.is_some() { "Between(a test)" } else { "Between(nothing)" })
     }
 }
 
 impl Site {
-    /// Opens the backing at `path`, an absolute path without symlinks.
+    /// Opens the backing at `path`, an absolute path without symlinks, of a store that is not in
+    /// use: nothing bounds its calls, and nothing has to be handed over.
     pub fn open(path: &Path) -> Result<Site> {
-        Site::open_between(path, &Between::default())
+        let backing = Arc::new(DirBacking::open(path)?);
+        Ok(Site { path: path.to_path_buf(), backing, guard: None })
     }
 
-    /// As [`Site::open`], with something between.
+    /// Opens it for use. To be called by whoever may hang.
     pub(super) fn open_between(path: &Path, between: &Between) -> Result<Site> {
-        let backing = Arc::from(between.open(path)?);
-        Ok(Site { path: path.to_path_buf(), backing, between: between.clone() })
+        let backing: Box<dyn Backing> = Box::new(DirBacking::open(path)?);
+        let backing = match &between.wrap {
+            Some(wrap) => wrap(path, backing),
+            None => backing,
+        };
+        let guarded = Arc::new(Guarded::new(backing, between.timeout));
+        let guard = Some(guarded.clone());
+        Ok(Site { path: path.to_path_buf(), backing: guarded, guard })
+    }
+
+    /// Does what touches the backing's device by another way than its calls; `ETIMEDOUT` if that
+    /// hangs, or a call does.
+    pub(super) fn within<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        match &self.guard {
+            Some(guard) => guard.within(action, work).context(action, &self.path)?,
+            None => work(),
+        }
     }
 }

@@ -8,12 +8,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use crate::error::{Error, IoContext, Result};
+use crate::store::Between;
 use crate::store::fill;
 use crate::store::marker::{MARKER_FILE, Marker, Phase};
 use crate::store::site::{Site, private};
+use crate::sys::patience;
 use crate::types::{PRIVATE_DIR, REPLICAS_MAX, RelPath};
 
 /// What is at a path.
@@ -51,26 +54,43 @@ pub enum Plan {
     Open,
 }
 
-/// Looks at the paths and applies all rules about a path alone and about two of them.
-pub fn look(paths: &[PathBuf]) -> Result<Vec<Candidate>> {
+/// Looks at one path; `ETIMEDOUT` if it does not answer.
+pub fn look(path: &Path, between: &Between) -> Result<Candidate> {
+    let (mut found, _) = look_all(&[path.to_path_buf()], between)?;
+    found.pop().ok_or(Errno::TIMEDOUT).context("look at", path)
+}
+
+/// Looks at the paths, no longer than a call may take, and applies all rules about a path alone and
+/// about two of them. Returns apart which do not answer.
+pub fn look_all(paths: &[PathBuf], between: &Between) -> Result<(Vec<Candidate>, Vec<PathBuf>)> {
     if paths.is_empty() || paths.len() > REPLICAS_MAX {
         return Err(Error::Refused(format!(
             "a store has 1 to {REPLICAS_MAX} backings; {} are given",
             paths.len()
         )));
     }
-    let candidates = paths.iter().map(|path| look_at(path)).collect::<Result<Vec<_>>>()?;
+    let looks = paths.iter().cloned().map(|path| {
+        let between = between.clone();
+        move || look_at(&path, &between)
+    });
+    let (mut candidates, mut silent) = (Vec::new(), Vec::new());
+    for (path, found) in paths.iter().zip(patience::each_within(between.timeout, looks)) {
+        match found {
+            Some(candidate) => candidates.push(candidate?),
+            None => silent.push(path.clone()),
+        }
+    }
     for (index, one) in candidates.iter().enumerate() {
         for (other_index, other) in candidates.iter().enumerate() {
             if index != other_index {
-                check_apart(one, other)?;
+                check_apart(&one.path, &other.path)?;
             }
         }
     }
-    Ok(candidates)
+    Ok((candidates, silent))
 }
 
-fn look_at(given: &Path) -> Result<Candidate> {
+fn look_at(given: &Path, between: &Between) -> Result<Candidate> {
     let path = match fs::canonicalize(given) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return absent(given),
         other => other.context("look at the backing", given)?,
@@ -82,7 +102,7 @@ fn look_at(given: &Path) -> Result<Candidate> {
             path.display()
         )));
     }
-    let site = Site::open(&path)?;
+    let site = Site::open_between(&path, between)?;
     site.guard_private(false)?;
     let marker = Marker::read(&site)?;
     let found = match marker {
@@ -155,24 +175,23 @@ fn check_no_remains(site: &Site) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn check_apart(one: &Candidate, other: &Candidate) -> Result<()> {
+pub(super) fn check_apart(one: &Path, other: &Path) -> Result<()> {
     let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
-    let same = one.path == other.path
-        || identity(&one.path).is_some_and(|own| identity(&other.path) == Some(own));
+    let same = one == other || identity(one).is_some_and(|own| identity(other) == Some(own));
     if same {
         return Err(Error::Refused(format!(
             "{} and {} are the same directory: two copies there would be one",
-            one.path.display(),
-            other.path.display()
+            one.display(),
+            other.display()
         )));
     }
-    let other_identity = identity(&other.path);
-    for above in one.path.ancestors().skip(1) {
-        if above == other.path || other_identity.is_some() && identity(above) == other_identity {
+    let other_identity = identity(other);
+    for above in one.ancestors().skip(1) {
+        if above == other || other_identity.is_some() && identity(above) == other_identity {
             return Err(Error::Refused(format!(
                 "the backing {} lies inside the backing {}: give directories that lie apart",
-                one.path.display(),
-                other.path.display()
+                one.display(),
+                other.display()
             )));
         }
     }
@@ -297,18 +316,19 @@ pub fn record_path(path: &Path) -> String {
 }
 
 /// Makes the directory of an absent candidate and opens it.
-pub fn make(candidate: &Candidate) -> Result<Site> {
-    match &candidate.site {
-        Some(site) => Ok(site.clone()),
-        None => {
-            fs::create_dir(&candidate.path).context("make the backing", &candidate.path)?;
-            let site = Site::open(&candidate.path)?;
-            // The name of the new directory must outlive a power cut as its content does.
-            if let Some(parent) = candidate.path.parent() {
-                let parent = fs::File::open(parent).context("open", parent)?;
-                parent.sync_all().context("sync the directory above", &candidate.path)?;
-            }
-            Ok(site)
-        }
+pub fn make(candidate: &Candidate, between: &Between) -> Result<Site> {
+    if let Some(site) = &candidate.site {
+        return Ok(site.clone());
     }
+    let (path, own) = (candidate.path.clone(), between.clone());
+    between.within(&candidate.path, move || {
+        fs::create_dir(&path).context("make the backing", &path)?;
+        let site = Site::open_between(&path, &own)?;
+        // The name of the new directory must outlive a power cut as its content does.
+        if let Some(parent) = path.parent() {
+            let parent = fs::File::open(parent).context("open", parent)?;
+            parent.sync_all().context("sync the directory above", &path)?;
+        }
+        Ok(site)
+    })
 }

@@ -7,6 +7,7 @@
 
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::identify::{self, Candidate, Found};
@@ -14,10 +15,11 @@ use super::marker::{CleanMark, MARKER_FILE, Marker, Peer, PeerState, Phase};
 use super::settle::{holds_stale, past_of};
 use super::site::Site;
 use super::{CATALOG_FILE, Member, Store, lock};
-use crate::catalog::Head;
+use crate::catalog::{Catalog, Head};
 use crate::error::{Error, IoContext, Result};
 use crate::replica::health::State;
 use crate::replica::intent::DirtySet;
+use crate::sys::patience;
 use crate::types::{PRIVATE_DIR, ReplicaId, Timestamp};
 
 /// How far clocks and the grain of a filesystem's times may be apart, in nanoseconds.
@@ -65,10 +67,19 @@ impl Store {
         self.members.lock()[id.index()].catalog_file()
     }
 
+    /// The head of a replica's catalog, as that lies there.
+    pub(crate) fn head_of(&self, id: ReplicaId) -> Result<Head> {
+        let site = self.site(id);
+        let file = site.private_path(CATALOG_FILE);
+        site.within("read the catalog in", move || Catalog::inspect(&file))
+    }
+
     /// The replica that was meant by its label or by its path. `NotFound` names those there are.
     pub fn named(&self, text: &str) -> Result<ReplicaId> {
+        let given = PathBuf::from(text);
+        let look = move || std::fs::canonicalize(&given).ok();
+        let path = patience::within(self.between.timeout, look).flatten();
         let members = self.members.lock();
-        let path = std::fs::canonicalize(text).ok();
         let fits = |id: &ReplicaId| {
             let member = &members[id.index()];
             let own = &member.site.path;
@@ -111,7 +122,7 @@ impl Store {
             members[id.index()].lock = None;
             members[id.index()].marker.clone()
         };
-        let candidate = identify::look(&[path.to_path_buf()])?.remove(0);
+        let candidate = identify::look(path, &self.between)?;
         let marker = match &candidate.found {
             Found::Replica(marker) => marker.as_ref().clone(),
             _ => {
@@ -135,7 +146,7 @@ impl Store {
                 path.display()
             )));
         }
-        let site = identify::make(&candidate)?;
+        let site = identify::make(&candidate, &self.between)?;
         let lock = lock::acquire(&site, &self.owner)?;
         // Under the lock nobody else changes it.
         let marker = Marker::read(&site)?.unwrap_or(marker);
@@ -146,14 +157,14 @@ impl Store {
         member.marker = marker;
         member.lock = Some(lock);
         member.stale = true;
-        self.replicas.replace(id, member.open_replica()?);
+        self.replicas.replace(id, member.as_replica()?);
         Ok(arrival)
     }
 
     /// Takes in a directory: a replica that was absent, or an empty one that becomes a new replica,
     /// in the place of `instead` if that is given.
     pub fn arrived(&self, path: &Path, instead: Option<ReplicaId>, fork: Fork) -> Result<Arrival> {
-        let candidate = identify::look(&[path.to_path_buf()])?.remove(0);
+        let candidate = identify::look(path, &self.between)?;
         let found = match &candidate.found {
             Found::Replica(marker) => Some(marker.as_ref().clone()),
             _ => None,
@@ -190,7 +201,7 @@ impl Store {
                 candidate.path.display()
             )));
         }
-        let site = identify::make(&candidate)?;
+        let site = identify::make(&candidate, &self.between)?;
         site.make_private()?;
         let lock = lock::acquire(&site, &self.owner)?;
         let marker = match Marker::read(&site)? {
@@ -211,7 +222,7 @@ impl Store {
             left_behind: Vec::new(),
             stale: true,
         };
-        let replica = member.open_replica()?;
+        let replica = member.as_replica()?;
         let gone = instead.map(|id| members[id.index()].marker.replica);
         let id = match instead {
             Some(id) => {
@@ -230,7 +241,7 @@ impl Store {
         // Its own marker is there already: were it named before, and we died, its disk would be
         // missed.
         let peer = members[id.index()].as_present();
-        self.note(&mut members, &mut |marker| {
+        self.note(members, &mut |marker| {
             marker.peers.retain(|own| Some(own.replica) != gone && own.replica != peer.replica);
             marker.peers.push(peer.clone());
         })?;
@@ -256,7 +267,8 @@ impl Store {
         current.map(|member| member.as_peer(PeerState::Ok)).collect()
     }
 
-    /// A directory beside those of the others, or in the place of one of them.
+    /// A directory beside those of the others, or in the place of one of them. One that does not
+    /// answer is taken to lie apart.
     fn check_place(
         &self,
         members: &[Member],
@@ -264,17 +276,14 @@ impl Store {
         instead: Option<ReplicaId>,
     ) -> Result<()> {
         let others = self.replicas.ids().filter(|id| Some(*id) != instead);
-        for id in others {
-            let site = &members[id.index()].site;
-            let other = Candidate {
-                path: site.path.clone(),
-                site: Some(site.clone()),
-                found: Found::Empty,
-            };
-            identify::check_apart(candidate, &other)?;
-            identify::check_apart(&other, candidate)?;
-        }
-        Ok(())
+        let works = others.map(|id| {
+            let (own, other) = (candidate.path.clone(), members[id.index()].site.path.clone());
+            move || {
+                identify::check_apart(&own, &other)?;
+                identify::check_apart(&other, &own)
+            }
+        });
+        patience::each_within(self.between.timeout, works).into_iter().flatten().collect()
     }
 
     /// Whether a marker is one of this store, and of no replica that is in use.
@@ -383,7 +392,7 @@ impl Store {
         member.stale = false;
         member.left_behind.clear();
         let peer = member.as_peer(PeerState::Ok);
-        self.note(&mut members, &mut |marker| {
+        self.note(members, &mut |marker| {
             if marker.replica != peer.replica {
                 marker.peers.retain(|own| own.replica != peer.replica);
                 marker.peers.push(peer.clone());
@@ -396,9 +405,10 @@ impl Store {
         if self.replicas.is_online(id) {
             return Err(Error::Refused("it is in use".into()));
         }
-        let mut members = self.members.lock();
+        let members = self.members.lock();
         let gone = members[id.index()].marker.replica;
-        self.note(&mut members, &mut |marker| marker.peers.retain(|peer| peer.replica != gone))?;
+        self.note(members, &mut |marker| marker.peers.retain(|peer| peer.replica != gone))?;
+        let mut members = self.members.lock();
         members[id.index()].stale = true;
         members[id.index()].lock = None;
         self.replicas.remove(id);
@@ -407,7 +417,7 @@ impl Store {
 
     /// Forgets an absent replica, by its label, path or identity. `false` if there is none such.
     pub fn forget_absent(&self, text: &str) -> Result<bool> {
-        let mut members = self.members.lock();
+        let members = self.members.lock();
         let path = identify::record_path(Path::new(text));
         let present: Vec<Uuid> =
             self.replicas.ids().map(|id| members[id.index()].marker.replica).collect();
@@ -419,24 +429,24 @@ impl Store {
         let Some(gone) = current.marker.peers.iter().find(fits).map(|peer| peer.replica) else {
             return Ok(false);
         };
-        self.note(&mut members, &mut |marker| marker.peers.retain(|peer| peer.replica != gone))?;
+        self.note(members, &mut |marker| marker.peers.retain(|peer| peer.replica != gone))?;
         Ok(true)
     }
 
-    /// Changes the markers of all current members, durably. Fails only if none can note it.
-    fn note(&self, members: &mut [Member], change: &mut dyn FnMut(&mut Marker)) -> Result<()> {
-        let mut failure = None;
-        let mut noted = false;
-        for member in members.iter_mut().filter(|member| !member.stale) {
-            change(&mut member.marker);
-            match member.write_marker() {
-                Ok(()) => noted = true,
-                Err(error) => failure = Some(error),
-            }
-        }
-        match failure {
-            Some(error) if !noted => Err(error),
-            _ => Ok(()),
+    /// Whether there is a replica of any store at `path`.
+    pub fn is_replica_at(&self, path: &Path) -> Result<bool> {
+        Ok(matches!(identify::look(path, &self.between)?.found, Found::Replica(_)))
+    }
+
+    /// Refuses a directory that cannot become a new replica: it must be empty, or not be there yet.
+    pub fn check_empty(&self, path: &Path) -> Result<()> {
+        let candidate = identify::look(path, &self.between)?;
+        match candidate.found {
+            Found::Absent | Found::Empty => Ok(()),
+            Found::Files | Found::Replica(_) => Err(Error::Refused(format!(
+                "{} is not empty: give an empty directory, which is then filled",
+                candidate.path.display()
+            ))),
         }
     }
 
@@ -453,24 +463,6 @@ impl Store {
     }
 }
 
-/// Whether there is a replica of any store at `path`.
-pub fn is_replica(path: &Path) -> Result<bool> {
-    let path = std::fs::canonicalize(path).context("look at the backing", path)?;
-    Ok(Marker::read(&Site::open(&path)?)?.is_some())
-}
-
-/// Refuses a directory that cannot become a new replica: it must be empty, or not be there yet.
-pub fn check_empty(path: &Path) -> Result<()> {
-    let candidate = identify::look(&[path.to_path_buf()])?.remove(0);
-    match candidate.found {
-        Found::Absent | Found::Empty => Ok(()),
-        Found::Files | Found::Replica(_) => Err(Error::Refused(format!(
-            "{} is not empty: give an empty directory, which is then filled",
-            candidate.path.display()
-        ))),
-    }
-}
-
 fn arrival(id: ReplicaId, site: &Site, marker: &Marker) -> Result<Arrival> {
     let apart = match (marker.phase, marker.opened) {
         (Phase::Filling, Some(since)) => since,
@@ -483,7 +475,12 @@ fn arrival(id: ReplicaId, site: &Site, marker: &Marker) -> Result<Arrival> {
             marker.opened.map_or(written, |opened| opened.min(written))
         }
     };
-    let head = crate::catalog::Catalog::inspect(&site.private_path(CATALOG_FILE)).ok();
+    let file = site.private_path(CATALOG_FILE);
+    let head = match site.within("read the catalog in", move || Catalog::inspect(&file)) {
+        // Nothing is known of it.
+        Err(error) if error.to_errno() == Errno::TIMEDOUT => return Err(error),
+        head => head.ok(),
+    };
     let fits = |mark: &CleanMark| head.as_ref().is_some_and(|head| mark.fits(head));
     let was_whole = marker.phase == Phase::Ok && head.is_some();
     let was_clean = marker.phase == Phase::Ok && marker.clean.as_ref().is_some_and(fits);

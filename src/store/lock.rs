@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, IoContext, Result};
 use crate::replica::backing::{Access, Handle};
 use crate::store::site::{Site, own_creds, own_name, private};
+use crate::sys::patience;
 
 /// Its name in the private directory.
 pub(super) const LOCK_FILE: &str = "lock";
@@ -22,6 +23,8 @@ const OWNER_BYTES_MAX: usize = 16 * 1024;
 /// A look at the store ([`peek`]) holds the lock for an instant: a mounter tries again that often.
 const TRIES: u32 = 20;
 const TRY_PAUSE: Duration = Duration::from_millis(10);
+/// How long giving it back is waited for.
+const UNLOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Who holds a store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +44,17 @@ pub struct Owner {
 pub struct StoreLock {
     file: Handle,
     owner: Owner,
+}
+
+impl Drop for StoreLock {
+    /// At once: the file itself is closed by whoever closes files of the backing.
+    fn drop(&mut self) {
+        let file = self.file.clone();
+        let unlock = move || rustix::fs::flock(&file, FlockOperation::Unlock);
+        if patience::within(UNLOCK_TIMEOUT, unlock).is_none() {
+            log::warn!("the lock of a backing that hangs is given back when its disk answers");
+        }
+    }
 }
 
 impl StoreLock {
@@ -117,7 +131,7 @@ pub fn acquire(site: &Site, owner: &Owner) -> Result<StoreLock> {
     .context("open the lock", &path)?;
     let mut tries = 0;
     loop {
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        match flock(site, &file, FlockOperation::NonBlockingLockExclusive)? {
             Ok(()) => break,
             Err(Errno::WOULDBLOCK) if tries < TRIES => {
                 tries += 1;
@@ -132,6 +146,12 @@ pub fn acquire(site: &Site, owner: &Owner) -> Result<StoreLock> {
         log::warn!("write {}: {error}", path.display());
     }
     Ok(StoreLock { file, owner: owner.clone() })
+}
+
+/// On a disk of another computer this is asked of that.
+fn flock(site: &Site, file: &Handle, how: FlockOperation) -> Result<Result<(), Errno>> {
+    let file = file.clone();
+    site.within("lock", move || Ok(rustix::fs::flock(&file, how)))
 }
 
 fn write_text(site: &Site, file: &Handle, text: &str) -> io::Result<()> {
@@ -173,7 +193,7 @@ pub fn peek(site: &Site) -> Result<Option<Owner>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.context("open the lock", &path)?,
     };
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+    match flock(site, &file, FlockOperation::NonBlockingLockShared)? {
         Ok(()) => Ok(None),
         Err(Errno::WOULDBLOCK) => Ok(Some(read_owner(site, &file))),
         Err(error) => Err(error).context("lock", &path),

@@ -64,7 +64,7 @@ pub(super) fn settle(
         members.iter().map(|member| past_of(&member.site, &member.marker)).collect();
     let judged = members.iter().zip(&pasts);
     let mut heads: Vec<Option<Head>> =
-        judged.map(|(member, past)| member.head(past.is_some())).collect();
+        judged.map(|(member, past)| member.head(past.is_some())).collect::<Result<_>>()?;
     loop {
         let verdict = judge(members, &heads);
         let winner = match &verdict {

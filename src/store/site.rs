@@ -14,7 +14,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::replica::backing::{
     Access, Backing, Creds, DirEntry, Handle, RenameMode, SetTime, Stat,
 };
-use crate::store::Between;
+use crate::replica::guarded::Guarded;
 use crate::types::{EntryName, Kind, PRIVATE_DIR, RelPath, Xattrs};
 
 /// Directories of the private directory, made with it.
@@ -34,8 +34,8 @@ pub struct Site {
     pub path: PathBuf,
     /// Its handle.
     pub backing: Arc<dyn Backing>,
-    /// What every handle of it goes through.
-    pub between: Between,
+    /// The same, where its calls are bounded: those of a store in use are.
+    pub guard: Option<Arc<Guarded>>,
 }
 
 /// A file object with all that is compared and copied of it.

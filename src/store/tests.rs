@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::*;
 use crate::catalog::NodeRow;
 use crate::progress::ProgressSink;
+use crate::retention::StorePolicy;
 use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath};
 
 mod bounded;

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded, unbounded};
 use parking_lot::Mutex;
@@ -91,6 +91,30 @@ impl Patience {
     }
 }
 
+/// Does one piece of work on a thread of its own; `None` if it takes longer than `timeout`, or
+/// cannot be begun. What comes of it too late is dropped.
+pub fn within<T: Send + 'static>(
+    timeout: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    each_within(timeout, [work]).pop().flatten()
+}
+
+/// Likewise several pieces of work, at one time.
+pub fn each_within<T: Send + 'static, W: FnOnce() -> T + Send + 'static>(
+    timeout: Duration,
+    works: impl IntoIterator<Item = W>,
+) -> Vec<Option<T>> {
+    let deadline = Instant::now() + timeout;
+    let start = |work: W| {
+        let (tell, answer) = bounded(1);
+        begin()?.send(Box::new(move || drop(tell.send(work())))).ok()?;
+        Some(answer)
+    };
+    let begun: Vec<_> = works.into_iter().map(start).collect();
+    begun.into_iter().map(|answer| answer?.recv_deadline(deadline).ok()).collect()
+}
+
 /// A new thread, if there can be one.
 fn begin() -> Option<Sender<Job>> {
     let (give, jobs) = unbounded::<Job>();
@@ -115,12 +139,20 @@ mod tests {
         patience.set_timeout(Duration::from_secs(1000));
         assert_eq!(patience.call(|| 3), None, "it is not even begun");
         drop(go_on);
-        let until = std::time::Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(20);
         while patience.is_over() {
-            assert!(std::time::Instant::now() < until, "it has returned");
+            assert!(Instant::now() < until, "it has returned");
             std::thread::yield_now();
         }
         assert_eq!(patience.call(|| 4), Some(4));
+    }
+
+    #[test]
+    fn one_piece_of_work_is_waited_for_so_long() {
+        assert_eq!(within(Duration::from_secs(1000), || 1), Some(1));
+        let (go_on, resume) = unbounded::<()>();
+        assert_eq!(within(Duration::from_millis(50), move || resume.recv().is_ok()), None);
+        drop(go_on);
     }
 
     #[test]

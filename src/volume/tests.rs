@@ -7,6 +7,7 @@ use crate::store::{self, OpenOptions};
 mod deferred;
 mod faults;
 mod growth;
+mod hangs;
 
 /// A store of these backings, made if there is none.
 fn open_store(dirs: &[tempfile::TempDir]) -> Store {
@@ -20,14 +21,18 @@ fn open_store(dirs: &[tempfile::TempDir]) -> Store {
 
 /// Nothing is done by anybody but the test.
 fn open_volume(store: Store) -> Arc<Volume> {
+    Volume::open(store, quiet()).unwrap()
+}
+
+/// Options by which nothing is done in the background.
+fn quiet() -> VolumeOptions {
     let long = Duration::from_secs(3600);
-    let options = VolumeOptions {
+    VolumeOptions {
         idle_seal: long,
         defer_writes: long,
         housekeeping: long,
         pack_after: long,
         policy_every: long,
         ..VolumeOptions::default()
-    };
-    Volume::open(store, options).unwrap()
+    }
 }

@@ -39,7 +39,7 @@ impl Volume {
             self.settle_in(&cut);
             self.catalog().flush(Durability::Durable)?;
             self.replicas().eject(id, Fault::by_hand());
-            crate::catalog::Catalog::inspect(&self.store.catalog_file(id))
+            self.store.head_of(id)
         };
         match head.and_then(|head| self.store.left(id, &head)) {
             Ok(()) => {}
@@ -95,7 +95,7 @@ impl Volume {
                 self.stop_resync(id);
                 self.store.returned(id, fork)?
             }
-            None if !crate::store::is_replica(Path::new(name))? => {
+            None if !self.store.is_replica_at(Path::new(name))? => {
                 return Err(Error::Refused(format!(
                     "{} is no replica: to make it one, rearview replica add {}",
                     crate::types::escape(name.as_bytes()),
@@ -131,7 +131,7 @@ impl Volume {
             Err(error) => return Err(error),
         };
         self.refuse_last(id, "replaced: add the new one first, then remove the old one")?;
-        crate::store::check_empty(path)?;
+        self.store.check_empty(path)?;
         self.replica_offline(old)?;
         let arrival = self.store.arrived(path, Some(id), Fork::Refuse)?;
         self.enter(arrival, Fork::Refuse);
