@@ -116,7 +116,8 @@ pub fn next_segment(replicas: &ReplicaSet) -> Result<u64> {
     Ok(segments(replicas)?.last().map_or(1, |last| last + 1))
 }
 
-fn encode(magic: [u8; 4], of: (NodeId, ContentId), offset: u64, data: &[u8]) -> Vec<u8> {
+/// What a record has before its data.
+fn header(magic: [u8; 4], of: (NodeId, ContentId), offset: u64, data: &[u8]) -> [u8; HEADER_BYTES] {
     let mut header = [0; HEADER_BYTES];
     header[0..4].copy_from_slice(&magic);
     header[4..8].copy_from_slice(&(data.len() as u32).to_le_bytes());
@@ -126,7 +127,7 @@ fn encode(magic: [u8; 4], of: (NodeId, ContentId), offset: u64, data: &[u8]) -> 
     let mut hash = blake3::Hasher::new();
     hash.update(&header[..32]).update(data);
     header[32..64].copy_from_slice(hash.finalize().as_bytes());
-    [header.as_slice(), data].concat()
+    header
 }
 
 /// Bytes that a content has, or that it has none there.
@@ -141,15 +142,18 @@ pub enum Image {
 }
 
 impl Image {
-    fn encode(&self, of: (NodeId, ContentId)) -> Vec<u8> {
+    /// Adds its record to others.
+    fn encode(&self, of: (NodeId, ContentId), records: &mut Vec<u8>) {
         match self {
             Image::Bytes(offset, bytes) => {
                 assert!(!bytes.is_empty() && bytes.len() <= DATA_BYTES_MAX as usize);
-                encode(MAGIC, of, *offset, bytes)
+                records.extend(header(MAGIC, of, *offset, bytes));
+                records.extend(bytes);
             }
             Image::Hole(range) => {
-                let length = range.end - range.start;
-                encode(MAGIC_HOLE, of, range.start, &length.to_le_bytes())
+                let length = (range.end - range.start).to_le_bytes();
+                records.extend(header(MAGIC_HOLE, of, range.start, &length));
+                records.extend(length);
             }
         }
     }
@@ -340,7 +344,7 @@ impl UndoLog {
                 && let Some(image) = images.next()
             {
                 records.resize((end - tail.end) as usize, 0);
-                records.extend(image.encode(of));
+                image.encode(of, &mut records);
                 let file = UndoFile::Segment(tail.segment);
                 let place = UndoPlace { file, offset: end + HEADER_BYTES as u64 };
                 let (offset, length, at) = match image {

@@ -8,6 +8,10 @@ use crate::replica::Replica;
 use crate::replica::dir_backing::DirBacking;
 use crate::types::{Kind, ReplicaMap, Timestamp, XattrSetId};
 
+fn encode(magic: [u8; 4], of: (NodeId, ContentId), offset: u64, data: &[u8]) -> Vec<u8> {
+    [header(magic, of, offset, data).as_slice(), data].concat()
+}
+
 #[test]
 fn a_record_tells_what_its_row_would() {
     let of = (NodeId(7), ContentId(9));
