@@ -57,11 +57,12 @@ pub use self::commit::HANGS;
 pub use self::lost::PastContent;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
 pub use self::places::{LiveNode, VersionRecord};
+pub use self::snapshot::SnapshotWatch;
 pub use self::sweep::{Sweep, SweepPlace, SweepStep};
 pub use self::unused::Unused;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
@@ -548,6 +549,7 @@ struct Shared {
     snapshot_changes: AtomicU64,
     /// All snapshots, as of a count of their changes.
     snapshot_list: Mutex<Option<(u64, Arc<Vec<Snapshot>>)>>,
+    snapshot_watch: OnceLock<SnapshotWatch>,
     /// The wall clock.
     now: Box<dyn Fn() -> Timestamp + Send + Sync>,
 }

@@ -2,8 +2,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -410,6 +410,7 @@ fn new_shared(
         read_only,
         epoch: AtomicU64::new(0),
         snapshot_changes: AtomicU64::new(0),
+        snapshot_watch: OnceLock::new(),
         snapshot_list: Mutex::default(),
         now,
     }

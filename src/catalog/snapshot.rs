@@ -20,6 +20,10 @@ const NEAREST_MAX: usize = 3;
 const DELETED_MAX: usize = 128;
 const COLUMNS: &str = "id, name, g, time, automatic, held, tags";
 
+/// Is told whenever snapshots are made, renamed or removed, with those whose names mean nothing any
+/// more. Called by whoever did it, under locks: it must not wait for anything.
+pub type SnapshotWatch = Box<dyn Fn(&[&Snapshot]) + Send + Sync>;
+
 impl Catalog {
     /// All snapshots, oldest first (by generation, then id). The list is kept until it changes: a
     /// hundred thousand of them take longer to read than to show.
@@ -41,6 +45,17 @@ impl Catalog {
     /// the answer still holds.
     pub fn snapshot_epoch(&self) -> u64 {
         self.shared.snapshot_changes.load(Ordering::Acquire)
+    }
+
+    /// Has every change of the snapshots told from now on; once.
+    pub fn watch_snapshots(&self, watch: SnapshotWatch) {
+        let _ = self.shared.snapshot_watch.set(watch);
+    }
+
+    fn tell_watch(&self, nameless: &[&Snapshot]) {
+        if let Some(watch) = self.shared.snapshot_watch.get() {
+            watch(nameless);
+        }
     }
 
     fn read_snapshots(&self) -> Result<Vec<Snapshot>> {
@@ -128,7 +143,9 @@ impl Catalog {
         let tags = tags.to_vec();
         let name = name.into();
         let snapshot = Snapshot { id, name, generation, time, automatic, held, tags };
-        self.put_snapshot(snapshot, Durability::Durable)
+        let made = self.put_snapshot(snapshot, Durability::Durable);
+        self.tell_watch(&[]);
+        made
     }
 
     /// Forgets a snapshot. `NotFound` names the nearest names; `InUse` if it is held.
@@ -154,6 +171,8 @@ impl Catalog {
             );
             if !changes.is_empty() {
                 self.push(changes)?;
+                // They are gone for whoever asks from now on, written or not.
+                self.tell_watch(&going);
             }
         }
         self.flush(Durability::Written)?;
@@ -178,7 +197,10 @@ impl Catalog {
             return Ok(snapshot);
         }
         self.check_free(to)?;
-        self.put_snapshot(Snapshot { name: to.into(), ..snapshot }, Durability::Written)
+        let new = Snapshot { name: to.into(), ..snapshot.clone() };
+        let renamed = self.put_snapshot(new, Durability::Written);
+        self.tell_watch(&[&snapshot]);
+        renamed
     }
 
     /// Holds or releases a snapshot.

@@ -318,3 +318,30 @@ fn a_snapshot_is_found_by_its_id_under_each_of_its_names() {
     catalog.delete_snapshot("two").unwrap();
     assert_eq!(catalog.snapshot_of(made.id).unwrap(), None);
 }
+
+#[test]
+fn whoever_watches_snapshots_hears_of_each_change_and_of_names_that_are_gone() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let hears = heard.clone();
+    catalog.watch_snapshots(Box::new(move |nameless| {
+        hears.lock().push(nameless.iter().map(|snapshot| snapshot.name.clone()).collect());
+    }));
+    let told = |wanted: &[&[&str]]| {
+        let heard: Vec<Vec<String>> = std::mem::take(&mut *heard.lock());
+        assert_eq!(heard, wanted);
+    };
+    for name in ["a", "b", "c"] {
+        catalog.create_snapshot(name, catalog.freeze(), false, &[]).unwrap();
+    }
+    told(&[&[], &[], &[]]);
+    catalog.rename_snapshot("a", "d").unwrap();
+    told(&[&["a"]]);
+    catalog.hold_snapshot("d", true).unwrap();
+    catalog.rename_snapshot("d", "d").unwrap();
+    catalog.rename_snapshot("d", "b").unwrap_err();
+    told(&[]);
+    catalog.delete_snapshots(&["b", "none", "d", "c"]).unwrap();
+    told(&[&["b", "c"]]);
+}
