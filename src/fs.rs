@@ -5,6 +5,7 @@
 //! the three operations on `.snapshots` that make, forget and rename a snapshot.
 
 mod barrier;
+mod kernel;
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -22,6 +23,10 @@ use crate::replica::backing::{RenameMode, Seek, Space, Stat};
 use crate::types::{EntryName, Kind, NodeId, Xattrs};
 use crate::volume::nodes::Node;
 use crate::volume::{Caller, Changes, Newborn, Volume};
+
+pub use kernel::KernelCache;
+
+use kernel::Forgetting;
 
 /// Where the directory of snapshots is listed; it can be entered by name all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,9 +101,6 @@ enum Opened {
     Past,
 }
 
-/// Makes the kernel forget a name in a directory, and all that it knows below it.
-pub type KernelForget = Box<dyn Fn(u64, &OsStr) + Send + Sync>;
-
 /// The filesystem of one mount.
 pub struct Filesystem {
     volume: Arc<Volume>,
@@ -106,7 +108,7 @@ pub struct Filesystem {
     options: FsOptions,
     opened: Mutex<HashMap<u64, Arc<Opened>>>,
     next_handle: AtomicU64,
-    kernel_forget: OnceLock<KernelForget>,
+    forgetting: OnceLock<Arc<Forgetting>>,
 }
 
 fn read_only<T>() -> Result<T> {
@@ -128,13 +130,8 @@ impl Filesystem {
             options,
             opened: Mutex::default(),
             next_handle: AtomicU64::new(1),
-            kernel_forget: OnceLock::new(),
+            forgetting: OnceLock::new(),
         }
-    }
-
-    /// Says how the kernel is made to forget; once, when it begins to ask.
-    pub fn on_forget(&self, forget: KernelForget) {
-        let _ = self.kernel_forget.set(forget);
     }
 
     /// A part of the past was removed: neither we nor the kernel show any of it from memory. Who
@@ -142,9 +139,9 @@ impl Filesystem {
     /// thread that answers the kernel's requests.
     pub fn forget_past(&self) {
         let entered = self.past.forget();
-        let Some(forget) = self.kernel_forget.get() else { return };
+        let Some(forgetting) = self.forgetting.get() else { return };
         let name = self.past.snapdir_name().as_os_str();
-        entered.into_iter().for_each(|dir| forget(dir.0, name));
+        entered.into_iter().for_each(|dir| forgetting.cache.forget_name(dir.0, name));
     }
 
     /// The volume.
@@ -321,7 +318,8 @@ impl Filesystem {
     /// Removes an empty directory. In `.snapshots` it forgets a snapshot.
     pub fn rmdir(&self, parent: u64, name: &EntryName, caller: &Caller) -> Result<()> {
         if Past::owns(parent) {
-            return self.past.remove_snapshot(parent, name);
+            let remove = || self.past.remove_snapshot(parent, name);
+            return self.by_kernel(parent, name, remove);
         }
         self.check_name(name)?;
         self.volume.rmdir(NodeId(parent), name, caller)
@@ -338,7 +336,9 @@ impl Filesystem {
         caller: &Caller,
     ) -> Result<()> {
         match (Past::owns(parent), Past::owns(new_parent)) {
-            (true, true) => self.past.rename_snapshot(parent, name, new_parent, new_name),
+            (true, true) => self.by_kernel(parent, name, || {
+                self.past.rename_snapshot(parent, name, new_parent, new_name)
+            }),
             (false, false) => {
                 self.check_name(name)?;
                 self.check_name(new_name)?;

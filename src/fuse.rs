@@ -8,7 +8,6 @@ mod session;
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -27,6 +26,7 @@ use crate::types::Kind;
 use crate::volume::{Changes, Newborn};
 
 pub use session::{ServeOptions, Session, serve};
+use session::{apart, guarded};
 
 use convert::{
     answer_empty, answer_entry, answer_lookup, answer_xattr, attr, caller, errno, file_type, name,
@@ -39,13 +39,6 @@ const MAX_BACKGROUND: u16 = 512;
 
 struct Fuse {
     fs: Arc<Filesystem>,
-}
-
-/// Runs a handler so that a panic costs one request, not the thread.
-fn guarded(handler: impl FnOnce()) {
-    if catch_unwind(AssertUnwindSafe(handler)).is_err() {
-        log::error!("a request failed by a bug of ours; it was answered with EIO");
-    }
 }
 
 impl fuser::Filesystem for Fuse {
@@ -165,18 +158,10 @@ impl fuser::Filesystem for Fuse {
         };
         let fs = self.fs.clone();
         let make = move || {
-            guarded(|| {
-                answer_entry(reply, fs.make(parent.0, &entry, &Newborn::Dir, mode, &caller));
-            });
+            answer_entry(reply, fs.make(parent.0, &entry, &Newborn::Dir, mode, &caller));
         };
-        if !Past::owns(parent.0) {
-            return make();
-        }
-        // A snapshot flushes files by way of this mount, so this thread must stay free to serve it.
-        // If no thread can be had, the dropped reply answers EIO.
-        if let Err(error) = std::thread::Builder::new().name("rv-snapshot".into()).spawn(make) {
-            log::error!("cannot start a thread for a snapshot: {error}");
-        }
+        // A snapshot flushes files by way of this mount.
+        if Past::owns(parent.0) { apart(make) } else { guarded(make) }
     }
 
     fn unlink(&self, req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEmpty) {
@@ -232,11 +217,15 @@ impl fuser::Filesystem for Fuse {
             } else {
                 return reply.error(Errno::EINVAL);
             };
-            let renamed = name(entry).and_then(|from| {
-                let to = name(newname)?;
-                self.fs.rename(parent.0, &from, newparent.0, &to, mode, &caller(req, 0))
-            });
-            answer_empty(reply, renamed);
+            let (by, fs) = (caller(req, 0), self.fs.clone());
+            let names = name(entry).and_then(|from| Ok((from, name(newname)?)));
+            let rename = move || {
+                let renamed = names
+                    .and_then(|(from, to)| fs.rename(parent.0, &from, newparent.0, &to, mode, &by));
+                answer_empty(reply, renamed);
+            };
+            // The kernel is told of the name that a snapshot lost, and may be busy with it.
+            if Past::owns(parent.0) { apart(rename) } else { rename() }
         });
     }
 

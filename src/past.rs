@@ -36,7 +36,7 @@ use rustix::io::Errno;
 
 use crate::catalog::{Catalog, Durability, NodeRow, Snapshot};
 use crate::error::Result;
-use crate::past::ino::Target;
+use crate::past::ino::{ROOT_SNAPSHOTS, Target};
 use crate::past::table::Table;
 use crate::past::views::{View, Way};
 use crate::replica::backing::{Seek, Stat};
@@ -135,8 +135,10 @@ pub struct Entry {
     pub stat: Stat,
     /// Tells two uses of one inode number apart (`generation` of a FUSE entry).
     pub incarnation: u64,
-    /// Whether the kernel may keep the answer for ever, or not at all. From [`Past::lookup`] this
-    /// is about the name and the attributes, from [`Past::stat`] about the attributes.
+    /// Whether the kernel may keep the answer until it is told otherwise, or not at all. From
+    /// [`Past::lookup`] this is about the name and the attributes, from [`Past::stat`] about the
+    /// attributes. What lasts and can change all the same is the root's `.snapshots`, and the names
+    /// of snapshots in it: see [`ino::ROOT_SNAPSHOTS`].
     pub lasting: bool,
 }
 
@@ -245,7 +247,9 @@ impl Past {
         tables.known.clear();
         tables.births.clear();
         tables.swept.clear();
-        let entered = tables.entered.iter().map(|(dir, ())| *dir).collect();
+        // The kernel, which knows the root's `.snapshots`, enters there without asking.
+        let others = tables.entered.iter().map(|(dir, ())| *dir).filter(|dir| *dir != NodeId::ROOT);
+        let entered = others.chain([NodeId::ROOT]).collect();
         tables.entered.clear();
         entered
     }
@@ -526,6 +530,8 @@ impl Past {
             Target::Snapshots(of) | Target::Latest(of) => self.newest_snapshot(of)?,
             _ => None,
         };
+        // It changes with the snapshots, and without any with the live directory.
+        let lasting = target == ROOT_SNAPSHOTS && newest.is_some();
         let changed = newest.as_ref().map_or(dir.mtime, |snapshot| snapshot.time);
         let size = match target {
             Target::Latest(_) => newest.map_or(0, |snapshot| snapshot.name.len() as u64),
@@ -546,7 +552,7 @@ impl Past {
             ctime: changed,
             btime: dir.btime,
         };
-        Ok(Entry { stat, incarnation: 0, lasting: false })
+        Ok(Entry { stat, incarnation: 0, lasting })
     }
 }
 

@@ -8,6 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
@@ -195,6 +196,70 @@ fn snapshots_are_made_renamed_and_removed_as_folders() {
     fs::create_dir(store.path("dir")).unwrap();
     fs::create_dir(store.path("dir/.snapshots/from-below")).unwrap();
     assert_eq!(fs::read_to_string(all.join("from-below/file")).unwrap(), "second");
+    store.finish();
+}
+
+/// Ends what runs beside a test, also if that fails.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_name_that_a_snapshot_lost_is_gone_at_once_whoever_took_it() {
+    let store = Mounted::new();
+    fs::create_dir(store.path("dir")).unwrap();
+    let (all, below) = (store.path(".snapshots"), store.path("dir/.snapshots"));
+    let shown = |name: &str| fs::read_to_string(all.join(name).join("file"));
+    let command = |words: &[&str]| drop(store.rearview(words).ok());
+    let ways: [(&str, &dyn Fn()); 6] = [
+        ("delete", &|| command(&["snapshot", "delete", "a"])),
+        ("rename", &|| command(&["snapshot", "rename", "a", "b"])),
+        ("prune", &|| command(&["prune", "--keep-last", "1"])),
+        ("rmdir", &|| fs::remove_dir(all.join("a")).unwrap()),
+        ("mv", &|| fs::rename(all.join("a"), all.join("b")).unwrap()),
+        ("mv below", &|| fs::rename(below.join("a"), below.join("b")).unwrap()),
+    ];
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Those who look meanwhile have the kernel ask, and hold the directory's lock as it does.
+        for place in [&all, &below] {
+            let over = &over;
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    for name in ["a", "b", "last"] {
+                        let _ = fs::metadata(place.join(name).join("file"));
+                    }
+                    let _ = fs::read_dir(place).map(Iterator::count);
+                }
+            });
+        }
+        let end = SetOnDrop(&over);
+        for round in 0..3 {
+            for (way, take) in &ways {
+                let text = format!("{way} {round}");
+                fs::write(store.path("file"), &text).unwrap();
+                fs::create_dir(all.join("a")).unwrap();
+                assert_eq!(shown("a").unwrap(), text);
+                store.snapshot("last");
+                take();
+                let gone = shown("a").expect_err(&text);
+                assert_eq!(errno(&gone), Some(Errno::NOENT), "{text}");
+                let newest = fs::metadata(&all).unwrap().modified().unwrap();
+                command(&["snapshot", "delete", "last"]);
+                let older = fs::metadata(&all).unwrap().modified().unwrap();
+                assert!(older < newest, "{text}");
+                if let Ok(renamed) = shown("b") {
+                    assert_eq!(renamed, text);
+                    fs::remove_dir(all.join("b")).unwrap();
+                }
+            }
+        }
+        drop(end);
+    });
     store.finish();
 }
 

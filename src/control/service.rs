@@ -142,6 +142,17 @@ impl Service {
 impl Handler for Service {
     fn handle(&self, request: Request) -> Result<Response> {
         self.check_writable(&request)?;
+        let changes = request.is_change();
+        let answer = self.answer(request);
+        if changes {
+            self.fs.await_forgotten();
+        }
+        answer
+    }
+}
+
+impl Service {
+    fn answer(&self, request: Request) -> Result<Response> {
         let catalog = self.fs.volume().catalog();
         Ok(match request {
             Request::Ping => Response::Pong(self.info.clone()),

@@ -1,13 +1,15 @@
 //! The session with the kernel: handshake, threads, end.
 
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use fuser::{Config, INodeNo, SessionACL};
+use fuser::{Config, INodeNo, Notifier, SessionACL};
 
 use super::Fuse;
 use crate::error::{Error, Result};
-use crate::fs::Filesystem;
+use crate::fs::{Filesystem, KernelCache};
 
 /// How the kernel's requests are served.
 #[derive(Clone, Copy, Debug)]
@@ -30,15 +32,53 @@ pub fn serve(fs: Arc<Filesystem>, device: OwnedFd, options: &ServeOptions) -> Re
     // would refuse requests that the kernel makes on its own behalf.
     config.acl = SessionACL::All;
     let session = fuser::Session::from_fd(Fuse { fs: fs.clone() }, device, SessionACL::All, config)
-        .and_then(fuser::Session::spawn)
-        .map_err(|error| Error::Refused(format!("the kernel's FUSE handshake failed: {error}")))?;
-    let notifier = session.notifier();
-    fs.on_forget(Box::new(move |dir, name| {
-        if let Err(error) = notifier.inval_entry(INodeNo(dir), name) {
-            log::warn!("the kernel may still show what it has cached: {error}");
-        }
-    }));
-    Ok(Session { background: session })
+        .map_err(failed)?;
+    // Before the kernel is told of anything that it could have to forget.
+    fs.on_forget(Arc::new(Cache { notifier: session.notifier() }))?;
+    Ok(Session { background: session.spawn().map_err(failed)? })
+}
+
+fn failed(error: std::io::Error) -> Error {
+    Error::Refused(format!("the kernel's FUSE handshake failed: {error}"))
+}
+
+/// Runs a handler so that a panic costs one request, not the thread.
+pub(super) fn guarded(handler: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(handler)).is_err() {
+        log::error!("a request failed by a bug of ours; it was answered with EIO");
+    }
+}
+
+/// Changes snapshots in a thread of its own: the kernel may come with other requests, below the
+/// same mount, and must be served until this one is answered. If no thread can be had, the dropped
+/// reply answers EIO.
+pub(super) fn apart(handler: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::Builder::new().name("rv-snapshot".into());
+    if let Err(error) = thread.spawn(|| guarded(handler)) {
+        log::error!("cannot start a thread for a snapshot: {error}");
+    }
+}
+
+/// The kernel's memory of the mount.
+struct Cache {
+    notifier: Notifier,
+}
+
+impl KernelCache for Cache {
+    fn forget_name(&self, dir: u64, name: &OsStr) {
+        warn(self.notifier.inval_entry(INodeNo(dir), name));
+    }
+
+    fn forget_attributes(&self, ino: u64) {
+        // An offset below 0 leaves alone what is known of the content.
+        warn(self.notifier.inval_inode(INodeNo(ino), -1, 0));
+    }
+}
+
+fn warn(told: std::io::Result<()>) {
+    if let Err(error) = told {
+        log::warn!("the kernel may still show what it has cached: {error}");
+    }
 }
 
 impl Session {

@@ -26,6 +26,11 @@ pub const DYNAMIC_SLOTS: u64 = 1 << 19;
 /// the C library know it as "unknown".
 pub const UNKNOWN: u64 = 0xffff_ffff;
 
+/// The `.snapshots` of the mount's root. The kernel keeps it and the names in it that snapshots
+/// have; whoever changes one of those by another way than this very directory has the kernel forget
+/// the name, and whoever changes any snapshot the directory's attributes.
+pub const ROOT_SNAPSHOTS: Target = Target::Snapshots(NodeId::ROOT);
+
 /// What an inode number of the past means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {

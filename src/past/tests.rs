@@ -6,6 +6,8 @@ use super::*;
 use crate::catalog::{Change, Snapshot};
 use crate::types::{ReplicaMap, Timestamp, XattrSetId};
 
+mod kept;
+
 /// A store without a live tree: a catalog to push to, and contents.
 struct Store {
     catalog: Catalog,
@@ -224,7 +226,8 @@ fn a_snapshot_shows_what_was_live_and_nothing_later() {
     assert_eq!((file.stat.mode, file.stat.uid, file.stat.gid, file.stat.nlink), (0o750, 7, 8, 1));
     let dir = past.walk(ROOT, "first/src").expect("the directory");
     assert_eq!((dir.stat.size, dir.stat.nlink), (4096, 1));
-    assert!(!past.walk(ROOT, "first").expect("the snapshot").lasting, "it can be deleted");
+    let named = past.walk(ROOT, "first").expect("the snapshot");
+    assert!(named.lasting, "the kernel is told when it loses its name");
 }
 
 #[test]

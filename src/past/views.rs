@@ -90,8 +90,10 @@ impl Past {
             return Err(Errno::NOENT.into());
         }
         let ino = Target::Object { slot: self.slot(&view), node: row.id }.encode();
-        // What the name means can change (a snapshot deleted, `.at/10m` moving on): not lasting.
-        Ok(self.known_entry(ino, row, 1, false))
+        // What a name means can change (a snapshot deleted, `.at/10m` moving on). The kernel is
+        // told of snapshots that lose their names in the root.
+        let lasting = stable_slot(&view).is_some();
+        Ok(self.known_entry(ino, row, 1, lasting))
     }
 
     /// The snapshot of this id, remembered as of the epoch at which it was asked for.
