@@ -478,10 +478,11 @@ pub fn snapshots(catalog: &Catalog, time: Duration) -> Result<SnapshotList> {
     let stored = catalog.meta("deleted_since")?;
     let since = stored.and_then(|text| text.parse().ok()).map_or(Generation(0), Generation);
     let snapshots = catalog.snapshots()?;
+    let in_time = || begin.elapsed() < time;
     let freed = snapshots
         .iter()
-        .map(|snapshot| match begin.elapsed() < time {
-            true => catalog.freed_without(snapshot, since).map(Some),
+        .map(|snapshot| match in_time() {
+            true => catalog.freed_without(snapshot, since, &in_time),
             false => Ok(None),
         })
         .collect::<Result<Vec<_>>>()?;

@@ -16,19 +16,28 @@ const ROWS_MAX: usize = 1024;
 
 impl Catalog {
     /// The bytes of history that would go if this snapshot alone were deleted: exact, at a cost of
-    /// what changed between its visible neighbours. Chunks count when nothing uses them any more,
-    /// clones do not.
-    pub fn freed_without(&self, snapshot: &Snapshot, deleted_since: Generation) -> Result<u64> {
-        let Some((after, until)) = self.gap_without(snapshot)? else { return Ok(0) };
+    /// what changed between its visible neighbours, which of the first one is the whole store.
+    /// Chunks count when nothing uses them any more, clones do not. `None` once `go_on` says no.
+    pub fn freed_without(
+        &self,
+        snapshot: &Snapshot,
+        deleted_since: Generation,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<Option<u64>> {
+        let Some((after, until)) = self.gap_without(snapshot)? else { return Ok(Some(0)) };
         self.settle_pending()?;
-        self.shared.read_at_once(|db| {
+        self.shared.read_long(|db, alive| {
             let mut plan = Plan::new(db, usize::MAX);
             let mut freed = Freed::default();
             let mut seen = HashSet::new();
             let mut sweep = Sweep { after, until, at: SweepPlace::begin(until) };
             while !matches!(sweep.at, SweepPlace::Times(_)) {
                 let (places, next) = next_touched(db, &sweep, ROWS_MAX)?;
+                alive();
                 for (g, node) in places {
+                    if !go_on() {
+                        return Ok(None);
+                    }
                     sweep.at = match sweep.at {
                         SweepPlace::End(..) => SweepPlace::End(g, node),
                         _ => SweepPlace::Within(g, node),
@@ -43,7 +52,7 @@ impl Catalog {
             for (&stream, _) in plan.streams.iter().filter(|(_, left)| **left <= 0) {
                 freed.use_less(db, stream)?;
             }
-            freed.bytes(db)
+            freed.bytes(db, go_on)
         })
     }
 }
@@ -86,10 +95,13 @@ impl Freed {
     }
 
     /// The bytes: of chunks only those that nothing else uses.
-    fn bytes(&self, db: &Connection) -> rusqlite::Result<u64> {
+    fn bytes(&self, db: &Connection, go_on: &dyn Fn() -> bool) -> rusqlite::Result<Option<u64>> {
         let mut bytes = self.raw;
         let mut statement = db.prepare_cached("SELECT refs, stored FROM chunk WHERE id = ?1")?;
         for (chunk, uses) in &self.chunks {
+            if !go_on() {
+                return Ok(None);
+            }
             let found: Option<(i64, i64)> = statement
                 .query_row(params![chunk], |row| Ok((row.get(0)?, row.get(1)?)))
                 .optional()?;
@@ -99,6 +111,6 @@ impl Freed {
                 bytes += stored;
             }
         }
-        Ok(bytes.max(0) as u64)
+        Ok(Some(bytes.max(0) as u64))
     }
 }

@@ -5,6 +5,7 @@
 //! handing it over would cost more than most of them; what it must read from the disk is handed
 //! over ([`with_patience`]), and so is the opening of a connection.
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -112,6 +113,12 @@ impl Readers {
         }
     }
 
+    /// Notes that a query which takes long still goes on.
+    fn renew(&self, id: ReplicaId, begun: Instant) -> Instant {
+        self.end(id, begun);
+        self.begin(id)
+    }
+
     /// A connection; `None` if it cannot be opened in time.
     fn take(&self, id: ReplicaId) -> Option<Result<Db>> {
         if let Some((on, db)) = self.idle.lock().pop()
@@ -137,6 +144,14 @@ impl Readers {
 impl Shared {
     /// Runs a query. It may be run again on another replica if the first one fails.
     pub fn read<T>(&self, mut query: impl FnMut(&Connection) -> rusqlite::Result<T>) -> Result<T> {
+        self.read_alive(|db, _| query(db))
+    }
+
+    /// Likewise, with a function that the query calls again and again to show that it goes on.
+    fn read_alive<T>(
+        &self,
+        mut query: impl FnMut(&Connection, &dyn Fn()) -> rusqlite::Result<T>,
+    ) -> Result<T> {
         loop {
             let taken_at = self.readers.replaced.load(Ordering::Acquire);
             let Some(id) = self.readers.choose() else {
@@ -147,12 +162,13 @@ impl Shared {
                 });
             };
             let patience = &self.readers.patience[id];
-            let begun = self.readers.begin(id);
+            let begun = Cell::new(self.readers.begin(id));
+            let alive = || begun.set(self.readers.renew(id, begun.get()));
             let asked = self.readers.take(id).map(|db| -> Result<_> {
                 let db = db?;
-                Ok((with_patience(patience, || query(&db)), db))
+                Ok((with_patience(patience, || query(&db, &alive)), db))
             });
-            self.readers.end(id, begun);
+            self.readers.end(id, begun.get());
             let others = !self.read_only && self.others_than(id);
             let (outcome, db) = match asked {
                 Some(asked) => asked?,
@@ -185,10 +201,19 @@ impl Shared {
         &self,
         mut query: impl FnMut(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T> {
-        self.read(|db| {
+        self.read_long(|db, _| query(db))
+    }
+
+    /// Likewise what may take longer than a query should ([`SLOW`]): it calls the function again
+    /// and again, so that others are not kept off the replica.
+    pub fn read_long<T>(
+        &self,
+        mut query: impl FnMut(&Connection, &dyn Fn()) -> rusqlite::Result<T>,
+    ) -> Result<T> {
+        self.read_alive(|db, alive| {
             // After an error the connection is dropped, and the transaction with it.
             db.prepare_cached("BEGIN")?.execute([])?;
-            let answer = query(db)?;
+            let answer = query(db, alive)?;
             db.prepare_cached("COMMIT")?.execute([])?;
             Ok(answer)
         })
@@ -270,6 +295,15 @@ mod tests {
             drop(go_on);
         });
         assert_eq!(asked(), 0, "it is well again");
+        let shared = &catalog.shared;
+        let still_asked = shared.read_long(|_, alive| {
+            let until = Instant::now() + SLOW * 2;
+            while Instant::now() < until && asked() == 0 {
+                alive();
+            }
+            Ok(asked())
+        });
+        assert_eq!(still_asked.unwrap(), 0, "one that goes on keeps nobody off");
         catalog.close().unwrap();
     }
 }

@@ -98,7 +98,17 @@ impl Volume {
     /// For each snapshot the bytes that would go if it alone were deleted, exact; `None` for those
     /// that are not counted within `time`. Counted ones are remembered until history changes.
     pub fn freed_by(&self, snapshots: &[Snapshot], time: Duration) -> Result<Vec<Option<u64>>> {
-        let begin = Instant::now();
+        let end = Instant::now() + time;
+        self.count(snapshots, end, &|| Instant::now() < end)
+    }
+
+    /// Counts until the time is over; what is begun is counted to its end while `go_on` says so.
+    fn count(
+        &self,
+        snapshots: &[Snapshot],
+        end: Instant,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<Vec<Option<u64>>> {
         let epoch = self.catalog().history_epoch();
         let horizon = self.catalog().horizon()?;
         let deleted_since = self.deleted_since()?;
@@ -116,10 +126,11 @@ impl Volume {
         };
         let uncounted = snapshots.iter().zip(&mut freed).filter(|(_, freed)| freed.is_none());
         for (snapshot, freed) in uncounted {
-            if begin.elapsed() >= time {
+            if Instant::now() >= end {
                 break;
             }
-            let bytes = self.catalog().freed_without(snapshot, deleted_since)?;
+            let counted = self.catalog().freed_without(snapshot, deleted_since, go_on)?;
+            let Some(bytes) = counted else { break };
             let mut book = self.space.lock();
             if book.epoch == epoch {
                 book.freed.insert(snapshot.id, bytes);
@@ -131,7 +142,8 @@ impl Volume {
         Ok(freed)
     }
 
-    /// Counts in the background what deleting each snapshot would free, unless it is counted.
+    /// Counts in the background what deleting each snapshot would free, unless it is counted. Each
+    /// is counted to its end, however long that takes: else the one that takes longest never was.
     pub(super) fn count_freed(&self, time: Duration) -> Result<()> {
         let epoch = self.catalog().history_epoch();
         {
@@ -140,7 +152,9 @@ impl Volume {
                 return Ok(());
             }
         }
-        self.freed_by(&self.catalog().snapshots()?, time).map(drop)
+        let end = Instant::now() + time;
+        let go_on = || self.check_stop().is_ok();
+        self.count(&self.catalog().snapshots()?, end, &go_on).map(drop)
     }
 
     fn prune_automatic(&self, policy: &StorePolicy, now: Timestamp) -> Result<()> {

@@ -367,3 +367,37 @@ fn a_snapshot_shows_only_what_is_visible() {
     let snapshot = catalog.create_snapshot("late", chosen, false, &[]).unwrap();
     assert_eq!(snapshot.generation, kept);
 }
+
+#[test]
+fn what_a_snapshot_would_free_is_exact_or_not_told_at_all() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    let files = 50;
+    for node in 2..2 + files {
+        let mut made = create(1, &format!("f{node}"), file(node, node));
+        made.push(content(node, node, 100));
+        catalog.push(made).unwrap();
+    }
+    let snapshot = catalog.create_snapshot("s", catalog.freeze(), false, &[]).unwrap();
+    for node in 2..2 + files {
+        let preserved = Change::ContentPreserved { id: ContentId(node), cloned: false };
+        let gone = Change::NodeGone(NodeId(node));
+        catalog.push(vec![remove(1, &format!("f{node}")), preserved, gone]).unwrap();
+    }
+    thin_to(&catalog, &[]);
+    let never = Generation(i64::MAX as u64);
+    let asked = AtomicI64::new(0);
+    let freed_within = |steps: i64| {
+        asked.store(0, Ordering::Relaxed);
+        let go_on = || asked.fetch_add(1, Ordering::Relaxed) < steps;
+        catalog.freed_without(&snapshot, never, &go_on).unwrap()
+    };
+    assert_eq!(freed_within(i64::MAX), Some(100 * files));
+    let all = asked.load(Ordering::Relaxed);
+    assert!(all >= files as i64, "it is asked before each node: {all}");
+    for steps in [0, 1, all / 2, all - 1] {
+        assert_eq!(freed_within(steps), None, "{steps} of {all}");
+        assert_eq!(asked.load(Ordering::Relaxed), steps + 1, "it ends at once");
+    }
+    assert_eq!(freed_within(all), Some(100 * files));
+}

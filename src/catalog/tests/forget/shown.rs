@@ -103,7 +103,7 @@ impl World {
         let snapshots = self.catalog.snapshots().unwrap();
         let told: Vec<_> = snapshots
             .iter()
-            .map(|one| self.catalog.freed_without(one, self.since).unwrap())
+            .map(|one| self.catalog.freed_without(one, self.since, &|| true).unwrap().unwrap())
             .collect();
         // Any four, beginning with another one in each sequence.
         let begin = self.catalog.generation().0 as usize;
