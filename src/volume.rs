@@ -28,6 +28,7 @@ mod same;
 mod scratch;
 pub mod scrub;
 mod seal;
+mod sync;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

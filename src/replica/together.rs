@@ -54,6 +54,28 @@ impl ReplicaSet {
         SyncAll { set: self, op: "fsync", begun: self.online().filter_map(begin).collect() }
     }
 
+    /// As [`ReplicaSet::begin_sync`]; where names are not ordered, all that was ever written
+    /// becomes durable with it.
+    pub fn begin_sync_whole(&self, object: &Handles, data_only: bool) -> SyncAll<'_> {
+        let begin = |id| {
+            let handle = object.get(id).ok()?;
+            let backing = &self.get(id).backing;
+            Some((
+                id,
+                match backing.orders_names() {
+                    true => backing.begin_sync(handle, data_only),
+                    false => backing.begin_sync_all(),
+                },
+            ))
+        };
+        SyncAll { set: self, op: "fsync", begun: self.online().filter_map(begin).collect() }
+    }
+
+    /// Whether names reach the disk in order on every replica in use.
+    pub fn order_names(&self) -> bool {
+        self.online().all(|id| self.get(id).backing.orders_names())
+    }
+
     /// Makes an object durable on every replica.
     pub fn sync(&self, object: &Handles, data_only: bool) -> Result<()> {
         self.begin_sync(object, data_only).wait()

@@ -114,6 +114,7 @@ impl Volume {
     /// Makes the filesystems of all replicas in use durable, all at once.
     fn sync_replicas(&self) -> Result<()> {
         let replicas = self.replicas();
+        let begun = self.nodes.replaced.now();
         let ids: Vec<ReplicaId> = replicas.online().collect();
         let sync = |id: ReplicaId| replicas.get(id).backing().sync_all();
         let mut synced: Vec<(ReplicaId, std::io::Result<()>)> = std::thread::scope(|scope| {
@@ -130,6 +131,7 @@ impl Volume {
                 None => b.sync_all(),
             }
         })?;
+        self.nodes.replaced.settle(begun);
         Ok(())
     }
 

@@ -12,13 +12,14 @@ use crate::history::ranges::{ByteRange, RangeSet};
 use crate::history::{self, preserved_dir, preserved_name};
 use crate::replica::backing::{Access, Backing, Handle, RenameMode, Seek, SetTime};
 use crate::replica::copy::copy_all;
-use crate::replica::{Handles, Piece, PrivateDir, SyncAll};
+use crate::replica::{Handles, Piece, PrivateDir};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use super::intend::dirty;
 use by_hand::emulate_fallocate;
 
 use super::nodes::{Node, Open, State};
+use super::sync::Syncing;
 use super::{Caller, Volume};
 
 /// Allocation modes that change or remove bytes (`fallocate(2)`).
@@ -448,6 +449,7 @@ impl Volume {
                 return Err(error);
             }
         };
+        self.note_replaced(&[node.id, parent]);
         state.stamp = self.nodes.next_stamp();
         let changes = vec![crate::catalog::Change::ContentPreserved { id: content, cloned: false }];
         self.catalog().push(changes)?;
@@ -570,9 +572,9 @@ impl Volume {
         };
         // All backings and the catalogs at once. If we die between, the catalog may know of
         // bytes that are not there yet, as after any crash: the file's intent tells to look.
-        let syncing = handles.as_deref().map(|file| self.replicas().begin_sync(file, data_only));
+        let syncing = handles.as_deref().map(|file| self.begin_sync_of(node.id, file, data_only));
         let recorded = self.barrier();
-        syncing.map_or(Ok(()), SyncAll::wait)?;
+        syncing.map_or(Ok(()), Syncing::wait)?;
         recorded
     }
 }

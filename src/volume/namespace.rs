@@ -403,6 +403,7 @@ impl Volume {
                 let (last, mut ended) =
                     self.replace((&from, name), (&to, new_parent, new_name), target, state)?;
                 replaced_last = last;
+                self.note_replaced(&[source.id, new_parent]);
                 changes.append(&mut ended);
                 changes.push(entry_remove(parent, name));
             }
@@ -494,7 +495,7 @@ impl Volume {
     pub fn fsync_dir(&self, node: &Arc<Node>) -> Result<()> {
         if !self.lock(node).orphan {
             let dir = self.dir(node.id)?;
-            let syncing = self.replicas().begin_sync(&dir, false);
+            let syncing = self.begin_sync_of(node.id, &dir, false);
             let recorded = self.barrier();
             syncing.wait()?;
             return recorded;

@@ -7,6 +7,8 @@
 //! Locks: `Node::state` protects everything about one node, its content included, and is held
 //! across an operation on it. The order among all locks is in `locks.rs`.
 
+pub mod replaced;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +22,7 @@ use crate::history::ranges::{ByteRange, RangeSet};
 use crate::replica::Handles;
 use crate::replica::backing::Stat;
 use crate::types::{EntryName, Kind, NodeId, RelPath};
+use replaced::Replaced;
 use rustix::io::Errno;
 
 use super::deferred::Deferred;
@@ -221,6 +224,8 @@ pub struct Nodes {
     stamps: AtomicU64,
     /// Nodes that were in use when the kernel forgot them, to be looked at again.
     lingering: Mutex<Vec<NodeId>>,
+    /// Files that took the name of another.
+    pub replaced: Replaced,
 }
 
 impl Nodes {
@@ -230,6 +235,7 @@ impl Nodes {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             stamps: AtomicU64::new(1),
             lingering: Mutex::default(),
+            replaced: Replaced::default(),
         };
         let root = nodes.make(NodeId::ROOT, Kind::Dir, Place::Nowhere);
         root.looked_up();

@@ -1,0 +1,53 @@
+//! Making one object durable on all replicas.
+
+use crate::error::Result;
+use crate::replica::{Handles, SyncAll};
+use crate::types::NodeId;
+
+use super::Volume;
+use super::nodes::replaced::{Moment, Replaced};
+
+/// A sync that is under way.
+#[must_use]
+pub(super) struct Syncing<'a> {
+    all: SyncAll<'a>,
+    whole: Option<(&'a Replaced, Moment)>,
+}
+
+impl Syncing<'_> {
+    /// Waits until the object is durable.
+    pub fn wait(self) -> Result<()> {
+        self.all.wait()?;
+        if let Some((replaced, begun)) = self.whole {
+            replaced.settle(begun);
+        }
+        Ok(())
+    }
+}
+
+impl Volume {
+    /// Begins to make an object durable on every replica, by its handles.
+    pub(super) fn begin_sync_of(
+        &self,
+        node: NodeId,
+        object: &Handles,
+        data_only: bool,
+    ) -> Syncing<'_> {
+        let replaced = &self.nodes.replaced;
+        match replaced.concerns(node) {
+            None => Syncing { all: self.replicas().begin_sync(object, data_only), whole: None },
+            Some(begun) => {
+                let all = self.replicas().begin_sync_whole(object, data_only);
+                Syncing { all, whole: Some((replaced, begun)) }
+            }
+        }
+    }
+
+    /// A rename gave one of these the name of another file: see [`Replaced`]. To be called with the
+    /// locks that it was done under.
+    pub(super) fn note_replaced(&self, nodes: &[NodeId]) {
+        if !self.replicas().order_names() {
+            self.nodes.replaced.note(nodes);
+        }
+    }
+}
