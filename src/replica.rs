@@ -522,7 +522,7 @@ impl ReplicaSet {
         self.ejections.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// One of our own files could not be written: if by its device's fault, a replica is out of use.
+    /// One of our own files could not be written: if by its device, a replica is out of use.
     pub fn blame(&self, id: ReplicaId, op: &'static str, path: RelPath, errno: Errno) {
         if meaning(errno) == Meaning::Device {
             self.records[id].count_write_error();

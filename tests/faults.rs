@@ -320,8 +320,9 @@ fn a_daemon_killed_while_it_waits_for_its_own_mount_is_ended_by_the_next_mount()
     fs::create_dir(&inside).unwrap();
     let mut store = Mounted::over(vec![inside, plain.path().to_path_buf()]);
     fs::write(store.path("mapped"), [1; 4096]).unwrap();
-    let program = "import mmap, os\nfd = os.open('mapped', os.O_RDWR)\n\
-                   memory = mmap.mmap(fd, 4096)\nmemory[0:4] = b'mine'\n\
+    // What no version has is not deferred.
+    let program = "import mmap, os\nfd = os.open('mapped', os.O_RDWR)\nos.ftruncate(fd, 8192)\n\
+                   memory = mmap.mmap(fd, 8192)\nmemory[4096:4100] = b'mine'\n\
                    os.write(1, b'x')\nos.read(0, 1)";
     let mut holder = Command::new("python3")
         .args(["-c", program])
