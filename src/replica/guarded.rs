@@ -15,6 +15,8 @@
 //! once as a whole (`relay`), calls one by one only where they are rare, and whoever waits stays
 //! awake for a moment (`flag`).
 //!
+//! Whoever nobody waits for may make its calls itself ([`Directly`]).
+//!
 //! What certainly does not touch the device (`*_at_hand`: attributes of an open file, pages and
 //! names that are in the kernel's caches) is done by the caller itself.
 //!
@@ -44,11 +46,13 @@ use checked::{Argument, Checked, On};
 use workers::{Pending, Workers};
 
 mod checked;
+mod directly;
 mod failures;
 mod flag;
 mod relay;
 mod workers;
 
+pub use directly::Directly;
 pub(super) use relay::relay;
 
 /// How long a call may take, unless the mount says otherwise.
@@ -164,6 +168,9 @@ impl Guarded {
         on: On<'_>,
         call: impl FnOnce(&dyn Backing) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
+        if directly::is_on() {
+            return self.workers.make(call);
+        }
         let answer = self.workers.begin(call).wait(self.timeout());
         answer.inspect_err(|error| note_timeout(&self.workers, op, on, error))
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
 use crate::catalog::{Durability, Unused, WaitingContent};
@@ -277,8 +278,16 @@ impl Volume {
         Ok(stored.and_then(|text| text.parse().ok()).map_or(Generation(0), Generation))
     }
 
-    /// Background work ends at the next step once the volume is to be closed, or a write waits for
-    /// room.
+    /// The lock of the background work, which ends at its next step for it.
+    pub(super) fn maintenance_at_once(&self) -> MutexGuard<'_, Maintenance> {
+        self.urgent.fetch_add(1, Ordering::Relaxed);
+        let alone = self.maintenance.lock();
+        self.urgent.fetch_sub(1, Ordering::Relaxed);
+        alone
+    }
+
+    /// Background work ends at the next step once the volume is to be closed, or somebody waits for
+    /// it: a write for room, a replica for its admission.
     pub(super) fn check_stop(&self) -> Result<()> {
         let urgent = self.urgent.load(Ordering::Relaxed) > 0;
         match urgent || self.stopping.load(Ordering::Relaxed) {

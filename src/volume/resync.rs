@@ -37,6 +37,7 @@ use crate::catalog::Catalog;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::replica::Fault;
+use crate::replica::guarded::Directly;
 use crate::replica::health::State;
 use crate::replica::intent::DirtySet;
 use crate::store::fill::history::Seen;
@@ -318,6 +319,7 @@ impl Volume {
         };
         let mut touched = DirtySet::default();
         if arrival.was_whole && (own.is_some() || fork == Fork::Take) {
+            let _directly = Directly::on();
             touched = self.take_foreign(arrival, own.as_ref(), fork, &target, progress)?;
         }
         self.store.begin_resync(arrival)?;
@@ -362,6 +364,7 @@ impl Volume {
             dirty,
             history_seen: Seen::new(),
             pace: Pace::new(&self.resyncs.brake),
+            last: false,
         };
         rounds.run()
     }

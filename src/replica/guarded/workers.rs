@@ -126,6 +126,19 @@ impl Workers {
         pending
     }
 
+    /// Makes a call at once, by the caller's own thread.
+    pub(super) fn make<T>(
+        &self,
+        call: impl FnOnce(&dyn Backing) -> io::Result<T>,
+    ) -> io::Result<T> {
+        if self.overdue_count() > 0 {
+            return Err(Errno::TIMEDOUT.into());
+        }
+        let answer = self.shared.run(call);
+        self.shared.close_left();
+        answer
+    }
+
     /// Hands work to a worker.
     pub(super) fn give(&self, job: Job) -> io::Result<()> {
         let idle = self.shared.idle.lock().pop();

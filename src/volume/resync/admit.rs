@@ -45,11 +45,12 @@ impl Rounds<'_> {
     /// Stops operations as soon as little differs, and admits the replica.
     fn last_round(&mut self, mut joining: Joining<'_>) -> Result<()> {
         let volume = self.volume;
+        self.last = true;
         let (mut tries, mut wait) = (0, CUT_WAIT);
         loop {
             // Nothing is packed, swept, healed or checkpointed meanwhile. These come before `cut`:
             // who has `cut` waits for them for a while only.
-            let _alone = volume.maintenance.lock();
+            let _alone = volume.maintenance_at_once();
             let _no_checkpoint = volume.hold_checkpoints();
             volume.history.undo().rotate(volume.replicas())?;
             self.catch_up(2)?;

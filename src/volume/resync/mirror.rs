@@ -15,6 +15,7 @@ use crate::catalog::{Catalog, Listed};
 use crate::error::{Error, IoContext, Result};
 use crate::progress::Progress;
 use crate::replica::backing::{DirEntry, Handle, RenameMode, Stat};
+use crate::replica::guarded::Directly;
 use crate::replica::intent::DirtySet;
 use crate::store::copy::{Copier, blame, has_changed};
 use crate::store::fill::{same_attributes, same_content};
@@ -135,6 +136,7 @@ impl<'a> Mirror<'a> {
         let (from_path, from) = {
             // Were a directory above renamed meanwhile, the path would lead to another one.
             let _still = self.volume.tree.read();
+            let _bounded = Directly::off();
             let path = self.volume.path_of(node)?;
             let from = self.source.dir(&path)?;
             (path, from)

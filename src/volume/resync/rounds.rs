@@ -15,6 +15,7 @@ use super::places::Places;
 use crate::catalog::Catalog;
 use crate::error::{Error, IoContext, Result};
 use crate::progress::Progress;
+use crate::replica::guarded::Directly;
 use crate::replica::intent::DirtySet;
 use crate::store::Arrival;
 use crate::store::copy::Copier;
@@ -51,6 +52,8 @@ pub(super) struct Rounds<'a> {
     pub dirty: Tracker<'a>,
     pub history_seen: Seen,
     pub pace: Pace<'a>,
+    /// The last round has begun: others wait for us.
+    pub last: bool,
 }
 
 impl Rounds<'_> {
@@ -96,6 +99,11 @@ impl Rounds<'_> {
         Ok(())
     }
 
+    /// Nothing bounds our calls as long as nobody waits for us.
+    fn directly(&self) -> Option<Directly> {
+        (!self.last).then(Directly::on)
+    }
+
     /// From here on others wait for us, and we for nobody.
     pub fn hurry(&self) {
         if !self.gauge.hurry.swap(true, Ordering::Relaxed) {
@@ -120,6 +128,7 @@ impl Rounds<'_> {
 
     /// One round over what is due, or over everything.
     pub fn round(&mut self, due: Option<&Due>) -> Result<()> {
+        let _directly = self.directly();
         let source = self.source()?;
         let since = self.arrival.apart_since;
         let sides = (&source, &self.target);
@@ -144,6 +153,7 @@ impl Rounds<'_> {
 
     /// Makes the history files equal; `changing` while operations run.
     pub fn history(&mut self, changing: bool) -> Result<()> {
+        let _directly = self.directly();
         let source = self.source()?;
         let mut copier = Copier::new(&source, &self.target, self.progress)?;
         if changing {

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::history::{OWN, preserved_dir, preserved_name};
 use crate::replica::Handles;
 use crate::replica::backing::{Access, Backing, Handle};
+use crate::replica::guarded::Directly;
 use crate::replica::intent::Dirty;
 use crate::store::row_of;
 use crate::store::site::{Object, Site};
@@ -27,6 +28,7 @@ impl Volume {
         (from, from_dir, from_name): (&Site, &Handle, &EntryName),
         object: &Object,
     ) -> Result<()> {
+        let _bounded = Directly::off();
         let _cut = self.cut.read();
         let intent = self.intend(&[Dirty::Dir(parent)])?;
         let _entries = self.lock_dir(parent);
