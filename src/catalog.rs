@@ -24,6 +24,7 @@ mod commit;
 mod database;
 mod diff;
 pub mod digest;
+mod failure;
 mod freed;
 mod lane;
 mod leb128;
@@ -53,7 +54,7 @@ mod xattr;
 pub use self::actor::Actor;
 pub use self::attach::{Differing, Joining};
 pub use self::audit::Audit;
-pub use self::commit::HANGS;
+pub use self::failure::Failure;
 pub use self::lost::PastContent;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
 pub use self::places::{LiveNode, VersionRecord};
@@ -539,7 +540,7 @@ struct Shared {
     /// Serializes the checks and changes of snapshot names.
     snapshots: Mutex<()>,
     /// Replicas that failed, and why.
-    failures: Mutex<Vec<(ReplicaId, String)>>,
+    failures: Mutex<Vec<(ReplicaId, Failure)>>,
     /// The heads of the catalogs that were closed.
     ended: Mutex<ReplicaMap<Option<Head>>>,
     read_only: bool,

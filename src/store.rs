@@ -382,7 +382,7 @@ impl Store {
     pub fn close(&self) -> Result<()> {
         self.catalog.close()?;
         for (replica, reason) in self.catalog.failed_replicas() {
-            self.mark_stale(replica, &reason)?;
+            self.mark_stale(replica, &reason.to_string())?;
         }
         let mut members = self.members.lock();
         if self.replicas.is_doubtful() {

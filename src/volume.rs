@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use rustix::io::Errno;
 
-use crate::catalog::{Catalog, Durability, HANGS, Snapshot, Totals};
+use crate::catalog::{Catalog, Durability, Failure, Snapshot, Totals};
 use crate::error::{Error, Result};
 use crate::excludes::{META_KEY, Patterns};
 use crate::history::{self, History};
@@ -470,13 +470,13 @@ impl Volume {
                 self.replicas().count_checksum_error(replica);
                 let path = &self.replicas().get(replica).path;
                 // A disk that fails would fail again: only what the file holds is mended so.
-                let corrupt = reason.contains("malformed") || reason.contains("not a database");
+                let corrupt = matches!(reason, Failure::Corrupt(_));
                 if corrupt && self.catalog().replace(replica, None).is_ok() {
                     log::warn!("{}: its catalog failed and was replaced: {reason}", path.display());
                     continue;
                 }
                 log::error!("the catalog of a replica failed: {reason}");
-                let errno = if reason == HANGS { Errno::TIMEDOUT } else { Errno::IO };
+                let errno = if reason == Failure::Hangs { Errno::TIMEDOUT } else { Errno::IO };
                 self.replicas().eject(replica, Fault::new("catalog", errno));
             }
         }

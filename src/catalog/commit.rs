@@ -24,6 +24,7 @@ use parking_lot::{Condvar, Mutex};
 use super::actor::{self, Actor, Known};
 use super::apply::{Committed, apply};
 use super::database::Db;
+use super::failure::Failure;
 use super::overlay::{Batch, Plan};
 use super::schema::NextIds;
 use super::scratch::Looks;
@@ -42,8 +43,6 @@ const WAITING_CHANGES_MAX: usize = 4 * BATCH_CHANGES;
 const COMMIT_MS: u64 = 250;
 /// How long after the last commit the WAL is emptied into the database, in milliseconds.
 const IDLE_MS: u64 = 2_000;
-/// What is said of a database that does not answer in time.
-pub const HANGS: &str = "it does not answer";
 /// Times of generations are kept this exactly, in nanoseconds.
 const TICK_NANOS: i64 = 10_000_000;
 
@@ -320,7 +319,7 @@ impl Catalog {
     }
 
     /// The replicas whose catalogs failed and are written no more, with the reason.
-    pub fn failed_replicas(&self) -> Vec<(ReplicaId, String)> {
+    pub fn failed_replicas(&self) -> Vec<(ReplicaId, Failure)> {
         self.shared.failures.lock().clone()
     }
 }
@@ -377,7 +376,7 @@ impl Shared {
                 }
                 Err(detail) => {
                     log::error!("the catalog cannot be written any more: {detail}");
-                    queue.failed = Some(detail);
+                    queue.failed = Some(detail.to_string());
                 }
             }
             let failed = queue.failed.is_some();
@@ -441,7 +440,7 @@ impl Shared {
     }
 
     /// Writes a batch to all replicas; fails only if none is left.
-    fn commit(&self, batch: &Arc<Batch>, durable: bool) -> Result<Committed, String> {
+    fn commit(&self, batch: &Arc<Batch>, durable: bool) -> Result<Committed, Failure> {
         let mut writers = self.writers.lock();
         let mut turns = Vec::new();
         for id in writers.ids() {
@@ -453,21 +452,21 @@ impl Shared {
             let (batch, device) = (batch.clone(), writer.device);
             let work = move || {
                 let result = write_one(&mut writer, &batch.plan(), durable);
-                (writer, result.map_err(|error| error.to_string()))
+                (writer, result.map_err(Failure::from))
             };
             turns.push((id, self.lanes.begin(id, device, work)));
         }
         let mut committed: Option<Committed> = None;
-        let mut last_error = "no replica is attached".to_string();
+        let mut last_error = Failure::Other("no replica is attached".into());
         for (id, turn) in turns {
             let Some((writer, result)) = self.lanes.wait(id, turn) else {
-                last_error = HANGS.into();
+                last_error = Failure::Hangs;
                 self.detach(id, Some(last_error.clone()));
                 continue;
             };
             let failure = match result {
                 Ok(own) if committed.as_ref().is_some_and(|first| *first != own) => {
-                    "its hash chain differs from the others'".into()
+                    Failure::Other("its hash chain differs from the others'".into())
                 }
                 // It was taken out while it wrote.
                 Ok(own) => {

@@ -12,8 +12,9 @@ use rusqlite::backup::Backup;
 use rusqlite::config::DbConfig;
 
 use super::actor::{self, Acts, Known};
-use super::commit::{HANGS, Queue, TickClock, Waiting, Writer};
+use super::commit::{Queue, TickClock, Waiting, Writer};
 use super::database::{Db, Place};
+use super::failure::Failure;
 use super::lane::Lanes;
 use super::reader::Readers;
 use super::schema::read_head_only;
@@ -184,7 +185,7 @@ impl Catalog {
                 Ok(())
             }
             Err(error) => {
-                self.shared.detach(replica, Some(error.to_string()));
+                self.shared.detach(replica, Some(Failure::from(&error)));
                 Err(error)
             }
         }
@@ -322,8 +323,8 @@ impl Catalog {
         for (id, turn) in turns {
             match self.shared.lanes.wait(id, turn) {
                 Some(Ok(head)) => self.shared.ended.lock()[id] = Some(head),
-                Some(Err(error)) => self.shared.detach(id, Some(error.to_string())),
-                None => self.shared.detach(id, Some(HANGS.into())),
+                Some(Err(error)) => self.shared.detach(id, Some(error.into())),
+                None => self.shared.detach(id, Some(Failure::Hangs)),
             }
         }
         flushed

@@ -16,8 +16,8 @@ use rusqlite::{Connection, ErrorCode};
 use rustix::io::Errno;
 
 use super::Shared;
-use super::commit::HANGS;
 use super::database::Db;
+use super::failure::Failure;
 use super::lane::TIMEOUT;
 use super::schema::{Use, connect};
 use crate::error::{Error, Result};
@@ -173,7 +173,7 @@ impl Shared {
             let (outcome, db) = match asked {
                 Some(asked) => asked?,
                 None if others => {
-                    self.detach(id, Some(HANGS.into()));
+                    self.detach(id, Some(Failure::Hangs));
                     continue;
                 }
                 None => return Err(Errno::TIMEDOUT.into()),
@@ -187,7 +187,7 @@ impl Shared {
                 Err(error) if is_broken(&error) && self.readers.is_replaced(taken_at) => {}
                 Err(error) if others && is_broken(&error) => {
                     let hangs = patience.is_over();
-                    let reason = if hangs { HANGS.into() } else { error.to_string() };
+                    let reason = if hangs { Failure::Hangs } else { error.into() };
                     self.detach(id, Some(reason));
                     self.lanes.discard(id, db);
                 }
@@ -225,7 +225,7 @@ impl Shared {
     }
 
     /// Takes a replica out; with a reason, if it failed.
-    pub fn detach(&self, replica: ReplicaId, failure: Option<String>) {
+    pub fn detach(&self, replica: ReplicaId, failure: Option<Failure>) {
         let was_gone = self.readers.gone[replica].swap(true, Ordering::AcqRel);
         let mut idle = self.readers.idle.lock();
         let (gone, stay) = idle.drain(..).partition::<Vec<_>, _>(|(id, _)| *id == replica);

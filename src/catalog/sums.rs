@@ -25,8 +25,9 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use super::commit::{HANGS, Writer};
+use super::commit::Writer;
 use super::database::{Db, Place};
+use super::failure::Failure;
 use crate::error::{IoContext, Result};
 use crate::types::ReplicaId;
 
@@ -236,7 +237,7 @@ impl super::Catalog {
                     (writer, looked)
                 });
                 let Some((writer, looked)) = shared.lanes.wait(replica, turn) else {
-                    shared.detach(replica, Some(HANGS.into()));
+                    shared.detach(replica, Some(Failure::Hangs));
                     return Ok(rotten);
                 };
                 writers[replica] = Some(writer);

@@ -12,7 +12,8 @@ use std::time::Duration;
 use rusqlite::Connection;
 
 use super::Shared;
-use super::commit::{HANGS, Writer};
+use super::commit::Writer;
+use super::failure::Failure;
 use super::lane::{Lanes, Turn};
 use super::schema::{BUSY_MS, Use, connect};
 use super::sums::Sums;
@@ -29,7 +30,7 @@ const WAL_BYTES_WHERE_SHORT: u64 = 256 << 10;
 /// The copies that run beside the commits.
 pub(super) struct Copies {
     lanes: Lanes,
-    running: ReplicaMap<Option<Turn<Result<(), String>>>>,
+    running: ReplicaMap<Option<Turn<Result<(), Failure>>>>,
 }
 
 impl Copies {
@@ -41,13 +42,13 @@ impl Copies {
     fn begin(&mut self, id: ReplicaId, writer: &Writer) {
         let file = writer.db.file().to_path_buf();
         if self.running[id].is_none() {
-            let copy = move || copy(&file).map_err(|error| error.to_string());
+            let copy = move || copy(&file).map_err(|error| Failure::from(&error));
             self.running[id] = Some(self.lanes.begin(id, writer.device, copy));
         }
     }
 
     /// What came of a copy that has ended by now.
-    fn ended(&mut self, id: ReplicaId) -> Option<Result<(), String>> {
+    fn ended(&mut self, id: ReplicaId) -> Option<Result<(), Failure>> {
         let outcome = self.running[id].as_ref()?.ended()?;
         self.running[id] = None;
         Some(outcome)
@@ -147,10 +148,10 @@ impl Shared {
             match self.lanes.wait(id, turn) {
                 Some((writer, Ok(_))) => writers[id] = Some(writer),
                 Some((writer, Err(error))) => {
-                    self.detach(id, Some(error.to_string()));
+                    self.detach(id, Some(error.into()));
                     self.lanes.discard(id, writer);
                 }
-                None => self.detach(id, Some(HANGS.into())),
+                None => self.detach(id, Some(Failure::Hangs)),
             }
         }
     }
