@@ -1,12 +1,15 @@
 """`scripts/bench durable`: what it costs to be sure, and how long it takes to be sure again.
 
-Three measurements on two replicas, each on a disk of its own in memory: fsync of one file beside the
-backings' own, what somebody at work notices of checkpoints, and the time of a mount after the daemon
-was killed, by the number of files, with the same work since the last checkpoint.
+Four measurements on two replicas, each on a disk of its own in memory: fsync of one file beside the
+backings' own, what somebody at work notices of checkpoints, the time of a mount after the daemon was
+killed, by the number of files, with the same work since the last checkpoint, and what somebody at
+work notices of a replica that comes back.
 """
 
 import os
 import pathlib
+import multiprocessing
+import random
 import statistics
 import threading
 import time
@@ -28,20 +31,23 @@ def add_arguments(parser):
     parser.add_argument("--syncs", type=int, default=2000, help="how many (default: 2000)")
     parser.add_argument("--seconds", type=int, default=60, help="of work beside checkpoints")
     parser.add_argument("--files", default="10000,500000", help="sizes of stores to be killed")
-    parser.add_argument("--only", help="one of fsync, stall, recovery")
+    parser.add_argument("--resyncs", type=int, default=25, help="how many (default: 25)")
+    parser.add_argument("--only", help="one of fsync, stall, recovery, resync")
 
 
 def main(options):
     """Measures and tells."""
     options.out.mkdir(parents=True, exist_ok=True)
     syncs, seconds, sizes = options.syncs, options.seconds, options.files
+    resyncs = options.resyncs
     if options.quick:
-        syncs, seconds, sizes = 100, 6, "1000,5000"
+        syncs, seconds, sizes, resyncs = 100, 6, "1000,5000", 2
     facts = {"form": FORM, "date": report.today(), "machine": report.machine()}
     works = {
         "fsync": lambda place: fsync(place, syncs),
         "stall": lambda place: stall(place, seconds),
         "recovery": lambda place: recovery(place, [int(size) for size in sizes.split(",")]),
+        "resync": lambda place: resync(place, resyncs),
     }
     with Place(options.scratch) as place:
         for name, work in works.items():
@@ -183,6 +189,72 @@ def recovery(place, sizes):
         }
         place.clear(place.path)
     return found
+
+
+def keep_changing(folder, seed, ended, times):
+    """Small files are made, written, renamed and removed without pause, as long as it takes; tells
+    when each change began and how long it took."""
+    folder.mkdir()
+    dice = random.Random(seed)
+    done = []
+    while not ended.is_set():
+        path = folder / f"f{dice.randrange(400)}"
+        kind = dice.randrange(10)
+        begin = time.monotonic()
+        try:
+            if kind < 6:
+                path.write_bytes(b"x" * dice.choice((200, 4096, 65536)))
+            elif kind < 8:
+                path.rename(folder / f"f{dice.randrange(400)}")
+            elif kind < 9:
+                path.unlink()
+            else:
+                with open(path, "r+b", buffering=0) as file:
+                    file.write(b"y" * 100)
+        except FileNotFoundError:
+            pass
+        done.append((begin, time.monotonic() - begin))
+    times.put(done)
+
+
+def resync(place, count):
+    """A replica misses changes, comes back, and misses others, while two programs go on."""
+    backings = disks(place)
+    point, _ = mount(place, backings)
+    ended, times = multiprocessing.Event(), multiprocessing.Queue()
+    programs = [
+        multiprocessing.Process(target=keep_changing, args=(point / f"w{n}", n, ended, times))
+        for n in range(2)
+    ]
+    for program in programs:
+        program.start()
+    spans = []
+    try:
+        for _ in range(count):
+            time.sleep(0.3)
+            run(REARVIEW, "replica", "offline", backings[1], cwd=point)
+            time.sleep(0.7)
+            begin = time.monotonic()
+            run(REARVIEW, "replica", "online", "--wait", backings[1], cwd=point)
+            spans.append((begin, time.monotonic()))
+    finally:
+        ended.set()
+        changes = [one for _ in programs for one in times.get()]
+        for program in programs:
+            program.join()
+
+    def meets(change, span):
+        return change[0] < span[1] and change[0] + change[1] > span[0]
+
+    during = [one for one in changes if any(meets(one, span) for span in spans)]
+    longest = [max(took for begin, took in during if meets((begin, took), span)) for span in spans]
+    beside = set(changes) - set(during)
+    return {
+        "a change while it is away, or current": spread([took for _, took in beside]),
+        "a change during its resync": spread([took for _, took in during]),
+        "the longest change of each resync": spread(longest),
+        "the resyncs": spread([end - begin for begin, end in spans]),
+    }
 
 
 def kill(backing):
