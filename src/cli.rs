@@ -215,6 +215,9 @@ pub struct MountArgs {
     /// Set on the process that serves a mount in the background
     #[arg(long, hide = true)]
     pub serve_in_background: bool,
+    /// A backing that is known not to answer; repeatable
+    #[arg(long, hide = true)]
+    pub silent: Vec<PathBuf>,
 }
 
 /// Arguments of `umount`.

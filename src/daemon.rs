@@ -20,7 +20,7 @@ use crate::mountpoint::options::MountOptions;
 use crate::mountpoint::{self, device, show, table};
 use crate::progress::Progress;
 use crate::report::PathText;
-use crate::store;
+use crate::store::{self, Between};
 use crate::volume::{Volume, VolumeOptions};
 use signals::SignalWatch;
 
@@ -40,6 +40,8 @@ const MEMORY_POOLS: u16 = 4;
 pub struct MountPlan {
     /// The backing directories, absolute.
     pub backings: Vec<PathBuf>,
+    /// Backings that are known not to answer.
+    pub silent: Vec<PathBuf>,
     /// The mountpoint, absolute.
     pub mountpoint: PathBuf,
     /// How.
@@ -52,12 +54,12 @@ pub struct MountPlan {
     pub label: Option<String>,
 }
 
-/// Serves a mount until it ends. `ready` is called once it answers; `progress` makes the reporter
+/// Serves a mount until it ends. `ready` is called once it answers, with the backings that do; `progress` makes the reporter
 /// of long work from the flag that stops it.
 pub fn serve(
     plan: &MountPlan,
     progress: impl FnOnce(Arc<std::sync::atomic::AtomicBool>) -> Progress,
-    ready: impl FnOnce(&DaemonInfo) -> Result<()>,
+    ready: impl FnOnce(&DaemonInfo, &[PathBuf]) -> Result<()>,
 ) -> Result<()> {
     log_panics();
     raise_descriptor_limit();
@@ -67,6 +69,14 @@ pub fn serve(
     let place = mountpoint::prepare(&plan.mountpoint, &plan.backings, plan.options.nonempty)?;
     let progress = progress(signals.stop_flag());
     let volume = open_volume(plan, &place.target, &progress).inspect_err(|_| place.undo())?;
+    // Nobody is to ask for the daemon where nothing answers.
+    let silent = volume.silent();
+    let answer = |path: &&PathBuf| !silent.contains(path);
+    let plan = &MountPlan {
+        backings: plan.backings.iter().filter(answer).cloned().collect(),
+        ..plan.clone()
+    };
+    let ready = |info: &DaemonInfo| ready(info, &plan.backings);
     let served = serve_volume(plan, &place.target, &volume, &signals, ready);
     if served.is_err() {
         place.undo();
@@ -94,10 +104,12 @@ fn open_volume(
         mountpoint: Some(target.to_path_buf()),
         exclude: exclude.clone(),
         resync_later: true,
-        ..store::OpenOptions::default()
+        between: Between::default().with_timeout(plan.options.timeout),
+        silent: plan.silent.clone(),
     };
     let recover = |replicas: &_, catalog: &_, from| History::recover(replicas, catalog, from);
-    let store = store::open(&plan.backings, &options, &recover, progress)?;
+    let paths = [&plan.backings[..], &plan.silent].concat();
+    let store = store::open(&paths, &options, &recover, progress)?;
     let volume = Volume::open(
         store,
         VolumeOptions {

@@ -54,6 +54,7 @@ pub(crate) mod quarantine;
 pub mod record;
 mod regain;
 mod settle;
+mod silent;
 pub mod site;
 #[cfg(test)]
 mod tests;
@@ -87,6 +88,8 @@ pub struct OpenOptions {
     pub resync_later: bool,
     /// What stands between us and the backings.
     pub between: Between,
+    /// Backings that are known not to answer.
+    pub silent: Vec<PathBuf>,
 }
 
 /// Recovers the history files of the replica that goes on, after an unclean end and before the live
@@ -110,6 +113,8 @@ pub struct Store {
     owner: Owner,
     /// How backings that come are opened.
     between: Between,
+    /// Backings that do not answer, and are no replicas of this mount before they do.
+    silent: Mutex<Vec<PathBuf>>,
 }
 
 /// Opens the store in `paths`, or makes one there. See the module for what it goes through, and
@@ -120,18 +125,55 @@ pub fn open(
     recover: Recover<'_>,
     progress: &Progress,
 ) -> Result<Store> {
-    let (candidates, silent) = identify::look_all(paths, &options.between)?;
-    if let Some(path) = silent.first() {
-        return Err(Errno::TIMEDOUT).context("look at", path);
+    let mut silent = options.silent.clone();
+    loop {
+        let opened = open_answering(paths, &mut silent, options, recover, progress);
+        // One that fell silent meanwhile; whatever step it was in is finished by its next mount.
+        let hung = match &opened {
+            Err(error) if error.to_errno() == Errno::TIMEDOUT => {
+                silent::among(paths, &silent, error, &options.between)
+            }
+            _ => Vec::new(),
+        };
+        if hung.is_empty() {
+            return opened;
+        }
+        for path in &hung {
+            log::error!("{} does not answer any more", path.display());
+        }
+        silent.extend(hung);
+    }
+}
+
+/// Opens the store in those of `paths` that answer; `silent` are the others.
+fn open_answering(
+    paths: &[PathBuf],
+    silent: &mut Vec<PathBuf>,
+    options: &OpenOptions,
+    recover: Recover<'_>,
+    progress: &Progress,
+) -> Result<Store> {
+    let paths: Vec<_> = paths.iter().filter(|path| !silent.contains(path)).cloned().collect();
+    let (candidates, found) = identify::look_all(&paths, &options.between)?;
+    silent.extend(found);
+    if candidates.is_empty() {
+        return Err(silent::refuse(silent, &options.between, "and no other backing is given"));
     }
     let mut members = match identify::decide(&candidates, options.init)? {
-        Plan::Create { .. } if options.existing_only => return Err(no_store(paths)),
+        Plan::Create { .. } if options.existing_only => return Err(no_store(&paths)),
+        Plan::Create { .. } if !silent.is_empty() => {
+            return Err(silent::refuse(
+                silent,
+                &options.between,
+                "and no store is made without it",
+            ));
+        }
         Plan::Create { source } => create(&candidates, source, options)?,
         Plan::Open => join(&candidates, options)?,
     };
     let (winner, behind) = settle::settle(&mut members, recover, options, progress)?;
     let (members, winner) = join::current_first(members, winner, &behind);
-    finish_open(members, winner, options)
+    finish_open(members, winner, silent, options)
 }
 
 fn no_store(paths: &[PathBuf]) -> Error {
@@ -242,19 +284,27 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
 }
 
 /// Notes durably who takes part, and opens the catalog.
-fn finish_open(mut members: Vec<Member>, winner: usize, options: &OpenOptions) -> Result<Store> {
+fn finish_open(
+    mut members: Vec<Member>,
+    winner: usize,
+    silent: &[PathBuf],
+    options: &OpenOptions,
+) -> Result<Store> {
     let head = members[winner].inspect()?;
     let uuid = members[winner].marker.store;
     let now = Timestamp::now().as_nanos();
     let absent = absent_peers(&members, winner);
+    let is_silent =
+        |peer: &Peer| silent.iter().any(|path| identify::record_path(path) == peer.path);
     let present: Vec<Peer> = members.iter().map(Member::as_present).collect();
     let left_behind: Vec<Uuid> =
         absent.iter().filter(|peer| peer.state == PeerState::Ok).map(|peer| peer.replica).collect();
     for peer in &absent {
         log::warn!(
-            "replica '{}' (last at {}) is absent: the store runs without it",
+            "replica '{}' (last at {}) {}: the store runs without it",
             crate::types::escape(peer.label.as_bytes()),
-            peer.path
+            peer.path,
+            if is_silent(peer) { "does not answer" } else { "is absent" }
         );
     }
     let absent: Vec<Peer> = absent
@@ -263,6 +313,11 @@ fn finish_open(mut members: Vec<Member>, winner: usize, options: &OpenOptions) -
             if peer.state == PeerState::Ok {
                 peer.state = PeerState::Stale;
                 peer.reason = format!("absent since {}", jiff::Timestamp::now());
+            }
+            if is_silent(&peer) {
+                let limit = options.between.timeout.as_secs_f64();
+                let now = jiff::Timestamp::now();
+                peer.reason = format!("it did not answer within {limit} s, as of {now}");
             }
             peer
         })
@@ -320,6 +375,7 @@ fn finish_open(mut members: Vec<Member>, winner: usize, options: &OpenOptions) -
         opened_at: head,
         owner: Owner::this(options.mountpoint.as_deref()),
         between: options.between.clone(),
+        silent: Mutex::new(silent.to_vec()),
     })
 }
 

@@ -162,6 +162,39 @@ fn a_disk_that_hangs_within_a_query_is_out_of_use_in_time_and_another_answers() 
     store.finish();
 }
 
+/// What the disk was asked for last is not in memory, so that the mount waits for it.
+#[test]
+fn a_disk_that_hangs_while_it_is_mounted_is_left_out_in_time_and_comes_back() {
+    let (disk, plain) = (LoggedFs::new("ext4"), common::scratch());
+    let backing = disk.root().join("backing");
+    fs::create_dir(&backing).unwrap();
+    let mut store = over(plain.path(), &backing);
+    work(&store, "before");
+    store.unmount();
+    disk.hang(&backing.join(".rearview/store.toml"));
+    let begun = Instant::now();
+    let mounted = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        store.mount().ok();
+        let elapsed = begun.elapsed();
+        work(&store, "during");
+        let told = store.rearview(&["status"]);
+        (elapsed, told)
+    }));
+    disk.resume();
+    let (elapsed, told) = mounted.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    assert!(elapsed < BOUND, "{elapsed:?}");
+    assert_eq!(told.code, 20, "{}", told.told());
+    assert!(told.stdout.contains(backing.to_str().unwrap()), "{}", told.told());
+    let why = format!("did not answer within {TIMEOUT_SECS} s, as of 20");
+    assert!(told.stdout.contains(&why), "{}", told.told());
+    // It is brought in by itself; asked for it is at once.
+    wait_until("it is current again", 60, || {
+        store.rearview(&["resync", "--wait"]);
+        store.rearview(&["status"]).code == 0
+    });
+    store.finish();
+}
+
 #[test]
 fn a_backing_whose_directory_is_deleted_is_out_of_use() {
     for bad in [0, 1] {

@@ -1,5 +1,6 @@
 //! `rearview mount` and `umount`, also as the helper that mount(8) and fstab call.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
 use crate::mountpoint::options::{MountOptions, parse_replicas_min};
 use crate::mountpoint::{self, device, show, table};
+use crate::sys::patience;
 use crate::types::{PRIVATE_DIR, REPLICAS_MAX};
 
 /// How often the end of a daemon is looked for.
@@ -78,6 +80,7 @@ fn parse_helper(arguments: &[OsString]) -> Result<MountArgs> {
         scrub_every: None,
         paths,
         serve_in_background: false,
+        silent: Vec::new(),
     })
 }
 
@@ -96,7 +99,7 @@ pub fn mount(args: MountArgs, verbose: u8) -> Result<Exit> {
     }
     if args.foreground {
         daemon::log::for_daemon(verbose, true);
-        daemon::serve(&plan, progress::on_stderr, |_| Ok(()))?;
+        daemon::serve(&plan, progress::on_stderr, |_, _| Ok(()))?;
         return Ok(Exit::Done);
     }
     daemon::log::to_stderr(verbose);
@@ -126,25 +129,46 @@ fn plan(args: MountArgs) -> Result<MountPlan> {
     Patterns::of_globs(&options.exclude)?;
     let mut paths = args.paths;
     let mountpoint = paths.pop().ok_or_else(|| Error::Refused("name a mountpoint".into()))?;
-    let backings = split_arguments(&paths, |path| path.is_dir());
-    if backings.is_empty() {
+    let (backings, mut silent) = find_backings(&paths, options.timeout)?;
+    silent.extend(args.silent);
+    let count = backings.len() + silent.len();
+    if count == 0 {
         return Err(Error::Refused("name at least one backing directory".into()));
     }
-    if backings.len() > REPLICAS_MAX {
+    if count > REPLICAS_MAX {
         return Err(Error::Refused(format!(
-            "{} backings are too many: a store has at most {REPLICAS_MAX}",
-            backings.len()
+            "{count} backings are too many: a store has at most {REPLICAS_MAX}"
         )));
     }
-    let backings = backings.iter().map(|path| mountpoint::resolve_existing(path));
     Ok(MountPlan {
-        backings: backings.collect::<Result<_>>()?,
+        backings,
+        silent,
         mountpoint: std::path::absolute(&mountpoint).context("find", &mountpoint)?,
         options,
         init: args.init,
         existing_only: args.existing_only,
         label: args.label,
     })
+}
+
+/// The backings that are meant, resolved, and apart those that do not answer in time.
+fn find_backings(paths: &[PathBuf], timeout: Duration) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let looks = paths.iter().cloned().map(|path| move || path.is_dir());
+    let dirs = paths.iter().map(PathBuf::as_path).zip(patience::each_within(timeout, looks));
+    let dirs: BTreeMap<&Path, Option<bool>> = dirs.collect();
+    let given = split_arguments(paths, |path| dirs.get(path) != Some(&Some(false)));
+    let (given, mut silent): (Vec<PathBuf>, Vec<PathBuf>) =
+        given.into_iter().partition(|path| dirs.get(path.as_path()) != Some(&None));
+    let looks = given.iter().cloned().map(|path| move || mountpoint::resolve_existing(&path));
+    let mut backings = Vec::new();
+    for (path, found) in given.iter().zip(patience::each_within(timeout, looks)) {
+        match found {
+            Some(resolved) => backings.push(resolved?),
+            None => silent.push(path.clone()),
+        }
+    }
+    let absolute = |path: &PathBuf| std::path::absolute(path).context("find", path);
+    Ok((backings, silent.iter().map(absolute).collect::<Result<_>>()?))
 }
 
 /// Takes each argument apart at its colons, unless it is, as it stands, an existing directory.
@@ -233,9 +257,10 @@ fn wait_until_closed(backings: &[PathBuf]) -> Result<Exit> {
     let mut told = false;
     let mut last_closed: Option<Instant> = None;
     let open = |backing: &PathBuf| {
-        // Not ours to look at, or gone: there is nothing to wait for that could be seen.
-        let file = std::fs::File::open(backing.join(PRIVATE_DIR).join("lock")).ok()?;
-        Some((backing.clone(), file))
+        let lock = backing.join(PRIVATE_DIR).join("lock");
+        let opened = patience::within(HANG_PATIENCE, move || std::fs::File::open(lock));
+        // Not ours to look at, gone, or hanging: there is nothing to wait for that could be seen.
+        Some((backing.clone(), opened?.ok()?))
     };
     let mut waiting: Vec<_> = backings.iter().filter_map(open).collect();
     loop {
@@ -283,6 +308,7 @@ fn background_arguments(plan: &MountPlan, verbose: u8) -> Vec<OsString> {
     if let Some(label) = &plan.label {
         words.push(format!("--label={label}").into());
     }
+    words.extend(plan.silent.iter().flat_map(|path| ["--silent".into(), path.clone().into()]));
     words.push("--".into());
     // One argument with escaped colons: a backing's name may have some, and may not exist yet.
     words.push(OsStr::from_bytes(&table::join_backings(&plan.backings)).into());
@@ -336,6 +362,7 @@ mod tests {
             init: false,
             existing_only: true,
             label: Some("usb".into()),
+            silent: vec![dir.join("gone")],
         };
         let mut words = vec![OsString::from("rearview")];
         words.extend(background_arguments(&first, 2));

@@ -5,19 +5,31 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use super::{
     REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX, Request, Response, SOCKET_NAME, open_private,
     read_frame, write_frame,
 };
 use crate::error::{Error, IoContext, Result};
+use crate::sys::patience;
 use crate::types::PRIVATE_DIR;
 
+/// How long a backing may take to be looked at.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a daemon may work on one request. Long: a diff over years, a snapshot behind a full
 /// disk.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Connects to the daemon that has `backing` mounted. `NotFound` if there is none.
+/// Connects to the daemon that has `backing` mounted. `NotFound` if there is none, or the backing
+/// hangs.
 pub fn connect(backing: &Path) -> Result<UnixStream> {
+    let own = backing.to_path_buf();
+    let connected = patience::within(CONNECT_TIMEOUT, move || connect_at(&own));
+    connected.unwrap_or_else(|| Err(unreachable_daemon(backing, Errno::TIMEDOUT.into())))
+}
+
+fn connect_at(backing: &Path) -> Result<UnixStream> {
     let dir = backing.join(PRIVATE_DIR);
     let private = open_private(backing).map_err(|error| match error {
         Error::Io { source, .. } => unreachable_daemon(&dir, source),
@@ -34,9 +46,9 @@ pub fn connect(backing: &Path) -> Result<UnixStream> {
 }
 
 fn unreachable_daemon(path: &Path, error: std::io::Error) -> Error {
-    use std::io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+    use std::io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied, TimedOut};
     match error.kind() {
-        NotFound | ConnectionRefused => {
+        NotFound | ConnectionRefused | TimedOut => {
             Error::NotFound(format!("no daemon answers at {}", crate::mountpoint::show(path)))
         }
         PermissionDenied => Error::Refused(format!(

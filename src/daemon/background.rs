@@ -87,8 +87,8 @@ pub fn serve(
     // Fails only if we lead a session already, which is as good.
     let _ = rustix::process::setsid();
     let mut told = false;
-    let served = super::serve(plan, progress, |info| {
-        let opened = plan.backings.first().map(|backing| {
+    let served = super::serve(plan, progress, |info, backings| {
+        let opened = backings.first().map(|backing| {
             let dir = open_private(backing)?;
             handle.to_file(dir).context("open", backing.join(PRIVATE_DIR).join(LOG_NAME))
         });

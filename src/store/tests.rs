@@ -16,6 +16,7 @@ mod bounded;
 mod crash;
 mod refusals;
 mod regain;
+mod silent;
 mod space;
 mod unclean;
 

@@ -24,7 +24,7 @@ mod taking;
 mod version;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -60,8 +60,6 @@ const RETRY_MAX: Duration = Duration::from_secs(600);
 const SHORT_RESYNC: Duration = Duration::from_secs(3);
 /// How often it is looked whether it has ended.
 const SHORT_POLL: Duration = Duration::from_millis(5);
-/// How long a disk may take to answer the look.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The resyncs of a mounted store.
 pub(super) struct Resyncs {
     jobs: Mutex<BTreeMap<ReplicaId, Job>>,
@@ -75,6 +73,9 @@ pub(super) struct Resyncs {
     mount: Mutex<Option<PathBuf>>,
     /// What others had done to the replicas that came back.
     reports: Mutex<BTreeMap<ReplicaId, ForeignReport>>,
+    /// When those that did not answer at the beginning are looked at again, and how long is waited
+    /// after that.
+    silent: Mutex<(Instant, Duration)>,
 }
 
 /// What is to be done for a replica that is not in use.
@@ -122,6 +123,7 @@ impl Resyncs {
             brake: Brake::default(),
             mount: Mutex::default(),
             reports: Mutex::default(),
+            silent: Mutex::new((Instant::now() + RETRY_FIRST, RETRY_FIRST)),
         }
     }
 
@@ -231,7 +233,7 @@ impl Volume {
         };
         for id in due {
             let path = self.replicas().get(id).path.clone();
-            let returned = match answers(&path) {
+            let returned = match self.store.answers(&path) {
                 Ok(()) => self.store.returned(id, Fork::Refuse),
                 Err(error) => Err(error),
             };
@@ -242,6 +244,25 @@ impl Volume {
                 }
                 Err(error) => self.put_off(id, &error),
             }
+        }
+    }
+
+    /// Looks at those that did not answer when the store was opened, if it is time.
+    fn probe_silent(&self) {
+        let due = self.resyncs.silent.lock().0 <= Instant::now();
+        let silent = if due { self.store.silent() } else { Vec::new() };
+        for path in &silent {
+            match self.store.answers(path).and_then(|()| self.store.spoke(path)) {
+                Ok(arrival) => {
+                    log::info!("{}: it answers and is brought in", path.display());
+                    self.enter(arrival, Fork::Refuse);
+                }
+                Err(error) => log::warn!("{}: not brought in: {error}", path.display()),
+            }
+        }
+        if !silent.is_empty() {
+            let (next, wait) = &mut *self.resyncs.silent.lock();
+            (*next, *wait) = (Instant::now() + *wait, (*wait * 2).min(RETRY_MAX));
         }
     }
 
@@ -370,28 +391,6 @@ impl Volume {
     }
 }
 
-/// Whether a disk answers, and takes a write, in time. The look may hang, and is left alone then.
-fn answers(path: &Path) -> Result<()> {
-    let (sender, receiver) = crossbeam_channel::bounded(1);
-    let dir = path.join(crate::types::PRIVATE_DIR).join("tmp");
-    let shown = dir.clone();
-    let probe = move || {
-        let file = dir.join("probe");
-        let tried = std::fs::write(&file, b"probe")
-            .and_then(|()| std::fs::File::open(&file)?.sync_all())
-            .and_then(|()| std::fs::remove_file(&file));
-        let _ = sender.send(tried);
-    };
-    std::thread::Builder::new().name("rv-probe".into()).spawn(probe).map_err(Error::from_io)?;
-    match receiver.recv_timeout(PROBE_TIMEOUT) {
-        Ok(tried) => {
-            use crate::error::IoContext;
-            tried.context("write to", shown)
-        }
-        Err(_) => Err(Error::Posix(Errno::TIMEDOUT)),
-    }
-}
-
 /// The thread.
 pub(super) fn run(volume: &Weak<Volume>, stopped: &Receiver<()>) {
     crate::sys::be_idle();
@@ -401,6 +400,7 @@ pub(super) fn run(volume: &Weak<Volume>, stopped: &Receiver<()>) {
             let Some(volume) = volume.upgrade() else { return };
             volume.enter_failed();
             volume.probe_failed();
+            volume.probe_silent();
             while !volume.stopping.load(Ordering::Relaxed) {
                 if !volume.resync_next() {
                     break;

@@ -1,6 +1,6 @@
 //! What a person asks for: replicas that are to leave, return, come and be given up.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -156,9 +156,15 @@ impl Volume {
         }
     }
 
-    /// Has every replica that failed looked at now.
+    /// Backings that did not answer when the store was opened: they come when they do.
+    pub fn silent(&self) -> Vec<PathBuf> {
+        self.store.silent()
+    }
+
+    /// Has every replica that failed, or did not answer, looked at now.
     pub fn resync_now(&self) {
         self.enter_failed();
+        self.resyncs.silent.lock().0 = Instant::now();
         for job in self.resyncs.jobs.lock().values_mut() {
             if let Stage::Failed(at) = &mut job.stage {
                 *at = Instant::now();
