@@ -54,8 +54,8 @@ pub struct MountPlan {
     pub label: Option<String>,
 }
 
-/// Serves a mount until it ends. `ready` is called once it answers, with the backings that do; `progress` makes the reporter
-/// of long work from the flag that stops it.
+/// Serves a mount until it ends. `ready` is called once it answers, with the backings that do;
+/// `progress` makes the reporter of long work from the flag that stops it.
 pub fn serve(
     plan: &MountPlan,
     progress: impl FnOnce(Arc<std::sync::atomic::AtomicBool>) -> Progress,
