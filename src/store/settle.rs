@@ -21,6 +21,7 @@ use crate::catalog::{Catalog, Durability, Head};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
 use crate::progress::Progress;
+use crate::replica::guarded::Directly;
 use crate::replica::intent::{self, Past};
 use crate::types::{Generation, ReplicaMap, Timestamp};
 
@@ -62,6 +63,9 @@ pub(super) fn settle(
 ) -> Result<(usize, Vec<bool>)> {
     let pasts: Vec<Option<Past>> =
         members.iter().map(|member| past_of(&member.site, &member.marker)).collect();
+    // Every disk has taken a write by now. What follows may be millions of calls, and nobody waits
+    // for them but the mount itself.
+    let _directly = Directly::on();
     let judged = members.iter().zip(&pasts);
     let mut heads: Vec<Option<Head>> =
         judged.map(|(member, past)| member.head(past.is_some())).collect::<Result<_>>()?;
