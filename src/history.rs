@@ -53,6 +53,9 @@ const RECIPES_MAX: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
 const BLOCK_BYTES: u64 = 4096;
 /// The most bytes of a before-image.
 const COPY_BYTES: u64 = 1 << 20;
+/// So few bytes are in the kernel's cache, mostly, and where their holes are is not: they are read
+/// before that is asked, for only zeros can be one.
+const PEEK_BYTES: u64 = 64 << 10;
 /// Before-images are appended so many bytes at a time: what is held in memory meanwhile.
 const APPEND_BYTES: u64 = 8 << 20;
 
@@ -397,21 +400,29 @@ fn read_image(
     piece: ByteRange,
     limit: u64,
 ) -> Result<Image> {
-    let start = piece.start;
-    let mut bytes = vec![0; (piece.end - start) as usize];
+    let ByteRange { start, mut end } = piece;
+    // One image of a hole, however long: a file can be one of exabytes.
+    let run = || replicas.read("seek", |id, b| run_at(b, file.get(id)?, start, limit));
+    let is_small = piece.len() <= PEEK_BYTES;
+    if !is_small {
+        let (data, to) = run()?;
+        if !data {
+            return Ok(Image::Hole(ByteRange { start, end: to }));
+        }
+        end = end.min(to);
+    }
+    let mut bytes = vec![0; (end - start) as usize];
     // A file that is shorter than its sealed size was damaged behind our back; what is missing
     // reads as zeros, as it would from the live file.
     let read = replicas.read("read", |id, b| b.read_at(file.get(id)?, &mut bytes, start))?;
     bytes[read..].fill(0);
-    // What is overwritten is in the kernel's cache, mostly, and where its holes are is not: only
-    // zeros can be one.
-    if bytes.chunks(BLOCK_BYTES as usize).any(|block| block.iter().all(|&byte| byte == 0)) {
-        let (data, end) = replicas.read("seek", |id, b| run_at(b, file.get(id)?, start, limit))?;
+    let is_zero = |block: &[u8]| block.iter().all(|&byte| byte == 0);
+    if is_small && bytes.chunks(BLOCK_BYTES as usize).any(is_zero) {
+        let (data, to) = run()?;
         if !data {
-            // One image, however long: a file can be one of exabytes.
-            return Ok(Image::Hole(ByteRange { start, end }));
+            return Ok(Image::Hole(ByteRange { start, end: to }));
         }
-        bytes.truncate(bytes.len().min((end - start) as usize));
+        bytes.truncate(bytes.len().min((to - start) as usize));
     }
     Ok(Image::Bytes(start, bytes))
 }

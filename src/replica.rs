@@ -558,26 +558,6 @@ impl ReplicaSet {
         tightest.ok_or(Errno::IO.into())
     }
 
-    /// Fails with `ENOSPC` unless every online replica has room for `bytes` more and its reserve.
-    pub fn ensure_room(&self, bytes: u64) -> Result<()> {
-        let slack = || -> Result<u64> {
-            Ok(self.spaces()?.iter().map(|space| room::slack_bytes(space, 1)).min().unwrap_or(0))
-        };
-        match self.room.take(bytes, slack)? {
-            true => Ok(()),
-            false => Err(Errno::NOSPC.into()),
-        }
-    }
-
-    /// The same for what soon takes the place of as much: it may use a half of the reserve, so that
-    /// a full disk can be made emptier.
-    pub fn ensure_room_for_a_while(&self, bytes: u64) -> Result<()> {
-        match self.spaces()?.iter().all(|space| bytes <= room::slack_bytes(space, 2)) {
-            true => Ok(()),
-            false => Err(Errno::NOSPC.into()),
-        }
-    }
-
     /// The space of every online replica that tells it; `EIO` if none does.
     fn spaces(&self) -> Result<Vec<Space>> {
         let spaces: Vec<Space> =

@@ -259,14 +259,15 @@ impl Volume {
             Housekeeper::start(&volume, "rv-housekeeping", housekeep)?,
             Housekeeper::start(&volume, "rv-maintenance", maintain::run)?,
             Housekeeper::start(&volume, "rv-checkpoint", checkpoint::run)?,
-            Housekeeper::start(&volume, "rv-deferred", deferred::run)?,
             Housekeeper::start(&volume, "rv-scrub", scrub::run)?,
         ];
         volume.housekeepers.lock().extend(housekeepers);
         volume.enter_waiting()?;
         let resyncs = Housekeeper::start(&volume, "rv-resync", resync::run)?;
         volume.resyncs.set_kick(Some(resyncs.stop.clone()));
-        volume.housekeepers.lock().push(resyncs);
+        // The last to end: the others may wait for what it does.
+        let deferred = Housekeeper::start(&volume, "rv-deferred", deferred::run)?;
+        volume.housekeepers.lock().extend([resyncs, deferred]);
         Ok(volume)
     }
 

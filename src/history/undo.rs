@@ -227,8 +227,9 @@ impl UndoLog {
     /// Ends the open segment, so that it can be packed. Later appends begin a new one.
     pub fn rotate(&self, replicas: &ReplicaSet) -> Result<()> {
         let mut tail = self.tail.lock();
-        if let Some(full) = tail.files.take() {
-            replicas.sync(&full, true)?;
+        if let Some(full) = &tail.files {
+            replicas.sync(full, true)?;
+            tail.files = None;
             tail.segment += 1;
             tail.end = 0;
         }
@@ -356,7 +357,9 @@ impl UndoLog {
             }
             tail.position += records.len() as u64;
             let at = std::mem::replace(&mut tail.end, end);
-            if let Err(error) = replicas.write(&files, vec![Piece { offset: at, bytes: records }]) {
+            if let Err(error) =
+                replicas.write(&files, &Arc::from([Piece { offset: at, bytes: records }]))
+            {
                 // The next record takes the place of what may be there in part.
                 tail.end = at;
                 return Err(error);
@@ -366,10 +369,13 @@ impl UndoLog {
     }
 
     fn begin_segment(&self, replicas: &ReplicaSet, tail: &mut Tail) -> Result<()> {
-        if let Some(full) = tail.files.take() {
-            // Its last records must not be forgotten by later group syncs of the next segment.
-            replicas.sync(&full, true)?;
+        if let Some(full) = &tail.files {
+            // Its last records must not be forgotten by later group syncs of the next segment. It
+            // stays the open one until then: where there is none, nothing is left to sync.
+            replicas.sync(full, true)?;
+            tail.files = None;
             tail.segment += 1;
+            tail.end = 0;
         }
         let dir = replicas.private(PrivateDir::Undo)?;
         let name = segment_name(tail.segment);

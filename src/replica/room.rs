@@ -8,8 +8,11 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use rustix::io::Errno;
 
+use super::ReplicaSet;
 use super::backing::Space;
+use crate::error::Result;
 
 /// What stays free on every replica for our own records and for metadata.
 const RESERVE_BYTES: u64 = 8 * 1024 * 1024;
@@ -64,6 +67,13 @@ impl Room {
         Ok(bytes <= slack)
     }
 
+    /// Whether so much is granted still; it stays so. `false` may only mean that a look is due.
+    pub(super) fn covers(&self, bytes: u64) -> bool {
+        let granted = self.granted_bytes.load(Ordering::Relaxed);
+        self.now_ms() < self.ends_ms.load(Ordering::Relaxed)
+            && i64::try_from(bytes).is_ok_and(|bytes| bytes <= granted)
+    }
+
     /// Makes the next question look again.
     pub(super) fn forget(&self) {
         self.ends_ms.store(0, Ordering::Relaxed);
@@ -81,6 +91,33 @@ impl Room {
 
     fn now_ms(&self) -> u64 {
         self.epoch.elapsed().as_millis() as u64
+    }
+}
+
+impl ReplicaSet {
+    /// Fails with `ENOSPC` unless every online replica has room for `bytes` more and its reserve.
+    pub fn ensure_room(&self, bytes: u64) -> Result<()> {
+        let slack = || -> Result<u64> {
+            Ok(self.spaces()?.iter().map(|space| slack_bytes(space, 1)).min().unwrap_or(0))
+        };
+        match self.room.take(bytes, slack)? {
+            true => Ok(()),
+            false => Err(Errno::NOSPC.into()),
+        }
+    }
+
+    /// Whether there is room for `bytes` more, none of which is taken by asking.
+    pub fn has_room(&self, bytes: u64) -> bool {
+        self.room.covers(bytes) || self.ensure_room(bytes).is_ok()
+    }
+
+    /// The same for what soon takes the place of as much: it may use a half of the reserve, so that
+    /// a full disk can be made emptier.
+    pub fn ensure_room_for_a_while(&self, bytes: u64) -> Result<()> {
+        match self.spaces()?.iter().all(|space| bytes <= slack_bytes(space, 2)) {
+            true => Ok(()),
+            false => Err(Errno::NOSPC.into()),
+        }
     }
 }
 

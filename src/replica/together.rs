@@ -15,7 +15,7 @@ use crate::types::ReplicaId;
 const PARALLEL_BYTES_MIN: usize = 32 << 10;
 
 /// Bytes and where in a file they go.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Piece {
     /// Of the first byte.
     pub offset: u64,
@@ -89,19 +89,18 @@ impl ReplicaSet {
 
     /// Writes all pieces in their order on every replica, on all at once where it is much. On an
     /// error an unknown part of them may be written on each: whoever writes levels them then.
-    pub fn write(&self, file: &Arc<Handles>, pieces: Vec<Piece>) -> Result<()> {
+    pub fn write(&self, file: &Arc<Handles>, pieces: &Arc<[Piece]>) -> Result<()> {
         let online: Vec<(ReplicaId, Arc<Replica>)> =
             self.online().map(|id| (id, self.get(id))).collect();
         let bytes: usize = pieces.iter().map(|piece| piece.bytes.len()).sum();
         if online.len() < 2 || bytes < PARALLEL_BYTES_MIN {
-            let file = file.clone();
+            let (file, pieces) = (file.clone(), pieces.clone());
             let write = move |id, b: &dyn Backing| write_pieces(b, file.get(id)?, &pieces);
             return self.change("write", write).map(|_| ());
         }
         // One copy for all; a call that hangs keeps it.
-        let pieces: Arc<[Piece]> = pieces.into();
         let begin = |(id, replica): &(ReplicaId, Arc<Replica>)| {
-            (*id, file.get(*id).map(|file| replica.backing.begin_write(file, &pieces)))
+            (*id, file.get(*id).map(|file| replica.backing.begin_write(file, pieces)))
         };
         let begun: Vec<_> = online.iter().map(begin).collect();
         // All have ended before any is judged: none may be writing when the caller levels them.

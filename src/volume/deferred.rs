@@ -7,14 +7,15 @@
 //! say; then what they will overwrite is preserved with one sync for all, and they are carried out
 //! in their order.
 //!
-//! Nobody can tell: [`Volume::lock`], by which all operations lock a node, carries out what is
-//! deferred before anything else is done with the file. Only [`Volume::write`] looks at it as it
-//! is. The write's intent is kept until then, so that its epoch does not end before it is done, and
-//! whoever stops all changes ([`Volume::stop_changes`]) has nothing deferred.
+//! Only the file's times can tell: [`Volume::lock`], by which operations lock a node, carries out
+//! what is deferred before anything else is done with the file. The first write's intent is kept
+//! until then, so that its epoch does not end before it is done, and whoever stops all changes
+//! ([`Volume::stop_changes`]) has nothing deferred.
 //!
-//! If we die, deferred writes are lost, as what was not synced is when the power fails. If carrying
-//! them out fails, which the room taken for them beforehand makes an exception, the next write,
-//! fsync or close of the file is told, as the kernel does it for its own delayed writes.
+//! If we die, deferred writes are lost, as what was not synced is when the power fails. Where one
+//! cannot be carried out, on a disk that others fill or that fails, every fsync and close of the
+//! file is told until its last writer has closed it; the writes beside it are carried out all the
+//! same. The kernel does so for its own delayed writes, but tells each descriptor once.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -31,9 +32,13 @@ use crate::types::{ContentId, NodeId};
 use super::Volume;
 use super::nodes::{Node, Open, State};
 
+/// A larger write is not deferred: its sync is little beside the rest of it, and a copy is not.
+const PIECE_BYTES_MAX: usize = 64 << 10;
 /// So many bytes of one file are carried out by the writer itself: it must not be faster than the
 /// disks for long.
 const FILE_BYTES_MAX: usize = 8 << 20;
+/// And so many pieces: each is a call of its own, and all together must end in time.
+const FILE_PIECES_MAX: usize = 1024;
 /// The most bytes deferred of all files.
 const BYTES_MAX: usize = 64 << 20;
 
@@ -58,48 +63,75 @@ impl Deferrals {
         let (wake, woken) = crossbeam_channel::bounded(1);
         Deferrals { files: Mutex::default(), bytes: AtomicUsize::new(0), wake, woken }
     }
+
+    fn list(&self) -> Vec<Arc<Node>> {
+        self.files.lock().values().cloned().collect()
+    }
 }
 
 impl Volume {
     /// Carries out all that is deferred.
     pub(super) fn carry_out_all(&self) {
-        let files: Vec<Arc<Node>> = self.deferrals.files.lock().values().cloned().collect();
-        for node in files {
-            drop(self.lock(&node));
-            let id = node.id;
-            drop(node);
-            self.nodes.drop_unused(id);
+        for node in self.deferrals.list() {
+            // Who had it locked meanwhile did so.
+            if self.deferrals.files.lock().contains_key(&node.id) {
+                drop(self.lock(&node));
+            }
+            self.let_go_of(node);
         }
+    }
+
+    /// Carries out what is deferred of files that nobody has locked; `false` if there are others.
+    /// Those who have them carry it out when they lock them, or at the next call of this.
+    fn carry_out_unlocked(&self) -> bool {
+        let mut all = true;
+        for node in self.deferrals.list() {
+            match node.try_lock() {
+                Some(mut state) => self.carry_out(&node, &mut state),
+                None => all = false,
+            }
+            self.let_go_of(node);
+        }
+        all
+    }
+
+    fn let_go_of(&self, node: Arc<Node>) {
+        let id = node.id;
+        drop(node);
+        self.nodes.drop_unused(id);
     }
 
     /// Whether a write to `range` is better deferred: it would have to wait for what it overwrites,
     /// or comes after such a write. The file is open for writing.
     pub(super) fn is_to_be_deferred(&self, state: &State, range: ByteRange) -> bool {
         let Some(open) = state.open.as_ref() else { return false };
-        let bytes = (range.end - range.start) as usize;
+        let bytes = range.len() as usize;
+        let lost = history::touched(range, open.sealed.size);
+        if bytes > PIECE_BYTES_MAX || open.sealed.content == ContentId::EMPTY || lost.is_empty() {
+            return false;
+        }
+        // What is deferred is on no disk yet, and needs as much again for its before-images.
         let all = self.deferrals.bytes.load(Ordering::Relaxed) + bytes;
-        if bytes > FILE_BYTES_MAX || all > BYTES_MAX {
+        let room = 2 * all as u64 + super::ROOM_FOR_A_NAME;
+        if all > BYTES_MAX || !self.replicas().has_room(room) {
             return false;
         }
         if open.deferred.is_some() {
             return true;
         }
-        let lost = history::touched(range, open.sealed.size);
-        if open.sealed.content == ContentId::EMPTY || open.saved.missing(lost).is_empty() {
+        if open.saved.missing(lost).is_empty() {
             return false;
         }
         // Where blocks are shared, the first write has all preserved, and no other waits.
         !self.history.shares_blocks() || state.orphan || !open.is_untouched()
     }
 
-    /// Defers a write. Where there may be no room for what it will need, or enough is deferred, it
-    /// is carried out at once, with all before it.
+    /// Defers a write. Where enough is deferred, all of it is carried out at once.
     pub(super) fn defer(&self, node: &Arc<Node>, state: &mut State, piece: Piece, by: Intent<'_>) {
         let Some(open) = state.open.as_mut() else { return };
         let bytes = piece.bytes.len();
-        let files = &self.deferrals.files;
         let deferred = open.deferred.get_or_insert_with(|| {
-            files.lock().insert(node.id, node.clone());
+            self.deferrals.files.lock().insert(node.id, node.clone());
             // Where this fails the thread is about to look anyway.
             let _ = self.deferrals.wake.try_send(());
             Deferred { pieces: Vec::new(), bytes: 0, intent: by.keep() }
@@ -107,35 +139,75 @@ impl Volume {
         deferred.pieces.push(piece);
         deferred.bytes += bytes;
         self.deferrals.bytes.fetch_add(bytes, Ordering::Relaxed);
-        // As much again for the before-image.
-        let room = self.replicas().ensure_room(bytes as u64 + super::ROOM_FOR_A_NAME).is_ok();
-        if deferred.bytes >= FILE_BYTES_MAX || !room {
+        if deferred.bytes >= FILE_BYTES_MAX || deferred.pieces.len() >= FILE_PIECES_MAX {
             self.carry_out(node, state);
         }
     }
 
     /// Carries out what is deferred of a file, in its order. What goes wrong is told by
-    /// [`Volume::deferred_error`].
+    /// [`deferred_error`].
     pub(super) fn carry_out(&self, node: &Node, state: &mut State) {
         let Some(open) = state.open.as_mut() else { return };
         let Some(Deferred { pieces, bytes, intent }) = open.deferred.take() else { return };
-        let failed = self.write_pieces(node, state, pieces);
-        self.deferrals.files.lock().remove(&node.id);
-        self.deferrals.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        // Whatever happens, a panic included: else checkpoints would wait for ever.
+        let _ended = Ending { volume: self, node: node.id, bytes, intent: Some(intent) };
+        let failed = self.write_pieces(node, state, &pieces.into());
         if let (Err(error), Some(open)) = (failed, state.open.as_mut()) {
             log::error!("{}: what was written to it failed: {error}", self.told(node));
             open.failed = Some(error.to_errno());
         }
-        // From here on a checkpoint may count it as done.
-        self.store.intents.end(intent);
     }
 
-    /// The error of a deferred write that nobody was told yet.
-    pub(super) fn deferred_error(&self, state: &mut State) -> Result<()> {
-        match state.open.as_mut().and_then(|open| open.failed.take()) {
-            Some(errno) => Err(Error::Posix(errno)),
-            None => Ok(()),
+    /// Writes what was deferred, in its order; one piece that cannot be written keeps no other from
+    /// it. The file's lock is held, and it was open for writing.
+    fn write_pieces(&self, node: &Node, state: &mut State, pieces: &Arc<[Piece]>) -> Result<()> {
+        let ranges: Vec<ByteRange> = pieces
+            .iter()
+            .map(|piece| ByteRange::new(piece.offset, piece.bytes.len() as u64))
+            .collect();
+        let written = self.before_change(node, state, &ranges).and_then(|handles| {
+            self.replicas().write(&handles, pieces).or_else(|error| {
+                ranges.iter().try_for_each(|&range| self.level(&handles, range))?;
+                Err(error)
+            })
+        });
+        if written.is_ok() || pieces.len() == 1 {
+            return written;
         }
+        let mut first = Ok(());
+        for piece in pieces.iter() {
+            let alone: Arc<[Piece]> = Arc::new([piece.clone()]);
+            first = first.and(self.write_pieces(node, state, &alone));
+        }
+        first
+    }
+}
+
+/// What was deferred of a file is carried out, or lost, when this is dropped: from then on a
+/// checkpoint may count it as done.
+struct Ending<'a> {
+    volume: &'a Volume,
+    node: NodeId,
+    bytes: usize,
+    intent: Option<KeptIntent>,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        let deferrals = &self.volume.deferrals;
+        deferrals.files.lock().remove(&self.node);
+        deferrals.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        if let Some(intent) = self.intent.take() {
+            self.volume.store.intents.end(intent);
+        }
+    }
+}
+
+/// The error of a deferred write to an open file that could not be carried out.
+pub(super) fn deferred_error(state: &State) -> Result<()> {
+    match state.open.as_ref().and_then(|open| open.failed) {
+        Some(errno) => Err(Error::Posix(errno)),
+        None => Ok(()),
     }
 }
 
@@ -160,12 +232,17 @@ pub(super) fn run(volume: &Weak<Volume>, stopped: &crossbeam_channel::Receiver<(
             recv(woken) -> _ => {}
             recv(stopped) -> _ => return,
         }
-        // A disconnect is the signal to stop; nothing is ever sent.
-        let stop = stopped.recv_timeout(age);
-        let Some(volume) = volume.upgrade() else { return };
-        volume.carry_out_all();
-        if stop != Err(crossbeam_channel::RecvTimeoutError::Timeout) {
-            return;
+        loop {
+            // A disconnect is the signal to stop; nothing is ever sent.
+            let stop = stopped.recv_timeout(age);
+            let Some(volume) = volume.upgrade() else { return };
+            let all = volume.carry_out_unlocked();
+            if stop != Err(crossbeam_channel::RecvTimeoutError::Timeout) {
+                return;
+            }
+            if all {
+                break;
+            }
         }
     }
 }

@@ -142,7 +142,8 @@ impl Volume {
     ) -> Result<Option<(ContentId, Digest)>> {
         let id = node.id;
         let (dir, name, content, stamp) = {
-            let state = self.lock(node);
+            // What is deferred makes it unsealed.
+            let state = node.lock_as_is();
             let Some(content) = self.settled_content(id, &state)? else { return Ok(None) };
             if self.catalog().digest(content)?.is_some() {
                 return Ok(None);
@@ -164,7 +165,7 @@ impl Volume {
         });
         stop()?;
         let Ok(Some(digest)) = read else { return Ok(None) };
-        let state = self.lock(node);
+        let state = node.lock_as_is();
         let same = state.stamp == stamp && self.settled_content(id, &state)? == Some(content);
         Ok(same.then_some((content, digest)))
     }

@@ -15,6 +15,7 @@ use crate::replica::copy::copy_all;
 use crate::replica::{Handles, Piece, PrivateDir};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
+use super::deferred::deferred_error;
 use super::intend::dirty;
 use by_hand::emulate_fallocate;
 
@@ -129,6 +130,9 @@ impl Volume {
         let Some(open) = state.open.as_mut() else { return Ok(()) };
         open.opens -= 1;
         open.writers -= u32::from(writable);
+        if open.writers == 0 {
+            open.failed = None;
+        }
         let outcome = if open.writers == 0 { self.seal(node, &mut state) } else { Ok(()) };
         if let Some(open) = state.open.as_ref()
             && open.opens == 0
@@ -146,7 +150,7 @@ impl Volume {
     pub fn flush(&self, node: &Arc<Node>) -> Result<()> {
         let _cut = self.cut.read();
         let mut state = self.lock(node);
-        self.deferred_error(&mut state)?;
+        deferred_error(&state)?;
         if state.open.as_ref().is_some_and(|open| open.emptied) {
             return Ok(());
         }
@@ -187,8 +191,8 @@ impl Volume {
         f(&b.open_file(dir.get(id)?, &name, Access::Read)?)
     }
 
-    /// Writes to a file that is open for writing; `strip` also takes its privileges away. An error
-    /// may be an earlier write's, which was [deferred](super::deferred).
+    /// Writes to a file that is open for writing; `strip` also takes its privileges away. It may be
+    /// [deferred](super::deferred).
     pub fn write(
         &self,
         node: &Arc<Node>,
@@ -205,17 +209,16 @@ impl Volume {
         let intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock_as_is();
         self.writable(node, &mut state)?;
-        self.deferred_error(&mut state)?;
         let range = ByteRange::new(offset, data.len() as u64);
         let piece = Piece { offset, bytes: data.to_vec() };
         if !strip && self.is_to_be_deferred(&state, range) {
             self.mark_unsealed(node, &mut state, true, caller);
             self.defer(node, &mut state, piece, intent);
-            return self.deferred_error(&mut state);
+            return Ok(());
         }
         self.carry_out(node, &mut state);
         let handles = self.before_change(node, &mut state, &[range])?;
-        let written = self.replicas().write(&handles, vec![piece]);
+        let written = self.replicas().write(&handles, &Arc::from([piece]));
         self.mark_unsealed(node, &mut state, true, caller);
         if let Err(error) = written {
             self.level(&handles, range)?;
@@ -227,28 +230,9 @@ impl Volume {
         Ok(())
     }
 
-    /// Writes what was deferred. The file's lock is held, and it was open for writing.
-    pub(super) fn write_pieces(
-        &self,
-        node: &Node,
-        state: &mut State,
-        pieces: Vec<Piece>,
-    ) -> Result<()> {
-        let ranges: Vec<ByteRange> = pieces
-            .iter()
-            .map(|piece| ByteRange::new(piece.offset, piece.bytes.len() as u64))
-            .collect();
-        let handles = self.before_change(node, state, &ranges)?;
-        let written = self.replicas().write(&handles, pieces);
-        if written.is_err() {
-            ranges.iter().try_for_each(|&range| self.level(&handles, range))?;
-        }
-        written
-    }
-
     /// After a write that failed on the primary, as on a full disk, a part of the data may be there
     /// and nowhere else: the others get the same bytes and size, so that the replicas stay equal.
-    fn level(&self, handles: &Handles, range: ByteRange) -> Result<()> {
+    pub(super) fn level(&self, handles: &Handles, range: ByteRange) -> Result<()> {
         let replicas = self.replicas();
         let (size, bytes) = replicas.read("read", |id, b| {
             let file = handles.get(id)?;
@@ -275,7 +259,7 @@ impl Volume {
 
     /// Gets a file ready for a change of these ranges: open for writing everywhere, and what the
     /// sealed content has there preserved. Returns the handles to change it by.
-    fn before_change(
+    pub(super) fn before_change(
         &self,
         node: &Node,
         state: &mut State,
@@ -555,8 +539,8 @@ impl Volume {
     /// Makes a file durable on every replica, together with its history.
     pub fn fsync(&self, node: &Arc<Node>, data_only: bool) -> Result<()> {
         let handles = {
-            let mut state = self.lock(node);
-            self.deferred_error(&mut state)?;
+            let state = self.lock(node);
+            deferred_error(&state)?;
             match state.open.as_ref().and_then(|open| open.write.clone()) {
                 None if state.orphan => None,
                 // Who wrote it may have closed it without a sync: reading does not make it durable.

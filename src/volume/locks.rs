@@ -34,6 +34,8 @@ impl Volume {
     /// Stops all operations that change something until the guard is dropped: nothing is deferred
     /// then.
     pub(super) fn stop_changes(&self) -> RwLockWriteGuard<'_, ()> {
+        // Most of it while nobody has to wait.
+        self.carry_out_all();
         let cut = self.cut.write();
         self.carry_out_all();
         cut

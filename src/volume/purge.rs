@@ -18,6 +18,8 @@ impl Volume {
     /// Removes all past states and names of these nodes, and records `rows` when that is done.
     /// Where the bytes that only they had lie in packs, they leave the disks when those are copied.
     pub fn purge(&self, nodes: &[NodeId], rows: Vec<PurgeRow>) -> Result<()> {
+        // What history may have to yield for is done while it can.
+        self.carry_out_all();
         // Whoever packs or forgets does so alone.
         let _alone = self.maintenance.lock();
         self.settle()?;

@@ -48,6 +48,8 @@ impl Rounds<'_> {
         self.last = true;
         let (mut tries, mut wait) = (0, CUT_WAIT);
         loop {
+            // What history may have to yield for is done while it can.
+            volume.carry_out_all();
             // Nothing is packed, swept, healed or checkpointed meanwhile. These come before `cut`:
             // who has `cut` waits for them for a while only.
             let _alone = volume.maintenance_at_once();

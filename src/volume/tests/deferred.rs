@@ -148,37 +148,57 @@ fn a_deferred_write_counts_in_its_epoch_until_it_is_carried_out() {
 }
 
 #[test]
-fn what_went_wrong_is_told_once_to_the_next_write_or_sync_or_close() {
-    type Tell = fn(&Bench) -> Result<()>;
-    let told: [(&str, Tell); 3] = [
-        ("write", |bench| bench.write(2, 3)),
-        ("fsync", |bench| bench.volume.fsync(&bench.node, false)),
-        ("close", |bench| bench.volume.flush(&bench.node)),
-    ];
-    for (what, tell) in told {
-        let bench = Bench::new();
-        bench.write(1, 2).unwrap();
-        bench.fails.store(true, Ordering::SeqCst);
-        bench.volume.carry_out_all();
-        bench.fails.store(false, Ordering::SeqCst);
-        let error = tell(&bench).unwrap_err();
-        assert!(error.is(Errno::NOSPC), "{what}: {error}");
-        tell(&bench).unwrap();
-        bench.volume.release(&bench.node, true).unwrap();
-        bench.volume.close().unwrap();
-        assert_eq!(bench.on_disk(0), bench.on_disk(1), "{what}");
+fn what_went_wrong_is_told_until_the_last_writer_has_closed_and_costs_nothing_else() {
+    let bench = Bench::new();
+    let volume = &bench.volume;
+    volume.open_file(&bench.node, true, false, &CALLER).unwrap();
+    bench.write(0, 2).unwrap();
+    volume.write(&bench.node, BLOCK as u64, &[3; BLOCK / 2], false, &CALLER).unwrap();
+    // Whole blocks fail.
+    bench.fails.store(true, Ordering::SeqCst);
+    volume.carry_out_all();
+    bench.fails.store(false, Ordering::SeqCst);
+    for index in [0, 1] {
+        assert_eq!(bench.on_disk(index), [1, 3, 1, 1]);
+    }
+    // To each who asks, whoever asked before.
+    for _ in 0..2 {
+        assert!(volume.fsync(&bench.node, false).unwrap_err().is(Errno::NOSPC));
+        assert!(volume.flush(&bench.node).unwrap_err().is(Errno::NOSPC));
+    }
+    bench.write(2, 4).unwrap();
+    volume.release(&bench.node, true).unwrap();
+    assert!(volume.flush(&bench.node).unwrap_err().is(Errno::NOSPC));
+    volume.release(&bench.node, true).unwrap();
+    volume.open_file(&bench.node, true, false, &CALLER).unwrap();
+    volume.fsync(&bench.node, false).unwrap();
+    volume.flush(&bench.node).unwrap();
+    volume.release(&bench.node, true).unwrap();
+    volume.close().unwrap();
+    for index in [0, 1] {
+        assert_eq!(bench.on_disk(index), [1, 3, 4, 1]);
     }
 }
 
 #[test]
 fn so_much_that_memory_would_fill_is_carried_out_by_the_writer() {
     let bench = Bench::new();
-    let large = vec![7; 5 << 20];
-    bench.volume.write(&bench.node, 0, &large, false, &CALLER).unwrap();
-    assert_eq!(bench.on_disk(0), [1, 1, 1, 1]);
-    bench.volume.write(&bench.node, 0, &large, false, &CALLER).unwrap();
-    assert_eq!(bench.on_disk(0).len(), large.len() / BLOCK);
+    // So many bytes, so many pieces.
+    for (length, count) in [(4 * BLOCK, 512), (1, 1024)] {
+        let byte = bench.on_disk(0)[0] + 1;
+        for number in 1..=count {
+            assert_ne!(bench.on_disk(0)[0], byte, "carried out after {number} of {count}");
+            bench.volume.write(&bench.node, 0, &vec![byte; length], false, &CALLER).unwrap();
+        }
+        assert_eq!(bench.on_disk(0)[0], byte, "{count} of {length} bytes");
+        bench.volume.flush(&bench.node).unwrap();
+    }
     assert_eq!(bench.volume.deferrals.bytes.load(Ordering::SeqCst), 0);
+    // A large one is not deferred at all, and comes after those before it.
+    bench.write(0, 8).unwrap();
+    bench.volume.write(&bench.node, 0, &[9; 100_000], false, &CALLER).unwrap();
+    assert_eq!(bench.volume.deferrals.bytes.load(Ordering::SeqCst), 0);
+    assert_eq!(bench.on_disk(1)[..2], [9, 9]);
     bench.volume.release(&bench.node, true).unwrap();
     bench.volume.close().unwrap();
 }
