@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::check::CheckReport;
 use crate::error::{Error, IoContext, Result};
 use crate::replica::PrivateDir;
 use crate::replica::backing::{Backing, Handle};
@@ -35,7 +36,7 @@ pub mod service;
 /// The socket's name in `.rearview`.
 pub const SOCKET_NAME: &str = "control.sock";
 /// The protocol's version; both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 /// The longest request: a path and a few names.
 pub const REQUEST_BYTES_MAX: u32 = 64 * 1024;
 /// The longest response: a diff of some million paths.
@@ -176,6 +177,8 @@ pub enum Request {
     },
     /// Looks now at every replica that failed.
     Resync,
+    /// Checks the catalogs.
+    Check,
     /// Begins, steers or shows the scrub.
     Scrub(ScrubRequest),
     /// Removes paths from all history, or tells what that would do.
@@ -228,6 +231,7 @@ impl Request {
             Request::Ping
             | Request::Status
             | Request::SnapshotList
+            | Request::Check
             | Request::Log { .. }
             | Request::Diff { .. }
             | Request::UndoPlan { .. }
@@ -259,6 +263,8 @@ pub enum Response {
     UndoPlan(UndoPlan),
     /// To [`Request::Moment`].
     Moment(crate::report::MomentReport),
+    /// To [`Request::Check`].
+    Checked(CheckReport),
     /// To [`Request::Scrub`].
     Scrub(ScrubStatus),
     /// To [`Request::Purge`].

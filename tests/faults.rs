@@ -400,3 +400,22 @@ fn a_daemon_killed_while_it_waits_for_its_own_mount_is_ended_by_the_next_mount()
     work(&store, "after");
     store.finish();
 }
+
+/// An XFS that shut itself down gave no page for a store to the index of a catalog's WAL, which
+/// SQLite maps by itself, and the daemon ended by SIGBUS. A file that was cut short gives none
+/// either.
+#[test]
+fn a_daemon_needs_no_page_of_a_mapped_file() {
+    let store = Mounted::new();
+    work(&store, "before");
+    for backing in &store.backings {
+        // What another process, as a command that looks, may leave.
+        fs::write(backing.join(".rearview/catalog.db-shm"), "").unwrap();
+    }
+    let daemon = store.daemon();
+    let maps = fs::read_to_string(format!("/proc/{daemon}/maps")).unwrap();
+    assert!(!maps.contains("catalog.db"), "{maps}");
+    work(&store, "after");
+    store.rearview(&["check", "."]).ok();
+    store.finish();
+}

@@ -284,6 +284,10 @@ fn connect_plainly(place: Place, file: &Path, for_use: Use) -> Result<Db> {
     trust::check_schema(&db, file, format)?;
     // The files beside it were opened by now as well.
     db.check()?;
+    if for_use == Use::Write {
+        // Of readers: from here on the index of the WAL lies in memory, and nobody else gets in.
+        db.place().beside("-shm")?.remove()?;
+    }
     if format < FORMAT && for_use == Use::Write {
         upgrade(&mut db, format)?;
     }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::locate::locate;
+use super::locate::{locate, unexpected};
 use super::{Exit, progress, text};
 use crate::check::{CheckOptions, CheckReport, Finding, RebuildReport};
+use crate::control::{Request, Response};
 use crate::error::Result;
 
 /// What `--help` shows at its end.
@@ -49,7 +50,9 @@ pub fn check(args: &CheckArgs) -> Result<Exit> {
         && let Ok(located) = locate(path)
         && located.mountpoint.is_some()
     {
-        let report = crate::check::check_mounted(&located.backings)?;
+        let Response::Checked(report) = located.ask(&Request::Check)? else {
+            return Err(unexpected());
+        };
         if args.json {
             text::print_json(&report)?;
         } else {

@@ -1,5 +1,6 @@
 //! The daemon's answers: each request is one call on the filesystem or a report on its catalog.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -115,6 +116,12 @@ impl Service {
         Ok(plan.report)
     }
 
+    /// The files of the catalogs in use.
+    fn catalogs(&self) -> Vec<PathBuf> {
+        let volume = self.fs.volume();
+        volume.replicas().online().filter_map(|id| volume.catalog().file(id)).collect()
+    }
+
     fn scrub(&self, request: ScrubRequest) -> Result<ScrubStatus> {
         let volume = self.fs.volume();
         match request {
@@ -197,6 +204,7 @@ impl Service {
                 Response::Diff(report::diff(catalog, &a, &b, &path)?)
             }
             Request::Moment { moment } => Response::Moment((&self.moment(&moment)?).into()),
+            Request::Check => Response::Checked(crate::check::check_catalogs(&self.catalogs())),
             Request::Scrub(request) => Response::Scrub(self.scrub(request)?),
             Request::Purge { paths, dry_run, even_held } => {
                 Response::Purge(self.purge(&paths, dry_run, even_held)?)

@@ -14,13 +14,16 @@
 //! that hangs. The descriptor may be closed meanwhile: a read that is under way holds the file
 //! itself, and one that then begins reads something else for nobody.
 //!
-//! The index of the WAL is mapped memory, before which no function stands. Whoever only reads
-//! writes to it only after a commit, the thread of which has just made the page writable: what a
-//! disk that hangs stops there is that thread, for which nobody waits in vain either.
+//! **The index of the WAL lies in memory of our own** as long as a writer has the database open. In
+//! a mapped file, as SQLite has it by itself, a store into a page that a dead disk cannot take ends
+//! the process with SIGBUS. So files are opened as by SQLite's VFS `unix-excl`: connections of one
+//! process share the index, and no other process gets in meanwhile. Where only readers have it
+//! open, the file is mapped: they are commands on a store that is not mounted, and die alone.
 
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use rusqlite::ffi;
@@ -30,6 +33,10 @@ use super::patience::Patience;
 
 /// What SQLite knows it by.
 const NAME: &CStr = c"rearview";
+/// By this name SQLite knows that only one process has a file open.
+const ALONE: &CStr = c"unix-excl";
+/// The VFS that opens files for this process alone.
+static ALONE_VFS: AtomicPtr<ffi::sqlite3_vfs> = AtomicPtr::new(std::ptr::null_mut());
 
 /// The name of a VFS that opens paths as they are told; `None` if SQLite takes none.
 pub fn plain_path_vfs() -> Option<&'static CStr> {
@@ -58,9 +65,34 @@ fn register() -> bool {
             return false;
         }
         own.pNext = std::ptr::null_mut();
-        own.zName = NAME.as_ptr();
+        own.zName = ALONE.as_ptr();
         own.xFullPathname = Some(plain_path);
-        ffi::sqlite3_vfs_register(own, 0) == ffi::SQLITE_OK
+        // SQLite tells by the name of the VFS that a file was opened by whether it is alone with
+        // it, and has one of that name already: ours is known by another, and opens by this one.
+        let known = Box::leak(Box::new(*own));
+        known.zName = NAME.as_ptr();
+        known.xOpen = Some(open_alone);
+        ALONE_VFS.store(own, Ordering::Release);
+        ffi::sqlite3_vfs_register(known, 0) == ffi::SQLITE_OK
+    }
+}
+
+/// Opens a file for this process alone.
+unsafe extern "C" fn open_alone(
+    _: *mut ffi::sqlite3_vfs,
+    name: ffi::sqlite3_filename,
+    file: *mut ffi::sqlite3_file,
+    flags: c_int,
+    flags_out: *mut c_int,
+) -> c_int {
+    let alone = ALONE_VFS.load(Ordering::Acquire);
+    // SAFETY: it was stored before the VFS that this belongs to was registered, is never freed, and
+    // its functions are SQLite's own; the rest is passed on as SQLite gave it.
+    unsafe {
+        match alone.as_ref().and_then(|vfs| vfs.xOpen) {
+            Some(open) => open(alone, name, file, flags, flags_out),
+            None => ffi::SQLITE_CANTOPEN,
+        }
     }
 }
 

@@ -82,6 +82,25 @@ fn replicas_have_one_chain() {
     assert_eq!(heads[0].generation, Generation(21));
 }
 
+/// SQLite maps the index of a WAL into memory by itself. An XFS that had shut itself down gave no
+/// page for a store to it, and the daemon ended by SIGBUS.
+#[test]
+fn no_file_of_a_catalog_in_use_is_mapped() {
+    let scratch = Scratch::new(2);
+    let catalog = scratch.open_rooted();
+    catalog.push(create(1, "f", file(catalog.next_node().0, 1))).unwrap();
+    catalog.flush(Durability::Durable).unwrap();
+    assert!(catalog.lookup(ROOT, &name("f")).unwrap().is_some());
+    Catalog::audit(&scratch.files[1]).unwrap();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    for file in &scratch.files {
+        let file = file.display().to_string();
+        let mapped = maps.lines().find(|line| line.contains(&file));
+        assert_eq!(mapped, None, "a dying disk would end the process");
+    }
+    catalog.close().unwrap();
+}
+
 #[test]
 fn a_catalog_whose_writer_died_is_inspected_copied_and_opened() {
     let scratch = Scratch::new(1);
