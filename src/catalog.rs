@@ -522,6 +522,8 @@ pub struct Catalog {
     shared: Arc<Shared>,
     /// The committer; gone after [`Catalog::close`], and for a catalog opened for reading.
     committer: Mutex<Option<JoinHandle<()>>>,
+    /// See [`Catalog::open_held`]. Nobody uses it; closed after all other connections.
+    held: Option<Mutex<database::Db>>,
 }
 
 /// What the handle and the committer share.

@@ -262,7 +262,7 @@ impl Catalog {
                 move || shared.run()
             })
             .context("start the committer of", "the catalog")?;
-        Ok(Catalog { shared, committer: Mutex::new(Some(committer)) })
+        Ok(Catalog { shared, committer: Mutex::new(Some(committer)), held: None })
     }
 
     /// Opens one catalog for queries only, beside a mount or without one.
@@ -275,7 +275,16 @@ impl Catalog {
         let writers = ReplicaMap::for_all(|_| None);
         let now = Box::new(Timestamp::now);
         let shared = Arc::new(new_shared(files, writers, &head, tick, now, true));
-        Ok(Catalog { shared, committer: Mutex::new(None) })
+        Ok(Catalog { shared, committer: Mutex::new(None), held: None })
+    }
+
+    /// As [`Catalog::open_read_only`], where no mount has it open and none can meanwhile. A disk
+    /// that dies costs an error, and not the process: no file of it is mapped.
+    pub fn open_held(file: &Path) -> Result<Catalog> {
+        let held = connect(file, Use::Hold)?;
+        let mut catalog = Catalog::open_read_only(file)?;
+        catalog.held = Some(Mutex::new(held));
+        Ok(catalog)
     }
 
     /// Commits all, durably, and ends the committer. Later pushes fail.

@@ -242,6 +242,8 @@ pub(super) enum Use {
     Write,
     /// Queries.
     Read,
+    /// Queries of a file that nobody else has open, nor gets while this has.
+    Hold,
 }
 
 /// Opens an existing catalog and checks that it is one that we can read.
@@ -260,7 +262,7 @@ pub(super) fn connect_at(place: Place, for_use: Use) -> Result<Db> {
 
 fn connect_plainly(place: Place, file: &Path, for_use: Use) -> Result<Db> {
     let access = match for_use {
-        Use::Write => OpenFlags::SQLITE_OPEN_READ_WRITE,
+        Use::Write | Use::Hold => OpenFlags::SQLITE_OPEN_READ_WRITE,
         Use::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
     };
     let mut db = Db::open(place, access)?;
@@ -352,6 +354,10 @@ fn settle(db: &Connection, for_use: Use) -> rusqlite::Result<()> {
     )?;
     match for_use {
         Use::Read => db.execute_batch("PRAGMA cache_size = -8192; PRAGMA query_only = ON;"),
+        Use::Hold => {
+            db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+            db.execute_batch("PRAGMA query_only = ON;")
+        }
         Use::Write => {
             // A detached replica's file is not touched again, not even by closing it.
             db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;

@@ -335,7 +335,7 @@ impl Volume {
         let id = arrival.id;
         let target = self.store.site(id);
         let own = match arrival.was_whole {
-            true => Catalog::open_read_only(&self.store.catalog_file(id)).ok(),
+            true => Catalog::open_held(&self.store.catalog_file(id)).ok(),
             false => None,
         };
         let mut touched = DirtySet::default();

@@ -92,13 +92,34 @@ fn no_file_of_a_catalog_in_use_is_mapped() {
     catalog.flush(Durability::Durable).unwrap();
     assert!(catalog.lookup(ROOT, &name("f")).unwrap().is_some());
     Catalog::audit(&scratch.files[1]).unwrap();
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    for file in &scratch.files {
-        let file = file.display().to_string();
-        let mapped = maps.lines().find(|line| line.contains(&file));
-        assert_eq!(mapped, None, "a dying disk would end the process");
-    }
+    scratch.files.iter().for_each(|file| assert_not_mapped(file));
     catalog.close().unwrap();
+}
+
+#[track_caller]
+fn assert_not_mapped(file: &Path) {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let file = file.display().to_string();
+    let mapped = maps.lines().find(|line| line.contains(&file));
+    assert_eq!(mapped, None, "a dying disk would end the process");
+}
+
+#[test]
+fn a_catalog_that_is_held_is_not_mapped_and_stays_as_it_is() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    catalog.push(create(1, "f", file(catalog.next_node().0, 1))).unwrap();
+    catalog.flush(Durability::Durable).unwrap();
+    let dead = scratch.files[0].with_file_name("dead.db");
+    std::fs::copy(&scratch.files[0], &dead).unwrap();
+    std::fs::copy(wal(&scratch.files[0]), wal(&dead)).unwrap();
+    let bytes = || [&dead, &wal(&dead)].map(|file| std::fs::read(file).unwrap());
+    let before = bytes();
+    let held = Catalog::open_held(&dead).unwrap();
+    assert!(held.lookup(ROOT, &name("f")).unwrap().is_some());
+    assert_not_mapped(&dead);
+    drop(held);
+    assert!(bytes() == before, "it was changed");
 }
 
 #[test]
