@@ -6,6 +6,7 @@
 
 mod barrier;
 mod kernel;
+mod listing;
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -20,11 +21,12 @@ use crate::catalog::Snapshot;
 use crate::error::{Error, Result};
 use crate::past::{Past, PastOptions};
 use crate::replica::backing::{RenameMode, Seek, Space, Stat};
-use crate::types::{EntryName, Kind, NodeId, Xattrs};
+use crate::types::{EntryName, NodeId, Xattrs};
 use crate::volume::nodes::Node;
 use crate::volume::{Caller, Changes, Newborn, Volume};
 
 pub use kernel::KernelCache;
+pub use listing::Line;
 
 use kernel::Forgetting;
 
@@ -72,17 +74,6 @@ pub struct Found {
     pub keep: Keep,
     /// Tells a reused inode number of the past from its former bearer (FUSE's "generation").
     pub incarnation: u64,
-}
-
-/// One line of a directory listing.
-#[derive(Clone, Debug)]
-pub struct Line {
-    /// Its name; `.` and `..` come first.
-    pub name: Vec<u8>,
-    /// Its inode number.
-    pub ino: u64,
-    /// What it is.
-    pub kind: Kind,
 }
 
 /// Identifies an open file or directory.
@@ -475,79 +466,6 @@ impl Filesystem {
             Opened::File { node, .. } => self.volume.fsync(node, data_only),
             _ => Ok(()),
         }
-    }
-
-    // --- directories
-
-    /// Opens a directory for listing.
-    pub fn open_dir(&self, _ino: u64) -> Result<Fh> {
-        Ok(self.keep_open(Opened::Dir(Mutex::new(None))))
-    }
-
-    /// The listing of an open directory; `fresh` reads it anew, as `rewinddir(3)` wants.
-    pub fn list(&self, ino: u64, fh: Fh, fresh: bool) -> Result<Arc<Vec<Line>>> {
-        let opened = self.opened(fh)?;
-        let Opened::Dir(listing) = &*opened else { return Err(Error::Posix(Errno::NOTDIR)) };
-        let mut listing = listing.lock();
-        match listing.as_ref() {
-            Some(lines) if !fresh => Ok(lines.clone()),
-            _ => {
-                let lines = Arc::new(self.lines(ino)?);
-                *listing = Some(lines.clone());
-                Ok(lines)
-            }
-        }
-    }
-
-    fn lines(&self, ino: u64) -> Result<Vec<Line>> {
-        let dots = |above: u64| {
-            [(&b"."[..], ino), (b"..", above)].map(|(name, ino)| Line {
-                name: name.to_vec(),
-                ino,
-                kind: Kind::Dir,
-            })
-        };
-        if Past::owns(ino) {
-            let mut lines = Vec::from(dots(self.past.parent(ino)));
-            lines.extend(self.past.list(ino)?.into_iter().map(|entry| Line {
-                name: entry.name.as_bytes().to_vec(),
-                ino: entry.ino,
-                kind: entry.kind,
-            }));
-            return Ok(lines);
-        }
-        let node = self.live(ino)?;
-        let (entries, above) = self.volume.list(&node)?;
-        let mut lines = Vec::from(dots(above.0));
-        let door = match self.options.snapdir {
-            SnapDir::Visible => true,
-            SnapDir::Root => node.id == NodeId::ROOT,
-            SnapDir::Hidden | SnapDir::Disabled => false,
-        };
-        if door {
-            let ino = self.past.enter(node.id)?.stat.ino;
-            let name = self.options.snapdir_name.as_bytes().to_vec();
-            lines.push(Line { name, ino, kind: Kind::Dir });
-        }
-        lines.extend(entries.into_iter().map(|entry| Line {
-            name: entry.name.as_bytes().to_vec(),
-            ino: entry.node.0,
-            kind: entry.kind,
-        }));
-        Ok(lines)
-    }
-
-    /// Ends the listing of a directory.
-    pub fn release_dir(&self, fh: Fh) {
-        self.opened.lock().remove(&fh.0);
-    }
-
-    /// Makes a directory's entries durable.
-    pub fn fsync_dir(&self, ino: u64) -> Result<()> {
-        if Past::owns(ino) {
-            return Ok(());
-        }
-        self.volume.fsync_dir(&self.live(ino)?)
     }
 }
 

@@ -4,6 +4,7 @@
 //! dropped) and leaves its thread alive.
 
 mod convert;
+mod listing;
 mod session;
 
 use std::ffi::OsStr;
@@ -25,12 +26,13 @@ use crate::replica::backing::{RenameMode, Seek};
 use crate::types::Kind;
 use crate::volume::{Changes, Newborn};
 
+use listing::list_plus;
 pub use session::{ServeOptions, Session, serve};
 use session::{apart, guarded};
 
 use convert::{
     answer_empty, answer_entry, answer_lookup, answer_xattr, attr, caller, errno, file_type, name,
-    plus_max, set_time, ttl,
+    set_time, ttl,
 };
 
 /// Requests the kernel may have under way in the background; more than its default of 12, above
@@ -369,10 +371,10 @@ impl fuser::Filesystem for Fuse {
         guarded(|| match self.fs.open_dir(ino.0) {
             Ok(fh) => {
                 // The listing of `.snapshots` changes without the kernel's doing.
-                let flags = if Past::owns(ino.0) {
-                    FopenFlags::empty()
-                } else {
+                let flags = if self.fs.keeps_listing(ino.0) {
                     FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE
+                } else {
+                    FopenFlags::empty()
                 };
                 reply.opened(FileHandle(fh.0), flags);
             }
@@ -409,41 +411,9 @@ impl fuser::Filesystem for Fuse {
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
-        mut reply: ReplyDirectoryPlus,
+        reply: ReplyDirectoryPlus,
     ) {
-        guarded(|| match self.fs.list(ino.0, Fh(fh.0), offset == 0) {
-            Ok(lines) => {
-                let most = plus_max(ino, offset, lines.len());
-                for (index, line) in lines.iter().enumerate().skip(offset as usize).take(most) {
-                    let dot = line.name == b"." || line.name == b"..";
-                    let found = if dot {
-                        self.fs.stat(line.ino)
-                    } else {
-                        name(OsStr::from_bytes(&line.name))
-                            .and_then(|name| self.fs.lookup(ino.0, &name))
-                    };
-                    // An entry removed since the listing began is passed over.
-                    let Ok(found) = found else { continue };
-                    let full = reply.add(
-                        INodeNo(found.stat.ino),
-                        index as u64 + 1,
-                        OsStr::from_bytes(&line.name),
-                        &ttl(found.keep),
-                        &attr(&found.stat),
-                        Generation(found.incarnation),
-                    );
-                    if full {
-                        if !dot {
-                            // The kernel never saw it, so it will not forget it either.
-                            self.fs.forget(found.stat.ino, 1);
-                        }
-                        break;
-                    }
-                }
-                reply.ok();
-            }
-            Err(error) => reply.error(errno(&error)),
-        });
+        guarded(|| list_plus(&self.fs, ino, Fh(fh.0), offset as usize, reply));
     }
 
     fn releasedir(

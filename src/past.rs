@@ -22,6 +22,7 @@ pub mod ino;
 
 mod deleted;
 mod instant;
+mod kept;
 mod snapshots;
 mod table;
 mod versions;
@@ -29,6 +30,7 @@ mod views;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -50,7 +52,7 @@ const MOMENTS_MAX: usize = 65_536;
 /// Directories below `.versions` that can be in use at once.
 const VERSION_DIRS_MAX: usize = 16_384;
 /// States whose attributes are kept at hand, so that a read does not ask the catalog.
-const KNOWN_MAX: usize = 4_096;
+const KNOWN_MAX: usize = 16_384;
 /// Directories whose birth is kept at hand, and deleted ones whose last full moment is.
 const DIRS_MAX: usize = 4_096;
 /// Relative instants (`.at/10m`) that can be in use at once.
@@ -159,6 +161,8 @@ pub struct Past {
     options: PastOptions,
     /// Taken for a moment only, never while the catalog or the volume is asked.
     tables: Mutex<Tables>,
+    /// See [`Past::is_whole`].
+    was_purged: AtomicBool,
 }
 
 struct Tables {
@@ -216,7 +220,7 @@ impl Past {
             births: LruCache::new(capacity(DIRS_MAX)),
             swept: LruCache::new(capacity(DIRS_MAX)),
         };
-        Past { history, options, tables: Mutex::new(tables) }
+        Past { history, options, tables: Mutex::new(tables), was_purged: AtomicBool::new(false) }
     }
 
     /// Whether `ino` is an inode number of the past.
@@ -238,20 +242,6 @@ impl Past {
             }
             _ => Err(Errno::NOENT.into()),
         }
-    }
-
-    /// Forgets what is kept at hand of the past, for a part of it was removed, and gives the live
-    /// directories below which the kernel may have kept some of it.
-    pub fn forget(&self) -> Vec<NodeId> {
-        let mut tables = self.tables.lock();
-        tables.known.clear();
-        tables.births.clear();
-        tables.swept.clear();
-        // The kernel, which knows the root's `.snapshots`, enters there without asking.
-        let others = tables.entered.iter().map(|(dir, ())| *dir).filter(|dir| *dir != NodeId::ROOT);
-        let entered = others.chain([NodeId::ROOT]).collect();
-        tables.entered.clear();
-        entered
     }
 
     /// What `name` in the directory `parent` is.

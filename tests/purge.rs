@@ -53,6 +53,9 @@ fn preserved_with(backing: &Path, word: &str) -> String {
 fn what_is_purged_is_in_no_snapshot_and_all_else_is_as_it_was() {
     let mut store = with_secrets();
     let seen = fs::File::open(store.past("one").join("docs/other1")).unwrap();
+    // Somebody stands in a directory, whose listing the kernel has in memory.
+    let standing = fs::File::open(store.past("one").join("docs")).unwrap();
+    assert!(names_in(&store.past("one").join("docs")).contains(&"secret".into()));
     let expected: Vec<_> = ["one", "two"]
         .iter()
         .map(|snapshot| {
@@ -89,6 +92,8 @@ fn what_is_purged_is_in_no_snapshot_and_all_else_is_as_it_was() {
     // What the kernel had seen of it is no exception; what is open goes on.
     assert!(!store.past("one").join("docs/secret").exists());
     assert!(!store.past("one").join("old/deep/dump").exists());
+    assert!(!names_in(&store.past("one").join("docs")).contains(&"secret".into()));
+    drop(standing);
     assert!(std::io::read_to_string(seen).unwrap().starts_with("1\n"));
     assert_eq!(names_in(&store.path("docs/.snapshots/.versions/secret")).len(), 1);
     let log = store.rearview(&["log", "docs/secret"]).ok();

@@ -72,12 +72,20 @@ impl Catalog {
         name: &EntryName,
     ) -> Result<Option<(NodeRow, u32)>> {
         let at = self.settled(at)?;
-        self.shared.read_at_once(|db| {
-            let Some(node) = entry_at(db, at, parent, name)? else { return Ok(None) };
-            let Some(row) = node_at(db, at, node)? else { return Ok(None) };
-            let links = if row.kind == Kind::Dir { 1 } else { links_at(db, at, node)? };
-            Ok(Some((row, links)))
+        self.shared.read_at_once(|db| match entry_at(db, at, parent, name)? {
+            Some(node) => state_at(db, at, node),
+            None => Ok(None),
         })
+    }
+
+    /// The states of several nodes, and how many names each had: one transaction for all.
+    pub fn states_at(
+        &self,
+        at: Generation,
+        nodes: &[NodeId],
+    ) -> Result<Vec<Option<(NodeRow, u32)>>> {
+        let at = self.settled(at)?;
+        self.shared.read_at_once(|db| nodes.iter().map(|node| state_at(db, at, *node)).collect())
     }
 
     /// The entries of a directory, ordered by name.
@@ -312,6 +320,17 @@ fn links_at(db: &Connection, at: Generation, node: NodeId) -> rusqlite::Result<u
          (SELECT count(*) FROM entry_h WHERE node = ?1 AND died > ?2 AND born <= ?2)",
     )?
     .query_row(params![node, at], |row| row.get(0))
+}
+
+/// The state of a node at a settled generation, and how many names it had; one for a directory.
+fn state_at(
+    db: &Connection,
+    at: Generation,
+    node: NodeId,
+) -> rusqlite::Result<Option<(NodeRow, u32)>> {
+    let Some(row) = node_at(db, at, node)? else { return Ok(None) };
+    let links = if row.kind == Kind::Dir { 1 } else { links_at(db, at, node)? };
+    Ok(Some((row, links)))
 }
 
 /// The state of a node at a settled generation. Live first: rows only ever move to history.

@@ -10,7 +10,7 @@ use fuser::{
 };
 
 use crate::error::{Error, Result};
-use crate::fs::{Found, Keep};
+use crate::fs::{Found, Keep, Line};
 use crate::past::Past;
 use crate::past::ino::is_settled;
 use crate::replica::backing::{Creds, SetTime, Stat};
@@ -21,17 +21,6 @@ use crate::volume::Caller;
 const TTL_ALWAYS: Duration = Duration::from_secs(10 * 365 * 86400);
 /// The live tree changes through this mount only, and the kernel notes its own changes.
 const TTL_MOUNTED: Duration = Duration::from_secs(86400);
-
-/// Entries with attributes in the first answer of a past directory's listing: each costs queries,
-/// which a mere `ls` has no use for.
-const PLUS_FIRST_MAX: usize = 32;
-
-/// How many entries an answer with attributes may have. The kernel begins every listing with such
-/// a request, whether somebody wants the attributes or not; if so, it goes on with them.
-pub(super) fn plus_max(of: INodeNo, offset: u64, lines: usize) -> usize {
-    let begins = offset == 0 && Past::owns(of.0) && lines > PLUS_FIRST_MAX;
-    if begins { PLUS_FIRST_MAX } else { usize::MAX }
-}
 
 /// The errno of an error. What a person must read is logged.
 pub(super) fn errno(error: &Error) -> Errno {
@@ -99,9 +88,19 @@ pub(super) fn attr(stat: &Stat) -> FileAttr {
 
 /// The kernel keeps this as "there is no such name".
 fn negative() -> FileAttr {
+    bare(Kind::File, 0)
+}
+
+/// What is told of `.` and `..` in a listing: the kernel takes no attributes of them.
+pub(super) fn dot(line: &Line) -> FileAttr {
+    bare(line.kind, line.ino)
+}
+
+/// Attributes of which only these count.
+fn bare(kind: Kind, ino: u64) -> FileAttr {
     let zero = Timestamp::default();
-    let mut attr = attr(&Stat {
-        kind: Kind::File,
+    attr(&Stat {
+        kind,
         mode: 0,
         uid: 0,
         gid: 0,
@@ -109,14 +108,12 @@ fn negative() -> FileAttr {
         nlink: 0,
         size: 0,
         blocks: 0,
-        ino: 0,
+        ino,
         atime: zero,
         mtime: zero,
         ctime: zero,
         btime: zero,
-    });
-    attr.ino = INodeNo(0);
-    attr
+    })
 }
 
 /// The time of a `setattr`. The library decodes a time before 1970 as if the nanoseconds counted
