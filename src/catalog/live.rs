@@ -22,15 +22,34 @@ impl Catalog {
         match pending {
             Some(None) => Ok(None),
             Some(Some(node)) => Ok(self.shared.kind(node)?.map(|kind| (node, kind))),
-            None => self.shared.read(|db| {
-                db.prepare_cached(
-                    "SELECT e.node, n.kind FROM entry e JOIN node n ON n.id = e.node \
-                     WHERE e.parent = ?1 AND e.name = ?2",
-                )?
-                .query_row(params![parent, name], |row| Ok((row.get(0)?, row.get(1)?)))
-                .optional()
-            }),
+            None => self.shared.read(|db| stored_entry(db, parent, name)),
         }
+    }
+
+    /// As [`Catalog::lookup`], of several names in one directory: one transaction for all.
+    pub fn lookup_all(
+        &self,
+        parent: NodeId,
+        names: &[EntryName],
+    ) -> Result<Vec<Option<(NodeId, Kind)>>> {
+        let pending = |name| self.shared.overlay(|batch| batch.entry(parent, name));
+        let pending: Vec<_> = names.iter().map(pending).collect();
+        let known = pending.iter().map(|pending| match pending {
+            Some(Some(node)) => Ok(self.shared.kind(*node)?.map(|kind| (*node, kind))),
+            Some(None) | None => Ok(None),
+        });
+        let mut found = known.collect::<Result<Vec<_>>>()?;
+        if pending.iter().all(Option::is_some) {
+            return Ok(found);
+        }
+        self.shared.read_at_once(|db| {
+            let stored = found.iter_mut().zip(names).zip(&pending);
+            for ((found, name), _) in stored.filter(|(_, pending)| pending.is_none()) {
+                *found = stored_entry(db, parent, name)?;
+            }
+            Ok(())
+        })?;
+        Ok(found)
     }
 
     /// A live node's newest state.
@@ -190,6 +209,19 @@ impl Shared {
             query(db, &known)
         })
     }
+}
+
+fn stored_entry(
+    db: &Connection,
+    parent: NodeId,
+    name: &EntryName,
+) -> rusqlite::Result<Option<(NodeId, Kind)>> {
+    db.prepare_cached(
+        "SELECT e.node, n.kind FROM entry e JOIN node n ON n.id = e.node \
+         WHERE e.parent = ?1 AND e.name = ?2",
+    )?
+    .query_row(params![parent, name], |row| Ok((row.get(0)?, row.get(1)?)))
+    .optional()
 }
 
 type Names = BTreeMap<EntryName, Option<(NodeId, Option<Kind>)>>;

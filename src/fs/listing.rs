@@ -8,7 +8,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
-use super::{Fh, Filesystem, Found, Opened, SnapDir, found_past};
+use super::{Fh, Filesystem, Found, Opened, SnapDir, found_live, found_past};
 use crate::error::{Error, Result};
 use crate::past::Past;
 use crate::past::ino::is_settled;
@@ -110,11 +110,24 @@ impl Filesystem {
             };
             return Ok(lines.iter().map(found).collect());
         }
-        let found = |line: &Line| match line.is_dot() {
-            true => None,
-            false => self.lookup(dir, &EntryName::new(&line.name).ok()?).ok(),
-        };
-        Ok(lines.iter().map(found).collect())
+        let (mut names, mut places) = (Vec::new(), Vec::new());
+        let mut all = vec![None; lines.len()];
+        for (place, line) in lines.iter().enumerate().filter(|(_, line)| !line.is_dot()) {
+            let name = EntryName::new(&line.name)?;
+            if Past::owns(dir) || self.is_snapdir(&name) {
+                all[place] = self.lookup(dir, &name).ok();
+            } else {
+                names.push(name);
+                places.push(place);
+            }
+        }
+        if !names.is_empty() {
+            let found = self.volume.lookup_all(NodeId(dir), &names)?;
+            for (place, found) in places.into_iter().zip(found) {
+                all[place] = found.map(|(_, stat)| found_live(stat));
+            }
+        }
+        Ok(all)
     }
 
     /// Ends the listing of a directory.

@@ -161,6 +161,15 @@ impl Guarded {
         answer.inspect_err(|error| note_timeout(&self.workers, op, (None, None), error))
     }
 
+    /// Has one worker make all the calls of an operation.
+    pub(super) fn whole<T: Send + 'static>(
+        &self,
+        op: &'static str,
+        operation: impl FnOnce(&dyn Backing) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        self.call(op, (None, None), operation)
+    }
+
     /// Hands a call to a worker and waits for its answer.
     fn call<T: Send + 'static>(
         &self,

@@ -1,4 +1,5 @@
-//! What all replicas do at the same time: syncs, and writes that are worth it.
+//! What all replicas do at the same time: syncs, and writes that are worth it. And what one of
+//! them does in one go.
 
 use std::io;
 use std::sync::Arc;
@@ -44,6 +45,20 @@ impl SyncAll<'_> {
 }
 
 impl ReplicaSet {
+    /// [`ReplicaSet::read`] of an operation that owns what it needs. It is handed over as a whole,
+    /// instead of each of its calls.
+    pub fn read_whole<T: Send + 'static>(
+        &self,
+        op: &'static str,
+        f: impl Fn(ReplicaId, &dyn Backing) -> io::Result<T> + Send + Sync + 'static,
+    ) -> Result<T> {
+        let f = Arc::new(f);
+        self.read(op, |id, _| {
+            let own = f.clone();
+            self.get(id).backing.whole(op, move |inner| own(id, inner))
+        })
+    }
+
     /// Begins to make an object durable on every replica on which it is open, on all at once. One
     /// that took its place after the object was opened is passed over: it was durable then.
     pub fn begin_sync(&self, object: &Handles, data_only: bool) -> SyncAll<'_> {

@@ -1,8 +1,10 @@
 //! Attributes of live objects: stat, mode, owner, times, size, extended attributes.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -10,17 +12,20 @@ use crate::error::{Error, Result};
 use crate::replica::Handles;
 use crate::replica::backing::{Access, Backing, Handle, SetTime, Stat};
 use crate::store::row_of;
-use crate::types::{ContentId, Kind, NodeId, Timestamp, XattrSetId, Xattrs};
+use crate::types::{ContentId, EntryName, Kind, NodeId, Timestamp, XattrSetId, Xattrs};
 
 use super::intend::dirty;
 use super::nodes::{Node, State};
-use super::{Caller, Volume};
+use super::{Caller, Volume, is_private};
 
 /// The extended attribute that holds a file's access ACL.
 const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
 /// The attributes of one object, names and values, as long as the longest value that there can be
 /// and some more. ext4 has 4 KiB.
 const XATTRS_BYTES_MAX: usize = 80 << 10;
+/// How long the attributes of many objects are asked for at once: far less than a single call may
+/// take.
+const AT_ONCE_MAX: Duration = Duration::from_millis(200);
 /// Names with these prefixes are in the list of an object's attributes if it has them; others may
 /// be made up when they are asked for.
 const LISTED_XATTRS: [&[u8]; 4] = [b"user.", b"security.", b"trusted.", b"system.posix_acl_"];
@@ -58,11 +63,7 @@ impl Privileges {
 
 impl Volume {
     /// The live object that a name means, counted as one lookup of the kernel.
-    pub fn lookup(
-        &self,
-        parent: NodeId,
-        name: &crate::types::EntryName,
-    ) -> Result<(Arc<Node>, Stat)> {
+    pub fn lookup(&self, parent: NodeId, name: &EntryName) -> Result<(Arc<Node>, Stat)> {
         let node = self.named(parent, name)?;
         let stat = (|| {
             let state = self.lock(&node);
@@ -89,6 +90,39 @@ impl Volume {
                 Err(error)
             }
         }
+    }
+
+    /// As [`Volume::lookup`], of several names in one directory; `None` for one that means nothing
+    /// any more. All that is asked of a backing is asked by one hand-over.
+    pub fn lookup_all(
+        &self,
+        parent: NodeId,
+        names: &[EntryName],
+    ) -> Result<Vec<Option<(Arc<Node>, Stat)>>> {
+        let found = self.catalog().lookup_all(parent, names)?;
+        let closed = found.iter().zip(names).filter_map(|(found, name)| {
+            let (id, _) = (*found)?;
+            let is_open = self.nodes.get(id).is_some_and(|node| node.lock_as_is().open.is_some());
+            (!is_open && !is_private(parent, name)).then(|| name.clone())
+        });
+        let (closed, dir): (Vec<EntryName>, _) = (closed.collect(), self.dir(parent)?);
+        let stats = self.replicas().read_whole("stat", move |id, b| {
+            let (dir, begun) = (dir.get(id)?, Instant::now());
+            let in_time = closed.iter().take_while(|_| begun.elapsed() < AT_ONCE_MAX);
+            in_time.map(|name| Ok((name.clone(), b.stat_at(dir, name)?))).collect()
+        });
+        // Where one of them failed, each is asked for alone, and so is what is left.
+        let stats: HashMap<EntryName, Stat> = stats.unwrap_or_default();
+        let entry = |(found, name): (Option<(NodeId, Kind)>, &EntryName)| {
+            let (id, kind) = found?;
+            let Some(stat) = stats.get(name).filter(|stat| stat.kind == kind) else {
+                return self.lookup(parent, name).ok();
+            };
+            let node = self.nodes.load(id, kind);
+            node.looked_up();
+            Some((node, Stat { ino: id.0, ..*stat }))
+        };
+        Ok(found.into_iter().zip(names).map(entry).collect())
     }
 
     /// Attributes of a live node; `ino` is its node id.

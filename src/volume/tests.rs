@@ -8,6 +8,7 @@ mod deferred;
 mod faults;
 mod growth;
 mod hangs;
+mod listing;
 
 /// A store of these backings, made if there is none.
 fn open_store(dirs: &[tempfile::TempDir]) -> Store {

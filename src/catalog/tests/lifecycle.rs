@@ -9,6 +9,9 @@ fn the_overlay_and_the_database_answer_alike() {
     let check = |catalog: &Catalog| {
         assert_eq!(catalog.lookup(ROOT, &name("a")).unwrap(), None);
         assert_eq!(catalog.lookup(ROOT, &name("b")).unwrap(), Some((NodeId(2), Kind::File)));
+        let all = catalog.lookup_all(ROOT, &["l", "a", "b", "c"].map(name)).unwrap();
+        let (two, link) = (Some((NodeId(2), Kind::File)), Some((NodeId(3), Kind::Symlink)));
+        assert_eq!(all, [link, None, two, two]);
         assert_eq!(catalog.node(NodeId(2)).unwrap(), Some(file(2, 1)));
         assert_eq!(
             listed(catalog.list(ROOT).unwrap()),
