@@ -142,9 +142,14 @@ impl Volume {
             let ghost = state.ghost.as_deref().ok_or(Error::Posix(Errno::STALE))?;
             return Ok(self.shown(node, state, *ghost));
         }
-        let stat = if node.id == NodeId::ROOT {
-            let root = self.dir(NodeId::ROOT)?;
-            self.replicas().read("stat", |id, b| b.stat(root.get(id)?))?
+        // The kernel asks for a directory's attributes again after every change of its entries.
+        let kept = match node.kind {
+            Kind::Dir if node.id == NodeId::ROOT => Some(self.dir(node.id)?),
+            Kind::Dir => self.replicas().kept_dir(node.id),
+            _ => None,
+        };
+        let stat = if let Some(dir) = kept {
+            self.replicas().read("stat", |id, b| b.stat(dir.get(id)?))?
         } else {
             let (dir, name) = self.location(node, state)?;
             self.replicas()
