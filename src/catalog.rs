@@ -44,7 +44,7 @@ mod snapshot;
 mod sums;
 mod sweep;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod touched;
 mod trust;
 mod unused;

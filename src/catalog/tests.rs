@@ -14,7 +14,7 @@ mod forget;
 mod history;
 mod lifecycle;
 mod model;
-mod speed;
+pub(crate) mod speed;
 mod sums;
 mod sweep;
 

@@ -156,17 +156,18 @@ fn pushes_per_second_and_bytes_per_version() {
 }
 
 /// How long the foreground waits, longest first, for each thing that it does.
-struct Waits(std::collections::BTreeMap<&'static str, Vec<std::time::Duration>>);
+#[derive(Default)]
+pub(crate) struct Waits(std::collections::BTreeMap<&'static str, Vec<std::time::Duration>>);
 
 impl Waits {
-    fn time<T>(&mut self, what: &'static str, work: impl FnOnce() -> T) -> T {
+    pub(crate) fn time<T>(&mut self, what: &'static str, work: impl FnOnce() -> T) -> T {
         let begin = Instant::now();
         let answer = work();
         self.0.entry(what).or_default().push(begin.elapsed());
         answer
     }
 
-    fn tell(mut self, when: &str) {
+    pub(crate) fn tell(mut self, when: &str) {
         for (what, times) in &mut self.0 {
             times.sort_unstable_by(|a, b| b.cmp(a));
             let (count, longest) = (times.len(), times[0]);
@@ -180,7 +181,7 @@ impl Waits {
 
 /// Does what programs do, a thousand times a second, until `is_over`.
 fn work(catalog: &Catalog, when: &str, mut is_over: impl FnMut(u64) -> bool) {
-    let mut waits = Waits(std::collections::BTreeMap::new());
+    let mut waits = Waits::default();
     let (_never, pause) = crossbeam_channel::bounded::<()>(0);
     let past = catalog.generation();
     let mut round = 0;
