@@ -90,6 +90,14 @@ pub fn command(store: &Mounted, word: &str, words: &[&Path]) -> String {
     String::from_utf8(output.stdout).expect("its output is text")
 }
 
+/// Has the kernel forget names and inodes that nobody uses, but not what it holds of files. Where
+/// a test may not, as in a container, the times are those of names that it knows.
+pub fn drop_names() {
+    if let Err(error) = std::fs::write("/proc/sys/vm/drop_caches", "2") {
+        println!("the kernel keeps the names: {error}");
+    }
+}
+
 /// Has the kernel forget what it holds of files, directories and inodes.
 pub fn drop_page_cache() {
     rustix::fs::sync();
