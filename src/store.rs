@@ -307,6 +307,11 @@ fn finish_open(
             if is_silent(peer) { "does not answer" } else { "is absent" }
         );
     }
+    let is_known =
+        |path: &&PathBuf| absent.iter().any(|peer| peer.path == identify::record_path(path));
+    for path in silent.iter().filter(|path| !is_known(path)) {
+        log::warn!("{} does not answer: the store runs without it", path.display());
+    }
     let absent: Vec<Peer> = absent
         .into_iter()
         .map(|mut peer| {
