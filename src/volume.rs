@@ -51,7 +51,7 @@ use crate::store::marker::Marker;
 use crate::types::{EntryName, Generation, NodeId, PRIVATE_DIR, RelPath, ReplicaId, Timestamp};
 
 use actors::Actors;
-pub use attributes::{Changes, Privileges};
+pub use attributes::{Changes, LookedUp, Privileges};
 use checkpoint::Checkpoints;
 use deferred::Deferrals;
 use excludes::Excludes;

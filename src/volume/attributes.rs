@@ -49,6 +49,9 @@ pub struct Changes {
     pub mtime: Option<SetTime>,
 }
 
+/// A live object that a name means, and its attributes.
+pub type LookedUp = (Arc<Node>, Stat);
+
 /// What a caller without `CAP_FSETID` loses from a mode when content or owner change.
 pub struct Privileges;
 
@@ -63,7 +66,7 @@ impl Privileges {
 
 impl Volume {
     /// The live object that a name means, counted as one lookup of the kernel.
-    pub fn lookup(&self, parent: NodeId, name: &EntryName) -> Result<(Arc<Node>, Stat)> {
+    pub fn lookup(&self, parent: NodeId, name: &EntryName) -> Result<LookedUp> {
         let node = self.named(parent, name)?;
         let stat = (|| {
             let state = self.lock(&node);
@@ -94,11 +97,7 @@ impl Volume {
 
     /// As [`Volume::lookup`], of several names in one directory; `None` for one that means nothing
     /// any more. All that is asked of a backing is asked by one hand-over.
-    pub fn lookup_all(
-        &self,
-        parent: NodeId,
-        names: &[EntryName],
-    ) -> Result<Vec<Option<(Arc<Node>, Stat)>>> {
+    pub fn lookup_all(&self, parent: NodeId, names: &[EntryName]) -> Result<Vec<Option<LookedUp>>> {
         let found = self.catalog().lookup_all(parent, names)?;
         let closed = found.iter().zip(names).filter_map(|(found, name)| {
             let (id, _) = (*found)?;
