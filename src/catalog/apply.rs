@@ -333,6 +333,14 @@ fn write_rest(db: &Connection, batch: &Batch, head: &mut HeadRow) -> rusqlite::R
             Late::Forget(change) => retain::apply(db, change, head)?,
         }
     }
+    if !batch.late.is_empty() {
+        // What is forgotten here may be what one of these was written for.
+        for row in &batch.undo {
+            if !is_of_use(db, row)? {
+                head.undo_bytes -= remove_undo(db, row)?;
+            }
+        }
+    }
     Ok(())
 }
 
@@ -344,6 +352,18 @@ fn is_of_use(db: &Connection, row: &UndoRow) -> rusqlite::Result<bool> {
          OR EXISTS(SELECT 1 FROM node WHERE id = ?2)",
     )?
     .query_row(params![row.content, row.node], |row| row.get(0))
+}
+
+/// Removes all before-images of a content that is forgotten, and tells how many bytes in segments
+/// they hold.
+fn remove_undo(db: &Connection, of: &UndoRow) -> rusqlite::Result<i64> {
+    let mut statement = db.prepare_cached(
+        "DELETE FROM undo WHERE node = ?1 AND content = ?2 RETURNING segment, length",
+    )?;
+    let removed = statement.query_map(params![of.node, of.content], |row| {
+        Ok((row.get::<_, Option<i64>>(0)?, row.get::<_, i64>(1)?))
+    })?;
+    removed.map(|row| row.map(|(at, length)| if at > Some(0) { length } else { 0 })).sum()
 }
 
 /// Adds a before-image and tells how many bytes it holds. Where an older one begins at the same

@@ -164,6 +164,32 @@ fn what_relies_on_a_content_with_before_images_keeps_them() {
     assert_eq!(sources.base, Base::Live(NodeId(4)));
 }
 
+/// Whoever has a deleted file open writes while the sweep forgets its content, and one commit has
+/// both: the before-image stayed, of no content.
+#[test]
+fn a_before_image_of_what_the_same_commit_forgets_is_not_kept() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    catalog.push([create(1, "a", file(2, 1)), vec![content(1, 2, 10)]].concat()).unwrap();
+    let preserved = Change::ContentPreserved { id: ContentId(1), cloned: false };
+    catalog.push(vec![preserved, remove(1, "a"), Change::NodeGone(NodeId(2))]).unwrap();
+    catalog.flush(Durability::Written).unwrap();
+    for forgotten_first in [true, false] {
+        let mut changes = vec![
+            Change::Forget(ForgetChange::Content(ContentId(1))),
+            Change::UndoAdd(image(2, 1, 0, 4)),
+            Change::UndoAdd(image(2, 1, 6, 4)),
+        ];
+        if !forgotten_first {
+            changes.reverse();
+        }
+        catalog.push(changes).unwrap();
+        catalog.flush(Durability::Written).unwrap();
+        assert_eq!(catalog.sources(NodeId(2), ContentId(1)).unwrap().undo, []);
+        assert_eq!(catalog.totals().unwrap().undo_bytes, 0);
+    }
+}
+
 /// The horizon that was read was the one before the thinning.
 #[test]
 fn a_snapshot_deleted_right_after_thinning_leaves_nothing() {
