@@ -87,9 +87,7 @@ impl Volume {
                 Ok((node, stat))
             }
             Err(error) => {
-                let id = node.id;
-                drop(node);
-                self.nodes.drop_unused(id);
+                self.nodes.let_go(node);
                 Err(error)
             }
         }

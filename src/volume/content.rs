@@ -155,8 +155,7 @@ impl Volume {
                 }
             };
             if let Some(node) = node {
-                drop(node);
-                self.nodes.drop_unused(holder);
+                self.nodes.let_go(node);
             }
             match outcome {
                 Ok(outcome) => return outcome,

@@ -77,7 +77,7 @@ impl Volume {
             if self.deferrals.files.lock().contains_key(&node.id) {
                 drop(self.lock(&node));
             }
-            self.let_go_of(node);
+            self.nodes.let_go(node);
         }
     }
 
@@ -90,15 +90,9 @@ impl Volume {
                 Some(mut state) => self.carry_out(&node, &mut state),
                 None => all = false,
             }
-            self.let_go_of(node);
+            self.nodes.let_go(node);
         }
         all
-    }
-
-    fn let_go_of(&self, node: Arc<Node>) {
-        let id = node.id;
-        drop(node);
-        self.nodes.drop_unused(id);
     }
 
     /// Whether a write to `range` is better deferred: it would have to wait for what it overwrites,

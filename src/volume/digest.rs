@@ -127,8 +127,7 @@ impl Volume {
         stop()?;
         let Ok(node) = self.node(id) else { return Ok(()) };
         let found = self.read_digest(&node, stop);
-        drop(node);
-        self.nodes.drop_unused(id);
+        self.nodes.let_go(node);
         if let Some((content, digest)) = found? {
             taken.push(Change::DigestAdd { content, digest });
         }

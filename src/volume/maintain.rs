@@ -221,8 +221,7 @@ impl Volume {
     pub(super) fn is_open_orphan(&self, id: NodeId) -> bool {
         let Some(node) = self.nodes.get(id) else { return false };
         let orphan = node.try_lock().is_none_or(|state| state.orphan);
-        drop(node);
-        self.nodes.drop_unused(id);
+        self.nodes.let_go(node);
         orphan
     }
 

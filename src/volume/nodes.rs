@@ -316,6 +316,13 @@ impl Nodes {
         self.drop_unused(id);
     }
 
+    /// Ends the use of a node, and drops it if that was the last.
+    pub fn let_go(&self, node: Arc<Node>) {
+        let id = node.id;
+        drop(node);
+        self.drop_unused(id);
+    }
+
     /// Drops a node that neither the kernel, nor an open file, nor an operation uses.
     pub fn drop_unused(&self, id: NodeId) {
         let mut shard = self.shard(id).lock();

@@ -24,8 +24,7 @@ impl Volume {
         let Some((id, live)) = self.catalog().successor(content)? else { return Ok(false) };
         let Ok(node) = self.node(id) else { return Ok(false) };
         let same = self.compare_with_live(content, &node, live);
-        drop(node);
-        self.nodes.drop_unused(id);
+        self.nodes.let_go(node);
         same
     }
 

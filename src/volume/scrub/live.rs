@@ -133,8 +133,7 @@ impl Work<'_> {
             Kind::Dir => self.dir(&node),
             _ => self.object(&node),
         };
-        drop(node);
-        volume.nodes.drop_unused(id);
+        volume.nodes.let_go(node);
         match looked {
             // Gone meanwhile.
             Err(error) if error.is(Errno::NOENT) => Ok(Looked::Done),
