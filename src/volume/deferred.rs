@@ -104,20 +104,16 @@ impl Volume {
         if bytes > PIECE_BYTES_MAX || open.sealed.content == ContentId::EMPTY || lost.is_empty() {
             return false;
         }
+        // Where blocks are shared, the first write has all preserved, and no other waits.
+        let is_cloned = || self.history.shares_blocks() && !state.orphan && open.is_untouched();
+        let waits = || !open.saved.missing(lost).is_empty() && !is_cloned();
+        if open.deferred.is_none() && !waits() {
+            return false;
+        }
         // What is deferred is on no disk yet, and needs as much again for its before-images.
         let all = self.deferrals.bytes.load(Ordering::Relaxed) + bytes;
         let room = 2 * all as u64 + super::ROOM_FOR_A_NAME;
-        if all > BYTES_MAX || !self.replicas().has_room(room) {
-            return false;
-        }
-        if open.deferred.is_some() {
-            return true;
-        }
-        if open.saved.missing(lost).is_empty() {
-            return false;
-        }
-        // Where blocks are shared, the first write has all preserved, and no other waits.
-        !self.history.shares_blocks() || state.orphan || !open.is_untouched()
+        all <= BYTES_MAX && self.replicas().has_room(room)
     }
 
     /// Defers a write. Where enough is deferred, all of it is carried out at once.
@@ -159,12 +155,9 @@ impl Volume {
             .iter()
             .map(|piece| ByteRange::new(piece.offset, piece.bytes.len() as u64))
             .collect();
-        let written = self.before_change(node, state, &ranges).and_then(|handles| {
-            self.replicas().write(&handles, pieces).or_else(|error| {
-                ranges.iter().try_for_each(|&range| self.level(&handles, range))?;
-                Err(error)
-            })
-        });
+        let written = self
+            .before_change(node, state, &ranges)
+            .and_then(|handles| self.write_all(&handles, pieces));
         if written.is_ok() || pieces.len() == 1 {
             return written;
         }

@@ -130,10 +130,11 @@ impl Volume {
         let Some(open) = state.open.as_mut() else { return Ok(()) };
         open.opens -= 1;
         open.writers -= u32::from(writable);
+        let mut outcome = Ok(());
         if open.writers == 0 {
             open.failed = None;
+            outcome = self.seal(node, &mut state);
         }
-        let outcome = if open.writers == 0 { self.seal(node, &mut state) } else { Ok(()) };
         if let Some(open) = state.open.as_ref()
             && open.opens == 0
             && !open.dirty
@@ -218,21 +219,28 @@ impl Volume {
         }
         self.carry_out(node, &mut state);
         let handles = self.before_change(node, &mut state, &[range])?;
-        let written = self.replicas().write(&handles, &Arc::from([piece]));
+        let written = self.write_all(&handles, &Arc::from([piece]));
         self.mark_unsealed(node, &mut state, true, caller);
-        if let Err(error) = written {
-            self.level(&handles, range)?;
-            return Err(error);
-        }
+        written?;
         if strip {
             self.strip_privileges(node, &mut state)?;
         }
         Ok(())
     }
 
+    /// Writes all pieces on every replica. Where that fails, the replicas have the same parts.
+    pub(super) fn write_all(&self, handles: &Arc<Handles>, pieces: &Arc<[Piece]>) -> Result<()> {
+        self.replicas().write(handles, pieces).or_else(|error| {
+            for piece in pieces.iter() {
+                self.level(handles, ByteRange::new(piece.offset, piece.bytes.len() as u64))?;
+            }
+            Err(error)
+        })
+    }
+
     /// After a write that failed on the primary, as on a full disk, a part of the data may be there
     /// and nowhere else: the others get the same bytes and size, so that the replicas stay equal.
-    pub(super) fn level(&self, handles: &Handles, range: ByteRange) -> Result<()> {
+    fn level(&self, handles: &Handles, range: ByteRange) -> Result<()> {
         let replicas = self.replicas();
         let (size, bytes) = replicas.read("read", |id, b| {
             let file = handles.get(id)?;
