@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::backing::{Backing, Handle};
-use super::guarded::UnderWay;
+use super::guarded::{Guarded, UnderWay};
 use super::verdict::{Nature, Verdict};
 use super::{Handles, Replica, ReplicaSet};
 use crate::error::Result;
@@ -62,27 +62,24 @@ impl ReplicaSet {
     /// Begins to make an object durable on every replica on which it is open, on all at once. One
     /// that took its place after the object was opened is passed over: it was durable then.
     pub fn begin_sync(&self, object: &Handles, data_only: bool) -> SyncAll<'_> {
-        let begin = |id| {
-            let handle = object.get(id).ok()?;
-            Some((id, self.get(id).backing.begin_sync(handle, data_only)))
-        };
-        SyncAll { set: self, op: "fsync", begun: self.online().filter_map(begin).collect() }
+        self.begin_sync_by(object, |backing, handle| backing.begin_sync(handle, data_only))
     }
 
     /// As [`ReplicaSet::begin_sync`]; where names are not ordered, all that was ever written
     /// becomes durable with it.
     pub fn begin_sync_whole(&self, object: &Handles, data_only: bool) -> SyncAll<'_> {
-        let begin = |id| {
-            let handle = object.get(id).ok()?;
-            let backing = &self.get(id).backing;
-            Some((
-                id,
-                match backing.orders_names() {
-                    true => backing.begin_sync(handle, data_only),
-                    false => backing.begin_sync_all(),
-                },
-            ))
-        };
+        self.begin_sync_by(object, |backing, handle| match backing.orders_names() {
+            true => backing.begin_sync(handle, data_only),
+            false => backing.begin_sync_all(),
+        })
+    }
+
+    fn begin_sync_by(
+        &self,
+        object: &Handles,
+        begin: impl Fn(&Guarded, &Handle) -> UnderWay,
+    ) -> SyncAll<'_> {
+        let begin = |id| Some((id, begin(&self.get(id).backing, object.get(id).ok()?)));
         SyncAll { set: self, op: "fsync", begun: self.online().filter_map(begin).collect() }
     }
 
