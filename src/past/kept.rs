@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use super::ino::Target;
 use super::{Known, Past, target};
 use crate::error::Result;
-use crate::types::{Kind, NodeId};
+use crate::types::NodeId;
 
 impl Past {
     /// Has the states of these entries of the directory `dir` at hand, which shows one generation
@@ -32,8 +32,7 @@ impl Past {
         let mut tables = self.tables.lock();
         for ((ino, _), state) in missing.into_iter().zip(states) {
             if let Some((row, links)) = state {
-                let nlink = if row.kind == Kind::Dir { 1 } else { links.max(1) };
-                tables.known.put(ino, Known { row, nlink });
+                tables.known.put(ino, Known { row, nlink: links.max(1) });
             }
         }
         Ok(())
