@@ -17,6 +17,8 @@ use crate::common::disk::LoopFs;
 use crate::common::{self, mounts_at, run, wait_until};
 
 const SECTOR: u64 = 512;
+/// A mount reads the first superblock of btrfs only, and refuses one whose sum is wrong.
+const BTRFS_BLOCK: u64 = 4096;
 const MAGIC: u64 = 0x006a_7366_7773_6872;
 const FLUSH: u64 = 1;
 const FUA: u64 = 2;
@@ -211,7 +213,8 @@ impl BlockLog {
     }
 
     /// Mounts the disk as it was after `until` entries. With `dice`, what was written after the
-    /// last flush is there or not, and the last write may be torn.
+    /// last flush is there or not, and the last write may be torn, on btrfs between two of its
+    /// blocks: it relies on a disk that writes its superblock, 4 KiB, wholly or not at all.
     #[track_caller]
     pub fn mount_as_of(&self, until: usize, mut dice: Option<&mut Dice>) -> LoopFs {
         let scratch = common::scratch();
@@ -232,7 +235,9 @@ impl BlockLog {
                     continue;
                 }
                 if index + 1 == until {
-                    sectors = dice.between(1, sectors as usize) as u64;
+                    let whole = if self.kind == "btrfs" { BTRFS_BLOCK / SECTOR } else { 1 };
+                    let torn = dice.between(1, sectors as usize) as u64;
+                    sectors = torn.next_multiple_of(whole).min(sectors);
                 }
             }
             let mut bytes = vec![0; (sectors * SECTOR) as usize];
