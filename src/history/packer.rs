@@ -96,6 +96,8 @@ pub struct Packer<'a> {
     fresh: HashMap<[u8; 32], ChunkId>,
     /// The bytes of contents that one run takes, about.
     run_bytes: u64,
+    /// Whether it is to end early.
+    is_over: &'a dyn Fn() -> bool,
 }
 
 impl<'a> Packer<'a> {
@@ -116,6 +118,7 @@ impl<'a> Packer<'a> {
             notes: Vec::new(),
             fresh: HashMap::new(),
             run_bytes: RUN_BYTES,
+            is_over: &|| false,
         }
     }
 
@@ -126,8 +129,16 @@ impl<'a> Packer<'a> {
         self
     }
 
+    /// The same; once `is_over` says so it takes up no more contents, and finishes what it has.
+    /// Beside writers each of them waits for a commit, and there may be a hundred thousand.
+    pub fn until(mut self, is_over: &'a dyn Fn() -> bool) -> Packer<'a> {
+        self.is_over = is_over;
+        self
+    }
+
     /// Packs preserved contents after `after`, one run of them, as far as `claim` lets it. Returns
-    /// where the next run goes on, and what was done.
+    /// where the next run goes on, and what was done; unless it was to end early, which leaves some
+    /// of the run as they were.
     pub fn contents(
         &mut self,
         after: ContentId,
@@ -138,7 +149,7 @@ impl<'a> Packer<'a> {
         let (mut run, mut same) = (Vec::new(), Vec::new());
         let mut last = after;
         for content in waiting {
-            if packed.bytes >= self.run_bytes {
+            if packed.bytes >= self.run_bytes || (self.is_over)() {
                 packed.done = false;
                 break;
             }
@@ -162,6 +173,10 @@ impl<'a> Packer<'a> {
         let mut changes = Groups::new();
         let mut originals = Vec::new();
         for content in &run {
+            if (self.is_over)() {
+                packed.done = false;
+                break;
+            }
             match self.content(content, &mut changes) {
                 Ok(()) => originals.push(*content),
                 Err(Error::Interrupted) => return Err(Error::Interrupted),
@@ -173,6 +188,7 @@ impl<'a> Packer<'a> {
             }
         }
         packed.count = originals.len() as u64;
+        packed.bytes = originals.iter().map(|content| content.size).sum();
         self.record(changes)?;
         self.remove_originals(&originals)?;
         Ok((last, packed))

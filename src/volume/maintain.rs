@@ -186,11 +186,13 @@ impl Volume {
 
     fn pack(&self, step: Step<'_>) -> Result<Packed> {
         self.forget_scratch(step)?;
-        let mut packer = self.packer(step);
+        let is_over = || self.check_stop().is_err();
+        let mut packer = self.packer(step).until(&is_over);
         let mut all = Packed::default();
         let mut after = ContentId::EMPTY;
         loop {
             let (last, run) = packer.contents(after, &mut |content| self.claim(content))?;
+            self.check_stop()?;
             all.count += run.count;
             all.bytes += run.bytes;
             after = last;

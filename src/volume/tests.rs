@@ -9,6 +9,7 @@ mod faults;
 mod growth;
 mod hangs;
 mod listing;
+mod packing;
 mod waits;
 
 /// A store of these backings, made if there is none.
