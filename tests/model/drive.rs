@@ -548,9 +548,25 @@ impl Driver {
         self.deaths.extend(died_at.into_inner());
         // Dropped, not closed: the next mount recovers.
         self.fs = None;
-        self.fs = Some(open(&self.paths, self.excludes, &self.between)?);
+        self.fs = Some(self.open_after_death()?);
         self.fs().volume().tidy_history().or_else(fail("tidy"))?;
         self.nothing_unpacked()
+    }
+
+    /// A thread of a volume that was dropped holds it until it has ended what it is at, and with it
+    /// the lock of the store.
+    fn open_after_death(&self) -> Outcome<Arc<Filesystem>> {
+        let begun = std::time::Instant::now();
+        loop {
+            match open(&self.paths, self.excludes, &self.between) {
+                Err(why)
+                    if why.contains("is in use by process") && begun.elapsed().as_secs() < 60 =>
+                {
+                    std::thread::yield_now();
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     fn remount(&mut self) -> Outcome {
