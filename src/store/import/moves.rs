@@ -5,10 +5,11 @@
 //! it. What stays ambiguous is left as it is: a file that lost its name, and another that is new.
 //!
 //! Where only our own work can be unrecorded, a file that is gone was renamed, for what is removed
-//! is preserved. So one that also got other times or another mode is known by its size, among the
-//! files that cannot be those which had their names.
+//! is preserved. So one that was also written to is known by its birth alone or, among the files
+//! that cannot be those which had their names, by its size.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
 
 use super::{Deferred, Doubt, Import, PUSH_CHANGES, content_differs};
 use crate::catalog::{Change, NodeRow};
@@ -33,6 +34,11 @@ impl MoveKey {
     fn of_row(row: &NodeRow) -> MoveKey {
         MoveKey { mtime: row.mtime, size: row.size, mode: row.mode, uid: row.uid }
     }
+
+    /// What it keeps if it is also written to in place, and got another mode.
+    fn of_written(self) -> MoveKey {
+        MoveKey { mtime: Timestamp::default(), mode: 0, ..self }
+    }
 }
 
 /// A node whose file may lie under another name now.
@@ -49,29 +55,7 @@ impl Import<'_> {
     pub(super) fn settle_deferred(&mut self) -> Result<()> {
         let files = self.take_other_links()?;
         let mut origins = self.origins(&files)?;
-        let mut moves = by_birth(&files, &origins);
-        by_uniqueness(&files, &origins, &mut moves, |_, key| Some(key));
-        if self.bounds.is_some() {
-            let strange = |file: &Deferred| match &file.over {
-                Some(row) => self.is_preserved(row),
-                None => Ok(true),
-            };
-            let strange = files.iter().map(strange).collect::<Result<Vec<bool>>>()?;
-            let blurred = |file: Option<usize>, key| {
-                let meant = file.is_none_or(|index| strange[index]);
-                meant.then_some(MoveKey { mtime: Timestamp::default(), mode: 0, ..key })
-            };
-            by_uniqueness(&files, &origins, &mut moves, blurred);
-        }
-        // A file that is its own origin was renamed nowhere.
-        for (index, file) in files.iter().enumerate() {
-            let own = |origin: &usize| {
-                file.over.as_ref().is_some_and(|row| row.id == origins[*origin].row.id)
-            };
-            if moves.get(&index).is_some_and(own) {
-                moves.remove(&index);
-            }
-        }
+        let moves = self.pairs(&files, &origins)?;
         let moved: HashSet<NodeId> = moves.values().map(|&index| origins[index].row.id).collect();
         moved.iter().for_each(|&node| self.claimed.insert(node));
         // First the names that renamed files took from others.
@@ -119,6 +103,49 @@ impl Import<'_> {
             self.progress.advance(0, 0)?;
         }
         Ok(())
+    }
+
+    /// The renamed files, each with its origin.
+    fn pairs(&self, files: &[Deferred], origins: &[Origin]) -> Result<HashMap<usize, usize>> {
+        let mut pairs = Pairs { files, origins, found: HashMap::new() };
+        let born = |birth| (birth != Timestamp::default()).then_some(birth);
+        pairs.find(
+            |_, file| Some((MoveKey::of(&file.stat), born(file.stat.btime)?)),
+            |origin| Some((MoveKey::of_row(&origin.row), born(origin.row.btime)?)),
+        );
+        let key = |file: &Deferred| (file.doubt == Doubt::Changed).then(|| MoveKey::of(&file.stat));
+        let missed = |origin: &Origin| origin.missing.map(|_| MoveKey::of_row(&origin.row));
+        pairs.find(|_, file| key(file), missed);
+        if self.bounds.is_some() {
+            pairs.find(|_, file| born(file.stat.btime), |origin| born(origin.row.btime));
+            let strangers = self.strangers(files)?;
+            pairs.find(
+                |index, file| key(file).filter(|_| strangers[index]).map(MoveKey::of_written),
+                |origin| missed(origin).map(MoveKey::of_written),
+            );
+        }
+        // A file that is its own origin was renamed nowhere.
+        let mut found = pairs.found;
+        found.retain(|&file, &mut origin| {
+            let over = files[file].over.as_ref().map(|row| row.id);
+            over != Some(origins[origin].row.id)
+        });
+        Ok(found)
+    }
+
+    /// Which files need not be the ones that had their names: none had it, or that one was
+    /// preserved, or was met under another name, or may be the one under another name.
+    fn strangers(&self, files: &[Deferred]) -> Result<Vec<bool>> {
+        let mut claims: HashMap<NodeId, u32> = HashMap::new();
+        let rows = files.iter().filter_map(|file| file.over.as_ref());
+        rows.for_each(|row| *claims.entry(row.id).or_default() += 1);
+        let is_stranger = |file: &Deferred| match &file.over {
+            Some(row) if claims[&row.id] == 1 && !self.claimed.contains(row.id) => {
+                self.is_preserved(row)
+            }
+            _ => Ok(true),
+        };
+        files.iter().map(is_stranger).collect()
     }
 
     /// Of the deferred files, takes those that turned out to be further names of an object that
@@ -216,59 +243,43 @@ impl Import<'_> {
     }
 }
 
-/// Pairs of file and origin that agree in all and were born at the same moment.
-fn by_birth(files: &[Deferred], origins: &[Origin]) -> HashMap<usize, usize> {
-    let mut found: HashMap<(MoveKey, Timestamp), (Vec<usize>, Vec<usize>)> = HashMap::new();
-    let known = |time: Timestamp| time != Timestamp::default();
-    for (index, origin) in origins.iter().enumerate().filter(|(_, one)| known(one.row.btime)) {
-        let key = (MoveKey::of_row(&origin.row), origin.row.btime);
-        found.entry(key).or_default().0.push(index);
-    }
-    for (index, file) in files.iter().enumerate() {
-        if let Some((_, own)) = found.get_mut(&(MoveKey::of(&file.stat), file.stat.btime)) {
-            own.push(index);
-        }
-    }
-    found
-        .into_values()
-        .filter_map(|(origins, files)| match (&origins[..], &files[..]) {
-            (&[origin], &[file]) => Some((file, origin)),
-            _ => None,
-        })
-        .collect()
+/// What was found of which file was which.
+struct Pairs<'a> {
+    files: &'a [Deferred],
+    origins: &'a [Origin],
+    /// Origins, by the file that each is.
+    found: HashMap<usize, usize>,
 }
 
-/// Of what is left, pairs of one changed file and one lost name that agree in a key, where no other
-/// of either does. `key` makes it of what they keep, for a file by its index or an origin, or
-/// `None`.
-fn by_uniqueness(
-    files: &[Deferred],
-    origins: &[Origin],
-    moves: &mut HashMap<usize, usize>,
-    key: impl Fn(Option<usize>, MoveKey) -> Option<MoveKey>,
-) {
-    let paired: HashSet<usize> = moves.values().copied().collect();
-    let mut found: HashMap<MoveKey, (Vec<usize>, Vec<usize>)> = HashMap::new();
-    for (index, origin) in origins.iter().enumerate() {
-        if origin.missing.is_some()
-            && !paired.contains(&index)
-            && let Some(key) = key(None, MoveKey::of_row(&origin.row))
-        {
-            found.entry(key).or_default().0.push(index);
+impl Pairs<'_> {
+    /// Adds the pairs of one file and one origin that agree in a key, where no other that is left
+    /// has it. What has no key takes no part.
+    fn find<K: Eq + Hash>(
+        &mut self,
+        file_key: impl Fn(usize, &Deferred) -> Option<K>,
+        origin_key: impl Fn(&Origin) -> Option<K>,
+    ) {
+        let paired: HashSet<usize> = self.found.values().copied().collect();
+        let mut alike: HashMap<K, (Vec<usize>, Vec<usize>)> = HashMap::new();
+        for (index, origin) in self.origins.iter().enumerate() {
+            if !paired.contains(&index)
+                && let Some(key) = origin_key(origin)
+            {
+                alike.entry(key).or_default().0.push(index);
+            }
         }
-    }
-    for (index, file) in files.iter().enumerate() {
-        if file.doubt == Doubt::Changed
-            && !moves.contains_key(&index)
-            && let Some(key) = key(Some(index), MoveKey::of(&file.stat))
-            && let Some((_, own)) = found.get_mut(&key)
-        {
-            own.push(index);
+        for (index, file) in self.files.iter().enumerate() {
+            if !self.found.contains_key(&index)
+                && let Some(key) = file_key(index, file)
+                && let Some((_, files)) = alike.get_mut(&key)
+            {
+                files.push(index);
+            }
         }
-    }
-    for (origins, files) in found.into_values() {
-        if let (&[origin], &[file]) = (&origins[..], &files[..]) {
-            moves.insert(file, origin);
+        for (origins, files) in alike.into_values() {
+            if let (&[origin], &[file]) = (&origins[..], &files[..]) {
+                self.found.insert(file, origin);
+            }
         }
     }
 }

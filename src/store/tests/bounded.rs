@@ -163,6 +163,48 @@ fn dirty_files_are_compared_byte_by_byte_under_all_their_names() {
     assert_recorded(&store.catalog, &bench.path("b"));
 }
 
+/// A file of a snapshot was written to and took one name of another that lives on under its second
+/// one. Nothing of the other is preserved by that, so the file was taken for it.
+#[test]
+fn a_file_written_to_and_renamed_over_a_link_is_the_one_it_was() {
+    // The order in which a directory is read decides which name is met first.
+    for (kept, taken) in [("far/g", "one/g"), ("one/g", "far/g")] {
+        for births in [true, false] {
+            written_and_renamed_over(kept, taken, births);
+        }
+    }
+}
+
+fn written_and_renamed_over(kept: &str, taken: &str, births: bool) {
+    let bench = Bench::new();
+    write(&bench.path("a/one/long"), b"long");
+    let store = opened(&bench);
+    let before = nodes(&store, &["one/long", kept]);
+    let dirs = ["one", "far"].map(|dir| Dirty::Dir(id_of(&store.catalog, dir)));
+    intend(&store, &[dirs[0], Dirty::File(before[0]), Dirty::File(before[1])]);
+    intend(&store, &[dirs[1]]);
+    drop(store);
+    for name in ["a", "b"] {
+        let root = bench.path(name);
+        let from = root.join("one/long");
+        match births {
+            // Its birth tells, so its size may be another as well.
+            true => fs::write(&from, b"longer").unwrap(),
+            // As on a replica whose births are not those that were recorded.
+            false => {
+                fs::remove_file(&from).unwrap();
+                write(&from, b"LONG");
+            }
+        }
+        fs::rename(from, root.join(taken)).unwrap();
+        // The other one, too, is not as it is recorded.
+        fs::write(root.join(kept), b"other").unwrap();
+    }
+    let store = recover(&bench);
+    assert_eq!(nodes(&store, &[taken, kept]), before, "over {taken}, by birth: {births}");
+    store.close().unwrap();
+}
+
 #[test]
 fn a_hard_link_made_or_renamed_is_the_file_that_it_names() {
     let bench = Bench::new();
