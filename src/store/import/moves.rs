@@ -50,6 +50,15 @@ struct Origin {
     missing: Option<usize>,
 }
 
+impl Deferred {
+    /// Whether it was born when the node was that had its name: it is that one.
+    fn is_own(&self) -> bool {
+        let unknown = Timestamp::default();
+        let born = |row: &NodeRow| row.btime == self.stat.btime && row.btime != unknown;
+        self.over.as_ref().is_some_and(born)
+    }
+}
+
 impl Import<'_> {
     /// Gives every deferred file its node.
     pub(super) fn settle_deferred(&mut self) -> Result<()> {
@@ -117,7 +126,14 @@ impl Import<'_> {
         let missed = |origin: &Origin| origin.missing.map(|_| MoveKey::of_row(&origin.row));
         pairs.find(|_, file| key(file), missed);
         if self.bounds.is_some() {
-            pairs.find(|_, file| born(file.stat.btime), |origin| born(origin.row.btime));
+            let lost = self.lost_births(files, origins)?;
+            let file_birth = |file: &Deferred| born(file.stat.btime).filter(|_| !file.is_own());
+            let lost_birth = |origin: &Origin| lost.get(&origin.row.id).copied();
+            pairs.find(
+                |_, file| Some((file_birth(file)?, file.stat.size)),
+                |origin| Some((lost_birth(origin)?, origin.row.size)),
+            );
+            pairs.find(|_, file| file_birth(file), lost_birth);
             let strangers = self.strangers(files)?;
             pairs.find(
                 |index, file| key(file).filter(|_| strangers[index]).map(MoveKey::of_written),
@@ -131,6 +147,37 @@ impl Import<'_> {
             over != Some(origins[origin].row.id)
         });
         Ok(found)
+    }
+
+    /// When the nodes were born that have no file, or another one, under their names: those that
+    /// nothing else was born with. A clock's tick is some milliseconds, and an empty file is no
+    /// origin.
+    fn lost_births(
+        &self,
+        files: &[Deferred],
+        origins: &[Origin],
+    ) -> Result<HashMap<NodeId, Timestamp>> {
+        let changed: HashSet<NodeId> = files
+            .iter()
+            .filter(|file| file.doubt == Doubt::Changed && !file.is_own())
+            .filter_map(|file| Some(file.over.as_ref()?.id))
+            .collect();
+        let mut taken = HashSet::new();
+        for missing in self.missing.iter().flatten() {
+            if missing.kind == Kind::File
+                && !self.claimed.contains(missing.node)
+                && let Some(row) = self.catalog.node(missing.node)?
+                && row.content == ContentId::EMPTY
+            {
+                taken.insert(row.btime);
+            }
+        }
+        let lost = origins
+            .iter()
+            .filter(|origin| origin.missing.is_some() || changed.contains(&origin.row.id))
+            .filter(|origin| !taken.contains(&origin.row.btime))
+            .filter(|origin| origin.row.btime != Timestamp::default());
+        Ok(lost.map(|origin| (origin.row.id, origin.row.btime)).collect())
     }
 
     /// Which files need not be the ones that had their names: none had it, or that one was
