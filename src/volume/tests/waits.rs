@@ -51,7 +51,14 @@ fn work(volume: &Volume, when: &str, mut is_over: impl FnMut(u64) -> bool) {
         waits.time("push", || catalog.push(vec![Change::NodePut(row)])).unwrap();
         waits.time("lookup", || catalog.lookup(NodeId::ROOT, &name("database"))).unwrap();
         waits.time("past", || catalog.lookup_at(past, NodeId::ROOT, &name("f18"))).unwrap();
-        waits.time("save", || save(volume, &text, b"short"));
+        let (node, _) = waits
+            .time("create", || volume.create(NodeId::ROOT, &name(&text), 0o644, true, &CALLER))
+            .unwrap();
+        waits.time("write", || volume.write(&node, 0, b"short", false, &CALLER)).unwrap();
+        waits.time("close", || volume.release(&node, true)).unwrap();
+        let id = node.id;
+        drop(node);
+        volume.forget(id, 1);
         waits.time("unlink", || volume.unlink(NodeId::ROOT, &name(&text), &CALLER)).unwrap();
         let mut block = [0; BLOCK];
         waits.time("read", || volume.read(&database, round * 8192, &mut block)).unwrap();
