@@ -12,6 +12,9 @@ from bench_systems import Borg, Restic, settle_history, status
 
 NAMES = ["ext4", "ext4-twice", "btrfs", "mergerfs", "bindfs", "rearview", "rearview-xfs"]
 BROWSERS = ["restic", "borg"]
+# What FUSE alone takes (tests/floor.rs). Measured when it is asked for: it is built for that.
+FLOOR = "floor"
+FLOOR_SERVER = os.environ.get("FLOOR_SERVER", "")
 MKFS = {"ext4": ["-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0"], "xfs": []}
 SNAPSHOT = "before"
 
@@ -114,6 +117,28 @@ class Btrfs(Live):
         return self.folders[0].parent / name
 
 
+def serve(command, *words, point, env=None):
+    """Starts a program that serves a mount and does not go to the background by itself."""
+    wait = ' >"$0.log" 2>&1 & for _ in $(seq 200); do ' \
+        'mountpoint -q "$0" && exit; sleep 0.05; done; cat "$0.log" >&2; exit 1'
+    run("sh", "-c", command + wait, point, *words, env=env)
+
+
+class Floor(Live):
+    """A FUSE filesystem that keeps all in memory."""
+
+    def up(self):
+        if not FLOOR_SERVER:
+            raise Failure("FLOOR_SERVER does not name the server: run scripts/bench")
+        mnt = self.folder / "mnt"
+        mnt.mkdir(parents=True)
+        serve('"$1" --ignored serve', FLOOR_SERVER, point=mnt, env={"FLOOR": str(mnt)})
+        self.folders = [mnt]
+
+    def check(self):
+        must_be_mounted(self.folders[0], "fuse.floor")
+
+
 class Over(Live):
     """A FUSE filesystem that shows one folder of one ext4."""
 
@@ -189,10 +214,8 @@ class Browser(Live):
         if self.name == "borg":
             run("borg", "mount", self.keeper.repository, self.shown, env=environment)
         else:
-            # It does not go to the background by itself.
-            command = 'restic -q -r "$0" mount "$1" >"$1.log" 2>&1 & for _ in $(seq 200); do ' \
-                'mountpoint -q "$1" && exit; sleep 0.05; done; cat "$1.log" >&2; exit 1'
-            run("sh", "-c", command, self.keeper.repository, self.shown, env=environment)
+            serve('restic -q -r "$1" mount "$0"', self.keeper.repository, point=self.shown,
+                  env=environment)
         must_be_mounted(self.shown, "fuse")
         return True
 
@@ -205,7 +228,7 @@ class Browser(Live):
 def lives(place, wanted, size):
     """The wanted systems."""
     kinds = {"ext4": Plain, "ext4-twice": Plain, "btrfs": Btrfs, "mergerfs": Over, "bindfs": Over}
-    kinds.update({"rearview": Rearview, "rearview-xfs": Rearview, "restic": Browser})
+    kinds.update({"rearview": Rearview, "rearview-xfs": Rearview, "restic": Browser, FLOOR: Floor})
     return [kinds.get(name, Browser)(place, name, size) for name in wanted]
 
 

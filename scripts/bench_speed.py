@@ -11,7 +11,7 @@ import time
 
 import bench_report as report
 from bench_jobs import GROUPS, Sizes, Sources
-from bench_live import BROWSERS, NAMES, lives
+from bench_live import BROWSERS, FLOOR, NAMES, lives
 from bench_place import Failure, Place, chosen, say
 from bench_systems import versions_of_programs
 
@@ -28,7 +28,8 @@ LEGEND = """\
 Medians in milliseconds, ± half of the range between the slowest and the fastest round in percent.
 ext4-twice is one ext4 after the other; btrfs is RAID1 with snapshots, rearview two replicas on ext4
 with history; mergerfs and bindfs show one folder of one ext4. All images are in memory. `cold`:
-after dropping the kernel's caches. restic and borg show a backup by their own mounts.
+after dropping the kernel's caches. restic and borg show a backup by their own mounts. floor keeps
+all in memory: what the way through FUSE takes by itself.
 """
 
 
@@ -36,7 +37,7 @@ def add_arguments(parser):
     """The options of `speed` alone."""
     parser.add_argument("--rounds", type=int, help="how many (default: 5, quick: 1)")
     parser.add_argument("--work", help=f"only these groups: {','.join(GROUPS)}")
-    parser.add_argument("--systems", help=f"only these: {','.join(NAMES + BROWSERS)}")
+    parser.add_argument("--systems", help=f"only these: {','.join(NAMES + BROWSERS)}, or {FLOOR}")
     parser.add_argument("--files", type=int, help="small files instead of 6000")
     parser.add_argument("--mib", type=int, help="size of large files instead of 512 MiB")
     parser.add_argument("--order", type=int, default=0, help="with which system to begin")
@@ -46,7 +47,8 @@ def main(options):
     """Measures, tells, and returns 1 if a time is missing."""
     sizes = Sizes(options.quick, options.files, options.mib)
     groups = chosen(options.work, GROUPS, "group")
-    systems = chosen(options.systems, NAMES + BROWSERS, "system")
+    known = NAMES + BROWSERS + ([FLOOR] if options.systems else [])
+    systems = chosen(options.systems, known, "system")
     rounds = options.rounds or (1 if options.quick else 5)
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out, sizes, resume=options.resume)
@@ -131,7 +133,7 @@ class Results:
 
     def write_all(self):
         """Tables and chart; the table goes to standard output as well."""
-        systems = [name for name in NAMES + BROWSERS
+        systems = [name for name in NAMES + BROWSERS + [FLOOR]
                    if any(name in cells for cells in self.times.values())]
         header = ["work", *systems]
         rows = [[work, *(cell(cells.get(name)) for name in systems)]
