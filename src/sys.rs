@@ -229,6 +229,38 @@ pub fn flush_pages(file: impl AsFd) -> io::Result<()> {
     if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Whether a file lies in more than `most` runs of blocks; `false` where that is not told. What was
+/// not written back yet may not count.
+pub fn is_fragmented(file: impl AsFd, most: u32) -> io::Result<bool> {
+    // `linux/fiemap.h`: a head of four words, and seven for each run that is told.
+    const FS_IOC_FIEMAP: u64 = 0xc020_660b;
+    const HEAD_WORDS: usize = 4;
+    const RUN_WORDS: usize = 7;
+    let asked = most + 1;
+    let mut map = vec![0u64; HEAD_WORDS + RUN_WORDS * asked as usize];
+    // From 0 on, the whole file; no flags; the third and fourth word are of two halves each.
+    map[1] = u64::MAX;
+    map[3] = u64::from_ne_bytes(halves(asked, 0));
+    let (fd, call) = (file.as_fd().as_raw_fd(), FS_IOC_FIEMAP as libc::Ioctl);
+    // SAFETY: the buffer has room for the head and as many runs as the head asks for, and both it
+    // and the descriptor outlive the call.
+    if unsafe { libc::ioctl(fd, call, map.as_mut_ptr()) } != 0 {
+        let error = io::Error::last_os_error();
+        let untold = [Some(libc::EOPNOTSUPP), Some(libc::ENOTTY)].contains(&error.raw_os_error());
+        return if untold { Ok(false) } else { Err(error) };
+    }
+    let told = u32::from_ne_bytes(map[2].to_ne_bytes()[4..].try_into().expect("4 bytes"));
+    Ok(told > most)
+}
+
+/// Two halves of a word as they lie in memory.
+fn halves(first: u32, second: u32) -> [u8; 8] {
+    let mut word = [0; 8];
+    word[..4].copy_from_slice(&first.to_ne_bytes());
+    word[4..].copy_from_slice(&second.to_ne_bytes());
+    word
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -285,6 +285,9 @@ pub trait Backing: Send + Sync {
     ) -> io::Result<u64>;
     /// Makes `to` share all of `from`'s blocks (`FICLONE`); `EOPNOTSUPP` where the backing cannot.
     fn clone_file(&self, from: &Handle, to: &Handle) -> io::Result<()>;
+    /// Whether a file lies in more than `most` runs of blocks, as far as is known without writing
+    /// anything back; `false` where the backing cannot tell.
+    fn is_fragmented(&self, file: &Handle, most: u32) -> io::Result<bool>;
     /// Makes a file's content (and with `!data_only` its attributes) or a directory durable. A
     /// handle from `open_dir` or `open_node` is reopened for it.
     fn sync(&self, object: &Handle, data_only: bool) -> io::Result<()>;

@@ -479,6 +479,10 @@ impl Backing for DirBacking {
         }
     }
 
+    fn is_fragmented(&self, file: &Handle, most: u32) -> io::Result<bool> {
+        sys::is_fragmented(file.as_fd(), most)
+    }
+
     fn sync(&self, object: &Handle, data_only: bool) -> io::Result<()> {
         let sync = |fd: BorrowedFd<'_>| match data_only {
             true => retry_on_intr(|| rustix::fs::fdatasync(fd)),

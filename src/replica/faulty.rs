@@ -145,6 +145,7 @@ impl Backing for Faulty {
             &self, from: &Handle, from_offset: u64, to: &Handle, to_offset: u64, length: u64
         ) -> u64 [at to_offset, length];
         fn clone_file(&self, from: &Handle, to: &Handle) -> ();
+        fn is_fragmented(&self, file: &Handle, most: u32) -> bool;
         fn space(&self) -> Space;
     }
 

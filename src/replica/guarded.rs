@@ -252,6 +252,7 @@ macro_rules! methods {
             fn fallocate(&self, file: &Handle; mode: u32, offset: u64, length: u64) -> ();
             fn seek(&self, file: &Handle; offset: u64, to: Seek) -> u64;
             fn clone_file(&self, from: &Handle, to: &Handle) -> ();
+            fn is_fragmented(&self, file: &Handle; most: u32) -> bool;
             fn space(&self) -> Space;
         }
     };

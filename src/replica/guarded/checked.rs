@@ -104,6 +104,7 @@ impl Answer for Handle {
 }
 
 impl Answer for () {}
+impl Answer for bool {}
 impl Answer for u64 {}
 impl Answer for usize {}
 impl Answer for Stat {}
