@@ -180,17 +180,19 @@ impl Import<'_> {
         Ok(lost.map(|origin| (origin.row.id, origin.row.btime)).collect())
     }
 
-    /// Which files need not be the ones that had their names: none had it, or that one was
-    /// preserved, or was met under another name, or may be the one under another name.
+    /// Which files need not be the ones that had their names: none had it, or that one was empty, or
+    /// was preserved, or was met under another name, or may be the one under another name.
     fn strangers(&self, files: &[Deferred]) -> Result<Vec<bool>> {
         let mut claims: HashMap<NodeId, u32> = HashMap::new();
         let rows = files.iter().filter_map(|file| file.over.as_ref());
         rows.for_each(|row| *claims.entry(row.id).or_default() += 1);
         let is_stranger = |file: &Deferred| match &file.over {
-            Some(row) if claims[&row.id] == 1 && !self.claimed.contains(row.id) => {
-                self.is_preserved(row)
-            }
-            _ => Ok(true),
+            Some(_) if file.is_own() => Ok(false),
+            Some(row) => Ok(row.content == ContentId::EMPTY
+                || claims[&row.id] > 1
+                || self.claimed.contains(row.id)
+                || self.is_preserved(row)?),
+            None => Ok(true),
         };
         files.iter().map(is_stranger).collect()
     }

@@ -170,19 +170,40 @@ fn a_file_written_to_and_renamed_over_a_link_is_the_one_it_was() {
     // The order in which a directory is read decides which name is met first.
     for (kept, taken) in [("far/g", "one/g"), ("one/g", "far/g")] {
         for births in [true, false] {
-            written_and_renamed_over(kept, taken, births);
+            written_and_renamed_over(taken, Some(kept), births);
         }
     }
 }
 
-fn written_and_renamed_over(kept: &str, taken: &str, births: bool) {
+/// Nor is anything of an empty one.
+#[test]
+fn a_file_written_to_and_renamed_over_an_empty_one_is_the_one_it_was() {
+    for births in [true, false] {
+        written_and_renamed_over("far/empty", None, births);
+    }
+}
+
+/// The file `one/long` is written to and takes the name `taken` of another, which is otherwise
+/// `kept`.
+fn written_and_renamed_over(taken: &str, kept: Option<&str>, births: bool) {
     let bench = Bench::new();
-    write(&bench.path("a/one/long"), b"long");
+    let (long, empty) = (bench.path("a/one/long"), bench.path("a/far/empty"));
+    let born = |path: &Path| fs::metadata(path).unwrap().created().ok();
+    write(&long, b"long");
+    write(&empty, b"");
+    // The clock of births has ticks.
+    while born(&long).is_some() && born(&long) == born(&empty) {
+        fs::remove_file(&empty).unwrap();
+        write(&empty, b"");
+    }
     let store = opened(&bench);
-    let before = nodes(&store, &["one/long", kept]);
+    let paths: Vec<&str> = [taken].into_iter().chain(kept).collect();
+    let moved = id_of(&store.catalog, "one/long");
+    let before: Vec<NodeId> =
+        [moved].into_iter().chain(kept.map(|kept| id_of(&store.catalog, kept))).collect();
     let dirs = ["one", "far"].map(|dir| Dirty::Dir(id_of(&store.catalog, dir)));
-    intend(&store, &[dirs[0], Dirty::File(before[0]), Dirty::File(before[1])]);
-    intend(&store, &[dirs[1]]);
+    intend(&store, &dirs);
+    before.iter().for_each(|&node| intend(&store, &[Dirty::File(node)]));
     drop(store);
     for name in ["a", "b"] {
         let root = bench.path(name);
@@ -198,10 +219,10 @@ fn written_and_renamed_over(kept: &str, taken: &str, births: bool) {
         }
         fs::rename(from, root.join(taken)).unwrap();
         // The other one, too, is not as it is recorded.
-        fs::write(root.join(kept), b"other").unwrap();
+        kept.map(|kept| fs::write(root.join(kept), b"other").unwrap());
     }
     let store = recover(&bench);
-    assert_eq!(nodes(&store, &[taken, kept]), before, "over {taken}, by birth: {births}");
+    assert_eq!(nodes(&store, &paths), before, "over {taken}, by birth: {births}");
     store.close().unwrap();
 }
 
