@@ -101,6 +101,11 @@ impl Replica {
     pub fn overdue_count(&self) -> usize {
         self.backing.overdue_count()
     }
+
+    /// The backing, for whoever looks after those who make their calls themselves.
+    pub fn guard(&self) -> &Guarded {
+        &self.backing
+    }
 }
 
 /// What every replica that took part answered; at least one did.

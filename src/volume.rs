@@ -486,6 +486,7 @@ impl Volume {
     /// What is done now and then: sealing what is idle, recording directories, sweeping.
     fn housekeep(&self) -> Result<()> {
         self.eject_failed_catalogs();
+        self.give_up_hung();
         let idle: Vec<Arc<Node>> = self.unsealed.lock().values().cloned().collect();
         for node in idle {
             let _cut = self.cut.read();

@@ -11,9 +11,11 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rusqlite::Connection;
 use rusqlite::backup::{Backup, StepResult};
+use rustix::io::Errno;
 
 use super::apply::{Committed, apply};
 use super::commit::Writer;
@@ -22,7 +24,9 @@ use super::open::{BACKUP_PAGES, finish, new_beside, put_in_place};
 use super::overlay::Batch;
 use super::schema::{Use, connect, name_damage, read_head, read_head_only};
 use super::{Catalog, Durability, Shared};
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
+use crate::sys::patience::Patience;
+use crate::sys::sqlite::with_patience;
 use crate::types::{Kind, NodeId, ReplicaId};
 
 /// Changes kept for a copy in the making: some 100 MB. A copy that cannot keep up within them is
@@ -55,8 +59,12 @@ impl Shared {
 }
 
 /// A copy of the catalog that is to join. Dropped, it is a catalog of an earlier moment.
+///
+/// What is written to it is written by the replica's own thread: where its disk hangs, whoever
+/// waits is told in time.
 pub struct Joining<'a> {
     catalog: &'a Catalog,
+    replica: ReplicaId,
     file: PathBuf,
     writer: Option<Writer>,
     sequence: u64,
@@ -65,9 +73,7 @@ pub struct Joining<'a> {
 impl Drop for Joining<'_> {
     fn drop(&mut self) {
         *self.catalog.shared.kept.lock() = None;
-        if let Some(writer) = self.writer.take() {
-            let _ = finish(writer.db);
-        }
+        let _ = self.write(|writer| finish(writer.db));
     }
 }
 
@@ -84,22 +90,33 @@ pub struct Differing {
 
 impl Catalog {
     /// What the live tree has otherwise than the catalog in `older`, an earlier one of this store
-    /// that nobody writes.
-    pub fn differing(&self, older: &Path) -> Result<Differing> {
+    /// that nobody writes. No read of either is waited for longer than `timeout`.
+    pub fn differing(&self, older: &Path, timeout: Duration) -> Result<Differing> {
         self.flush(Durability::Written)?;
-        let mut found = Differing::default();
-        self.shared.read(|db| {
-            found = Differing::default();
-            database::attach(db, older, || collect_differing(db, &mut found))
-        })?;
-        Ok(found)
+        // The older one's own: it must not cost those in use their place.
+        let patience = Arc::new(Patience::new(timeout));
+        let mut failure = None;
+        let found = self.shared.read(|db| {
+            let mut found = Differing::default();
+            let ask = || database::attach(db, older, || collect_differing(db, &mut found));
+            with_patience(&patience, ask).map(|()| found).map_err(|error| {
+                failure = Some(error);
+                rusqlite::Error::QueryReturnedNoRows
+            })
+        });
+        match failure {
+            None => found,
+            Some(_) if patience.is_over() => Err(Errno::TIMEDOUT).context("read", older),
+            Some(error) => Err(name_damage(older, error)),
+        }
     }
 
     /// Replaces the catalog in `to`, which is not open, by a copy of the present one, while that
-    /// goes on being written. `step` is called now and then and may end the work. One copy at a
-    /// time.
+    /// goes on being written, for `replica`. `step` is called now and then and may end the work.
+    /// One copy at a time.
     pub fn copy_live(
         &self,
+        replica: ReplicaId,
         to: &Path,
         step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Joining<'_>> {
@@ -112,7 +129,7 @@ impl Catalog {
         }
         let file = to.to_path_buf();
         // From here on its drop ends the keeping.
-        let mut joining = Joining { catalog: self, file, writer: None, sequence: 0 };
+        let mut joining = Joining { catalog: self, replica, file, writer: None, sequence: 0 };
         let place = Place::of(to)?;
         let mut ended = Ok(());
         // Pinned for the length of the copy, which is then the state of one commit.
@@ -194,17 +211,34 @@ impl Joining<'_> {
             };
             let Some((committed, batch)) = next else { return Ok(()) };
             if committed.sequence > self.sequence {
-                self.take(&committed, &batch)?;
+                self.take(&committed, batch)?;
             }
         }
         Ok(())
     }
 
-    fn take(&mut self, committed: &Committed, batch: &Batch) -> Result<()> {
-        let Some(writer) = &mut self.writer else { return Ok(()) };
-        let own =
-            apply(&mut writer.db, &batch.plan()).map_err(|error| name_damage(&self.file, error))?;
-        writer.in_wal += batch.count + 1;
+    /// Does something with the copy, which is given up where that hangs; `None` if there is none.
+    fn write<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(Writer) -> T + Send + 'static,
+    ) -> Result<Option<T>> {
+        let Some(writer) = self.writer.take() else { return Ok(None) };
+        let lanes = &self.catalog.shared.lanes;
+        let turn = lanes.begin(self.replica, writer.device, move || work(writer));
+        match lanes.wait(self.replica, turn) {
+            Some(answer) => Ok(Some(answer)),
+            None => Err(Errno::TIMEDOUT).context("write", &self.file),
+        }
+    }
+
+    fn take(&mut self, committed: &Committed, batch: Arc<Batch>) -> Result<()> {
+        let done = self.write(move |mut writer| {
+            writer.in_wal += batch.count + 1;
+            (apply(&mut writer.db, &batch.plan()), writer)
+        })?;
+        let Some((applied, writer)) = done else { return Ok(()) };
+        self.writer = Some(writer);
+        let own = applied.map_err(|error| name_damage(&self.file, error))?;
         if own != *committed {
             return Err(self.differs());
         }
@@ -220,17 +254,17 @@ impl Joining<'_> {
         }
     }
 
-    /// From here on the copy is the catalog of `replica`, and every commit goes to it too.
-    pub fn attach(mut self, replica: ReplicaId) -> Result<()> {
-        let shared = &self.catalog.shared;
+    /// From here on the copy is the catalog of its replica, and every commit goes to it too.
+    pub fn attach(mut self) -> Result<()> {
+        let (shared, replica) = (&self.catalog.shared, self.replica);
         // No commit runs while this is held, and what was committed before is kept already.
         let mut writers = shared.writers.lock();
         self.catch_up()?;
-        let Some(writer) = self.writer.take() else { return Ok(()) };
-        let head = |db: &Connection| read_head_only(db);
-        let own = head(&writer.db)?;
+        let asked = self.write(|writer| (read_head_only(&writer.db), writer))?;
+        let Some((own, writer)) = asked else { return Ok(()) };
+        let own = own?;
         if let Some(other) = writers.iter().find_map(|(_, writer)| writer.as_ref())
-            && head(&other.db)? != own
+            && read_head_only(&other.db)? != own
         {
             return Err(self.differs());
         }

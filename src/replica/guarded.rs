@@ -15,7 +15,8 @@
 //! once as a whole (`relay`), calls one by one only where they are rare, and whoever waits stays
 //! awake for a moment (`flag`).
 //!
-//! Whoever nobody waits for may make its calls itself ([`Directly`]).
+//! Whoever nobody waits for may make its calls itself ([`Directly`]): those are given up by whoever
+//! looks after it ([`Guarded::give_up`]).
 //!
 //! What certainly does not touch the device (`*_at_hand`: attributes of an open file, pages and
 //! names that are in the kernel's caches) is done by the caller itself.
@@ -161,6 +162,33 @@ impl Guarded {
         answer.inspect_err(|error| note_timeout(&self.workers, op, (None, None), error))
     }
 
+    /// Does something else that touches the backing's device, in the caller's own thread, which may
+    /// hang ([`Directly`]). It is told how to show that it goes on, and need not while the device
+    /// works.
+    pub fn directly<T>(
+        &self,
+        op: &'static str,
+        work: impl FnOnce(&dyn Fn()) -> T,
+    ) -> io::Result<T> {
+        let device = self.workers.inner().device();
+        self.workers.on_record(op, Some(device), |alive| Ok(work(alive)))
+    }
+
+    /// Whether a call hangs that a thread makes itself ([`Directly`]).
+    pub fn hangs(&self) -> bool {
+        self.workers.shared().own_calls.hangs(self.timeout())
+    }
+
+    /// Gives up such calls; whether there were any.
+    pub fn give_up(&self) -> bool {
+        let shared = self.workers.shared();
+        let hung = shared.own_calls.give_up(self.timeout(), || shared.gave_up());
+        for op in &hung {
+            note_timeout(&self.workers, op, (None, None), &Errno::TIMEDOUT.into());
+        }
+        !hung.is_empty()
+    }
+
     /// Has one worker make all the calls of an operation.
     pub(super) fn whole<T: Send + 'static>(
         &self,
@@ -178,7 +206,7 @@ impl Guarded {
         call: impl FnOnce(&dyn Backing) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         if directly::is_on() {
-            return self.workers.make(call);
+            return self.workers.make(op, call);
         }
         let answer = self.workers.begin(call).wait(self.timeout());
         answer.inspect_err(|error| note_timeout(&self.workers, op, on, error))

@@ -83,7 +83,7 @@ impl Site {
 
     /// Does what touches the backing's device by another way than its calls; `ETIMEDOUT` if that
     /// hangs, or a call does.
-    pub(super) fn within<T: Send + 'static>(
+    pub(crate) fn within<T: Send + 'static>(
         &self,
         action: &'static str,
         work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -91,6 +91,18 @@ impl Site {
         match &self.guard {
             Some(guard) => guard.within(action, work).context(action, &self.path)?,
             None => work(),
+        }
+    }
+
+    /// Likewise in the caller's own thread, which may hang: see [`Guarded::directly`].
+    pub(crate) fn directly<T>(
+        &self,
+        action: &'static str,
+        work: impl FnOnce(&dyn Fn()) -> Result<T>,
+    ) -> Result<T> {
+        match &self.guard {
+            Some(guard) => guard.directly(action, work).context(action, &self.path)?,
+            None => work(&|| ()),
         }
     }
 }

@@ -266,6 +266,34 @@ impl Volume {
         }
     }
 
+    /// A resync makes its calls itself and may hang in one ([`Directly`]): then it has failed, and
+    /// what it hangs on is out of use. Its thread learns of it when the call returns, and does no
+    /// other resync before.
+    pub(super) fn give_up_hung(&self) {
+        let hangs = |id: &ReplicaId| self.replicas().get(*id).guard().hangs();
+        let hung: Vec<ReplicaId> = self.replicas().ids().filter(hangs).collect();
+        if hung.is_empty() {
+            return;
+        }
+        let jobs = self.resyncs.jobs.lock();
+        let running = jobs.iter().filter(|(_, job)| matches!(job.stage, Stage::Running(_)));
+        let running: Vec<(ReplicaId, Arc<AtomicBool>)> =
+            running.map(|(id, job)| (*id, job.stop.clone())).collect();
+        drop(jobs);
+        // First: what returns just now must not go on as if nothing had been.
+        running.iter().for_each(|(_, stop)| stop.store(true, Ordering::Relaxed));
+        let fault = || Fault::new("resync", Errno::TIMEDOUT);
+        for id in hung.into_iter().filter(|id| self.replicas().get(*id).guard().give_up()) {
+            if self.replicas().is_online(id) {
+                self.replicas().eject(id, fault());
+            }
+            for (id, _) in &running {
+                self.replicas().resync_failed(*id, fault());
+                self.put_off(*id, &Errno::TIMEDOUT.into());
+            }
+        }
+    }
+
     fn put_off(&self, id: ReplicaId, error: &Error) {
         let path = self.replicas().get(id).path.clone();
         match error {
@@ -311,6 +339,9 @@ impl Volume {
                     job.stage = Stage::Done(Instant::now());
                 }
             }
+            Err(error) if !self.is_of(id, &stop) => {
+                log::info!("{}: the resync that hung has ended: {error}", path.display());
+            }
             Err(error) => {
                 let errno = match &error {
                     Error::Interrupted => Errno::CANCELED,
@@ -325,6 +356,12 @@ impl Volume {
         true
     }
 
+    /// Whether the job of a replica is the one with this signal, and was not put off meanwhile.
+    fn is_of(&self, id: ReplicaId, stop: &Arc<AtomicBool>) -> bool {
+        let jobs = self.resyncs.jobs.lock();
+        jobs.get(&id).is_some_and(|job| Arc::ptr_eq(&job.stop, stop))
+    }
+
     fn resync(
         &self,
         arrival: &Arrival,
@@ -334,10 +371,17 @@ impl Volume {
     ) -> Result<()> {
         let id = arrival.id;
         let target = self.store.site(id);
+        let file = self.store.catalog_file(id);
         let own = match arrival.was_whole {
-            true => Catalog::open_held(&self.store.catalog_file(id)).ok(),
+            true => {
+                let file = file.clone();
+                target.within("open the catalog in", move || Catalog::open_held(&file)).ok()
+            }
             false => None,
         };
+        if let Some(own) = &own {
+            own.set_timeout(self.options.call_timeout);
+        }
         let mut touched = DirtySet::default();
         if arrival.was_whole && (own.is_some() || fork == Fork::Take) {
             let _directly = Directly::on();
@@ -362,7 +406,7 @@ impl Volume {
         if let (Some(doubtful), true) = (&arrival.doubtful, own.is_some()) {
             // But for what is doubtful its catalog tells its tree exactly: only that, and where the
             // store's differs, is to be looked at.
-            let found = self.catalog().differing(&self.store.catalog_file(id))?;
+            let found = self.catalog().differing(&file, self.options.call_timeout)?;
             places.all_done();
             progress.begin("", (found.files.len() + found.dirs.len()) as u64, found.bytes);
             touched.files.extend(found.files);

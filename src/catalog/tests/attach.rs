@@ -38,13 +38,13 @@ fn a_catalog_joins_while_the_others_are_written_and_is_equal_to_them() {
         });
         let mut steps = 0;
         let mut joining = catalog
-            .copy_live(&scratch.files[2], &mut || {
+            .copy_live(third(), &scratch.files[2], &mut || {
                 steps += 1;
                 Ok(())
             })
             .unwrap();
         joining.catch_up().unwrap();
-        joining.attach(third()).unwrap();
+        joining.attach().unwrap();
         // Some more, written to all three.
         catalog.flush(Durability::Written).unwrap();
         stop.store(true, Ordering::Relaxed);
@@ -68,10 +68,10 @@ fn a_copy_that_is_stopped_leaves_the_old_catalog_and_the_next_one_succeeds() {
     (2..10_000).for_each(|id| add(&catalog, id));
     catalog.flush(Durability::Written).unwrap();
     let before = Catalog::inspect(&scratch.files[2]).unwrap();
-    let stopped = catalog.copy_live(&scratch.files[2], &mut || Err(Error::Interrupted));
+    let stopped = catalog.copy_live(third(), &scratch.files[2], &mut || Err(Error::Interrupted));
     assert!(matches!(stopped.err(), Some(Error::Interrupted)));
     assert_eq!(Catalog::inspect(&scratch.files[2]).unwrap(), before);
-    catalog.copy_live(&scratch.files[2], &mut || Ok(())).unwrap().attach(third()).unwrap();
+    catalog.copy_live(third(), &scratch.files[2], &mut || Ok(())).unwrap().attach().unwrap();
     // The one that joined answers once the other is gone.
     catalog.detach(ReplicaId::all().next().unwrap());
     assert!(catalog.lookup(ROOT, &name("file 000007")).unwrap().is_some());

@@ -15,9 +15,11 @@ use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 
 use super::checked::Checked;
+use super::directly::OwnCalls;
 use super::flag::Flag;
 use crate::replica::backing::Backing;
 use crate::sys;
+use crate::sys::device::Device;
 
 /// The most threads of one replica: callers are fewer, unless calls hang.
 const WORKERS_MAX: usize = 256;
@@ -39,6 +41,8 @@ pub(super) struct Shared {
     idle: Mutex<Vec<Arc<Worker>>>,
     overdue: AtomicUsize,
     ended: AtomicBool,
+    /// Of threads that do without workers.
+    pub(super) own_calls: OwnCalls,
 }
 
 /// How many threads there are, and the signal that one has ended and holds nothing any more.
@@ -84,6 +88,7 @@ impl Workers {
             idle: Mutex::default(),
             overdue: AtomicUsize::new(0),
             ended: AtomicBool::new(false),
+            own_calls: OwnCalls::default(),
         };
         Workers { shared: Arc::new(shared), alive: Arc::default() }
     }
@@ -129,14 +134,35 @@ impl Workers {
     /// Makes a call at once, by the caller's own thread.
     pub(super) fn make<T>(
         &self,
+        op: &'static str,
         call: impl FnOnce(&dyn Backing) -> io::Result<T>,
+    ) -> io::Result<T> {
+        self.on_record(op, None, |_| {
+            let answer = self.shared.run(call);
+            self.shared.close_left();
+            answer
+        })
+    }
+
+    /// Does something that may hang in the caller's own thread. It is told how to show that it goes
+    /// on; `watched` as in [`OwnCalls::begin`].
+    pub(super) fn on_record<T>(
+        &self,
+        op: &'static str,
+        watched: Option<Option<Device>>,
+        work: impl FnOnce(&dyn Fn()) -> io::Result<T>,
     ) -> io::Result<T> {
         if self.overdue_count() > 0 {
             return Err(Errno::TIMEDOUT.into());
         }
-        let answer = self.shared.run(call);
-        self.shared.close_left();
-        answer
+        let calls = &self.shared.own_calls;
+        let number = calls.begin(op, watched);
+        let answer = work(&|| calls.renew(number));
+        if calls.end(number) {
+            return answer;
+        }
+        self.shared.returned();
+        Err(Errno::TIMEDOUT.into())
     }
 
     /// Hands work to a worker.

@@ -89,7 +89,7 @@ impl Rounds<'_> {
         let opened = volume.open_on_newcomer(id)?;
         volume.history.join(volume.replicas(), id)?;
         volume.join_log(id)?;
-        joining.attach(id)?;
+        joining.attach()?;
         // From here on nothing can fail.
         volume.replicas().admit(id);
         for (node, handle) in opened {

@@ -74,8 +74,15 @@ impl Rounds<'_> {
         self.own = None;
         self.pace.anew();
         let file = self.volume.store.catalog_file(self.arrival.id);
-        let progress = self.progress.clone();
-        let mut joining = self.volume.catalog().copy_live(&file, &mut || progress.advance(0, 0))?;
+        let (progress, catalog) = (self.progress.clone(), self.volume.catalog());
+        let copy = |alive: &dyn Fn()| {
+            let step = &mut || {
+                alive();
+                progress.advance(0, 0)
+            };
+            catalog.copy_live(self.arrival.id, &file, step)
+        };
+        let mut joining = self.target.directly("copy the catalog to", copy)?;
         self.catch_up(1)?;
         self.sync_all()?;
         joining.catch_up()?;
@@ -99,7 +106,7 @@ impl Rounds<'_> {
         Ok(())
     }
 
-    /// Nothing bounds our calls as long as nobody waits for us.
+    /// As long as nobody waits for us, nobody else makes our calls.
     fn directly(&self) -> Option<Directly> {
         (!self.last).then(Directly::on)
     }

@@ -20,17 +20,27 @@ const BOUND: Duration = Duration::from_secs(10);
 /// on.
 const CALLS: usize = 6;
 
-/// A volume of three replicas. On the second, calls hang from one on that follows an opening of the
-/// file `on`, until the rig is dropped.
+/// A volume of three replicas. On the one that is `bad`, calls hang from one on, until the rig is
+/// dropped.
 struct Rig {
     volume: Arc<Volume>,
     dirs: Vec<tempfile::TempDir>,
+    bad: usize,
     trap: Arc<Trap>,
-    _go_on: Sender<()>,
+    go_on: Option<Sender<()>>,
+}
+
+/// With which call it begins.
+#[derive(Clone, Copy)]
+enum On {
+    /// An opening of this file.
+    Opening(&'static str),
+    /// One that the thread of this name makes itself; all others pass.
+    Thread(&'static str),
 }
 
 struct Trap {
-    on: &'static str,
+    on: On,
     /// So many calls after that one.
     after: usize,
     armed: AtomicBool,
@@ -45,15 +55,21 @@ impl Trap {
         if !self.armed.load(Ordering::SeqCst) {
             return None;
         }
-        let opened = call.op == "open_file"
-            && call.name.is_some_and(|name| name.as_bytes() == self.on.as_bytes());
-        let passes = |left: usize| match (left, opened) {
+        let begins = match self.on {
+            On::Opening(file) => {
+                let is_it = |name: &EntryName| name.as_bytes() == file.as_bytes();
+                call.op == "open_file" && call.name.is_some_and(is_it)
+            }
+            On::Thread(name) if std::thread::current().name() == Some(name) => true,
+            On::Thread(_) => return None,
+        };
+        let passes = |left: usize| match (left, begins) {
             (usize::MAX, true) => Some(self.after.wrapping_sub(1)),
             (usize::MAX, false) => None,
             (left, _) => Some(left.saturating_sub(1)),
         };
         let before = self.left.load(Ordering::SeqCst);
-        let hangs = opened && before == usize::MAX && self.after == 0 || before == 0;
+        let hangs = begins && before == usize::MAX && self.after == 0 || before == 0;
         let _ = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, passes);
         if hangs {
             self.hung.store(true, Ordering::SeqCst);
@@ -65,7 +81,7 @@ impl Trap {
 }
 
 impl Rig {
-    fn new(on: &'static str, after: usize) -> Rig {
+    fn new(bad: usize, on: On, after: usize) -> Rig {
         let dirs: Vec<_> = (0..3).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
         let paths: Vec<_> = dirs.iter().map(|dir| dir.path().canonicalize().unwrap()).collect();
         let (go_on, resume) = crossbeam_channel::unbounded();
@@ -77,9 +93,9 @@ impl Rig {
             hung: AtomicBool::new(false),
             resume,
         });
-        let (own, second) = (trap.clone(), paths[1].clone());
+        let (own, bad_path) = (trap.clone(), paths[bad].clone());
         let between = Between::new(move |path, inner| {
-            if path != second {
+            if path != bad_path {
                 return inner;
             }
             let trap = own.clone();
@@ -94,7 +110,7 @@ impl Rig {
         let store = store::open(&paths, &options, &recover, &silent).unwrap();
         let options = VolumeOptions { call_timeout: TIMEOUT, ..quiet() };
         let volume = Volume::open(store, options).unwrap();
-        Rig { volume, dirs, trap, _go_on: go_on }
+        Rig { volume, dirs, bad, trap, go_on: Some(go_on) }
     }
 
     fn id(&self, index: usize) -> ReplicaId {
@@ -112,18 +128,83 @@ impl Rig {
         assert!(self.trap.hung.load(Ordering::SeqCst), "after {} calls", self.trap.after);
         let status = self.volume.status().unwrap();
         assert_eq!(status.replicas[0].health.state, ReplicaState::Online);
-        let state = &status.replicas[1].health.state;
+        let own = RelPath::parse(format!("{PRIVATE_DIR}/{file}")).unwrap();
+        assert_eq!(self.fault_since(begun_at).path, Some(own));
+        // It goes on.
+        self.create("after");
+        assert!(begun.elapsed() < BOUND * 2, "{:?}", begun.elapsed());
+    }
+
+    /// Why the bad one is out of use, as status tells.
+    fn fault_since(&self, begun_at: Timestamp) -> Fault {
+        let status = self.volume.status().unwrap();
+        let state = &status.replicas[self.bad].health.state;
         let ReplicaState::Offline { fault, since } = state else { panic!("{state:?}") };
         assert!(fault.to_string().contains("timed out"), "{fault}");
-        let own = RelPath::parse(format!("{PRIVATE_DIR}/{file}")).unwrap();
-        assert_eq!(fault.path, Some(own), "{fault}");
         assert!((begun_at..=Timestamp::now()).contains(since), "{since:?}");
-        // It goes on.
-        let name = EntryName::new("after").unwrap();
+        fault.clone()
+    }
+
+    fn create(&self, name: &str) {
+        let name = EntryName::new(name).unwrap();
         let caller = Caller { creds: Creds::DAEMON, pid: 0 };
         let made = self.volume.create(NodeId::ROOT, &name, 0o644, true, &caller).unwrap();
+        self.volume.write(&made.0, 0, name.as_bytes(), false, &caller).unwrap();
         self.volume.release(&made.0, true).unwrap();
-        assert!(begun.elapsed() < BOUND * 2, "{:?}", begun.elapsed());
+    }
+
+    fn is_online(&self, index: usize) -> bool {
+        self.volume.replicas().is_online(self.id(index))
+    }
+
+    /// Takes the second replica out of use, and brings it back after changes that it missed, until
+    /// its resync hangs and is given up.
+    fn resync_until_it_is_given_up(&self) {
+        let (volume, second) = (&self.volume, self.dirs[1].path().to_str().unwrap());
+        for n in 0..20 {
+            self.create(&format!("before {n}"));
+        }
+        volume.replica_offline(second).unwrap();
+        for n in 0..20 {
+            self.create(&format!("missed {n}"));
+        }
+        volume.settle().unwrap();
+        let (begun, begun_at) = (Instant::now(), Timestamp::now());
+        self.trap.armed.store(true, Ordering::SeqCst);
+        volume.replica_online(second, store::Fork::Refuse).unwrap();
+        let id = self.id(1);
+        await_that("it has failed", || {
+            volume.housekeep().unwrap();
+            matches!(volume.resync_of(id), Some(resync::Progressing::Retry(_)))
+        });
+        assert!(self.trap.hung.load(Ordering::SeqCst), "after {} calls", self.trap.after);
+        self.fault_since(begun_at);
+        self.create("meanwhile");
+        assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
+    }
+
+    /// The disk answers again: all come back, and are equal.
+    fn recovers(mut self) {
+        self.trap.armed.store(false, Ordering::SeqCst);
+        drop(self.go_on.take());
+        await_that("all are in use again", || {
+            self.volume.resync_now();
+            (0..3).all(|index| self.is_online(index))
+        });
+        self.volume.close().unwrap();
+        for (dir, n) in self.dirs.iter().flat_map(|dir| (0..20).map(move |n| (dir, n))) {
+            let name = format!("missed {n}");
+            assert_eq!(std::fs::read_to_string(dir.path().join(&name)).unwrap(), name);
+            assert!(dir.path().join("meanwhile").exists());
+        }
+    }
+}
+
+fn await_that(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + BOUND * 2;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::park_timeout(Duration::from_millis(5));
     }
 }
 
@@ -135,7 +216,7 @@ fn marker_at(dir: &Path) -> String {
 /// Hangs at each call of `work` in turn from the first opening of `on` on.
 fn at_every_call(on: &'static str, file: &str, work: impl Fn(&Rig)) {
     for after in 0..CALLS {
-        let rig = Rig::new(on, after);
+        let rig = Rig::new(1, On::Opening(on), after);
         rig.survives(file, || work(&rig));
     }
 }
@@ -180,7 +261,7 @@ fn a_lock_that_hangs_while_its_record_is_written_anew_costs_its_replica_alone() 
 
 #[test]
 fn a_marker_that_hangs_at_the_end_of_a_mount_leaves_the_others_clean() {
-    let rig = Rig::new("store.toml.new", 3);
+    let rig = Rig::new(1, On::Opening("store.toml.new"), 3);
     rig.trap.armed.store(true, Ordering::SeqCst);
     let begun = Instant::now();
     rig.volume.close().unwrap();
@@ -188,4 +269,37 @@ fn a_marker_that_hangs_at_the_end_of_a_mount_leaves_the_others_clean() {
     assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
     let clean = |index: usize| marker_at(rig.dirs[index].path()).contains("[clean]");
     assert_eq!([clean(0), clean(1), clean(2)], [true, false, true]);
+}
+
+/// The thread that resyncs, which makes its calls itself.
+const RESYNC: On = On::Thread("rv-resync");
+
+#[test]
+fn a_resync_whose_disk_hangs_has_failed_in_time_and_is_made_when_it_answers() {
+    for after in [0, 2, 15, 60] {
+        let rig = Rig::new(1, RESYNC, after);
+        rig.resync_until_it_is_given_up();
+        assert!(rig.is_online(0) && rig.is_online(2));
+        rig.recovers();
+    }
+}
+
+#[test]
+fn a_resync_gives_up_the_disk_that_it_copies_from_where_that_hangs() {
+    for after in [0, 15] {
+        let rig = Rig::new(0, RESYNC, after);
+        rig.resync_until_it_is_given_up();
+        assert!(rig.is_online(2));
+        rig.recovers();
+    }
+}
+
+#[test]
+fn no_command_and_no_end_of_a_mount_waits_for_a_resync_that_hangs() {
+    let rig = Rig::new(1, RESYNC, 5);
+    rig.resync_until_it_is_given_up();
+    let begun = Instant::now();
+    rig.volume.replica_offline(rig.dirs[1].path().to_str().unwrap()).unwrap();
+    rig.volume.close().unwrap();
+    assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
 }
