@@ -40,7 +40,7 @@ use crate::replica::Fault;
 use crate::replica::guarded::Directly;
 use crate::replica::health::State;
 use crate::replica::intent::DirtySet;
-use crate::store::fill::history::Seen;
+use crate::store::fill::history::{Seen, seen_by};
 use crate::store::{Arrival, Fork};
 use crate::types::ReplicaId;
 
@@ -417,6 +417,10 @@ impl Volume {
             let totals = self.catalog().totals()?;
             progress.begin("", totals.live_nodes, totals.live_bytes + totals.history_bytes());
         }
+        let history_seen = match &own {
+            Some(own) if arrival.was_clean => seen_by(own)?,
+            _ => Seen::new(),
+        };
         let mut rounds = Rounds {
             volume: self,
             arrival,
@@ -427,7 +431,7 @@ impl Volume {
             gauge,
             progress,
             dirty,
-            history_seen: Seen::new(),
+            history_seen,
             pace: Pace::new(&self.resyncs.brake),
             last: false,
         };

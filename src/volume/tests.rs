@@ -10,6 +10,7 @@ mod growth;
 mod hangs;
 mod listing;
 mod packing;
+mod resyncs;
 mod waits;
 
 /// A store of these backings, made if there is none.

@@ -14,12 +14,14 @@ use crate::store::bounds::Bounds;
 use crate::store::copy::{Copier, blame, has_changed};
 use crate::store::quarantine::Quarantine;
 use crate::store::site::{Site, own_creds, private};
-use crate::types::{EntryName, Kind, RelPath, Timestamp};
+use crate::types::{ContentId, EntryName, Kind, RelPath, Timestamp};
 
 const UNDO: &str = "undo";
 const PACKS: &str = "packs";
 /// A directory that was changed this recently may change again without a new time.
 const GRAIN_NANOS: i64 = 100_000_000;
+/// Contents asked of a catalog at once.
+const CONTENTS: usize = 4096;
 const DIRS: [&str; 3] = ["preserved", UNDO, PACKS];
 
 /// The history files of two backings, one of which is to get what the other has.
@@ -51,6 +53,22 @@ pub struct Look {
     changed: Option<Timestamp>,
     /// Files that are on both, equal, and never change any more.
     equal: HashSet<EntryName>,
+}
+
+/// The preserved files that a replica has by its own catalog, for one of which that is exactly so:
+/// they need not be looked at again, and there may be hundreds of thousands.
+pub fn seen_by(own: &Catalog) -> Result<Seen> {
+    let mut seen = Seen::new();
+    let mut after = ContentId::EMPTY;
+    loop {
+        let contents = own.waiting_contents(after, CONTENTS)?;
+        let Some(last) = contents.last() else { return Ok(seen) };
+        after = last.id;
+        for content in contents {
+            let look = seen.entry(history::preserved_dir(content.node).path()).or_default();
+            look.equal.insert(history::preserved_name(content.node, content.id));
+        }
+    }
 }
 
 impl History<'_> {
