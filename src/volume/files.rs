@@ -205,7 +205,7 @@ impl Volume {
         if data.is_empty() {
             return Ok(());
         }
-        let _cut = self.begin_change();
+        let _cut = self.begin_write(node);
         self.ensure_room(data.len() as u64)?;
         let intent = self.intend(&[dirty(node)])?;
         let mut state = node.lock_as_is();

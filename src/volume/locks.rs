@@ -24,6 +24,15 @@ impl Volume {
         self.cut.read()
     }
 
+    /// Likewise of a write. It waits for nobody where the file is not sealed: that one is copied in
+    /// every round, whatever is written to it, and who saves a file is to wait once.
+    pub(super) fn begin_write(&self, node: &Node) -> RwLockReadGuard<'_, ()> {
+        if self.resyncs.brake.is_on() && !self.unsealed.lock().contains_key(&node.id) {
+            self.resyncs.brake.wait();
+        }
+        self.cut.read()
+    }
+
     /// Locks a node for an operation. Its content is what programs have written to it.
     pub(super) fn lock<'a>(&self, node: &'a Node) -> MutexGuard<'a, State> {
         let mut state = node.lock_as_is();

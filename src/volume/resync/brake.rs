@@ -16,7 +16,7 @@ const WAIT_MIN: Duration = Duration::from_millis(2);
 /// The first wait where they get longer.
 const WAIT_MUCH: Duration = Duration::from_millis(10);
 /// The longest wait of a change: together with a last round it is still hardly seen.
-const WAIT_MAX: Duration = Duration::from_millis(50);
+const WAIT_MAX: Duration = Duration::from_millis(40);
 /// A round that took a longer part of the last one's time than this gets nowhere.
 const SHORTER: f64 = 0.6;
 
@@ -33,7 +33,12 @@ impl Brake {
         }
     }
 
-    fn set(&self, wait: Duration) {
+    /// Whether changes wait.
+    pub fn is_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
+
+    pub(in crate::volume) fn set(&self, wait: Duration) {
         self.0.store(wait.as_micros() as u64, Ordering::Relaxed);
     }
 }

@@ -74,3 +74,27 @@ fn preserved_files_that_a_replica_had_are_not_looked_at_again() {
     assert_eq!(files(&paths[0]), files(&paths[1]));
     assert_eq!(files(&paths[0]).len(), DELETED);
 }
+
+#[test]
+fn who_saves_a_file_waits_once_for_a_resync_that_cannot_keep_up() {
+    let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
+    let volume = open_volume(open_store(&dirs));
+    let wait = Duration::from_millis(200);
+    volume.resyncs.brake.set(wait);
+    let begun = Instant::now();
+    let node = save(&volume, "file");
+    assert!(begun.elapsed() >= wait, "it is made");
+    let begun = Instant::now();
+    for at in 0..50 {
+        volume.write(&node, at, b"more", false, &CALLER).unwrap();
+    }
+    assert!(begun.elapsed() < wait * 25, "{:?}", begun.elapsed());
+    volume.release(&node, true).unwrap();
+    let begun = Instant::now();
+    volume.open_file(&node, true, false, &CALLER).unwrap();
+    volume.write(&node, 0, b"again", false, &CALLER).unwrap();
+    assert!(begun.elapsed() >= wait, "it is changed anew");
+    volume.resyncs.brake.set(Duration::ZERO);
+    volume.release(&node, true).unwrap();
+    volume.close().unwrap();
+}
