@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -26,6 +26,9 @@ use crate::types::NodeId;
 
 /// After so many rounds the catalog is copied, however much is dirtied meanwhile.
 const ROUNDS_MAX: usize = 12;
+
+/// After a round that took no longer the rest is no idle work any more.
+const SHORT: Duration = Duration::from_secs(30);
 
 /// What one round is to make equal.
 #[derive(Default)]
@@ -67,7 +70,16 @@ impl Rounds<'_> {
     fn do_all(&mut self) -> Result<()> {
         let differing = self.differing.take();
         let differing = differing.map(|set| Due { set, ..Due::default() });
+        let begun = Instant::now();
         self.round(differing.as_ref())?;
+        if differing.is_some() {
+            // Of a new replica, and of one that is compared as a whole, history can be by far the
+            // larger part.
+            self.hurry_after(begun);
+        }
+        self.history(true)?;
+        self.pace.round_took(begun.elapsed());
+        self.hurry_after(begun);
         // The copy of the catalog takes its time as well: what it makes dirty comes after it.
         self.catch_up(ROUNDS_MAX)?;
         // What the target's catalog told is used up, and the catalog is replaced.
@@ -99,11 +111,17 @@ impl Rounds<'_> {
             if self.pace.round_took(begun.elapsed()) {
                 break;
             }
-            if self.pace.is_braking() {
-                self.hurry();
-            }
+            self.hurry_after(begun);
         }
         Ok(())
+    }
+
+    /// Where programs leave no processor idle, an idle thread never catches up with them. Once a
+    /// round is short, or they are slowed down for it, it is better over soon.
+    fn hurry_after(&self, begun: Instant) {
+        if self.pace.is_braking() || begun.elapsed() < SHORT {
+            self.hurry();
+        }
     }
 
     /// As long as nobody waits for us, nobody else makes our calls.
