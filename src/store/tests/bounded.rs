@@ -219,7 +219,9 @@ fn written_and_renamed_over(taken: &str, kept: Option<&str>, births: bool) {
         }
         fs::rename(from, root.join(taken)).unwrap();
         // The other one, too, is not as it is recorded.
-        kept.map(|kept| fs::write(root.join(kept), b"other").unwrap());
+        if let Some(kept) = kept {
+            fs::write(root.join(kept), b"other").unwrap();
+        }
     }
     let store = recover(&bench);
     assert_eq!(nodes(&store, &paths), before, "over {taken}, by birth: {births}");
