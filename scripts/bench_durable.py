@@ -9,6 +9,7 @@ work notices of a replica that comes back.
 import os
 import pathlib
 import multiprocessing
+import queue
 import random
 import statistics
 import threading
@@ -217,6 +218,17 @@ def keep_changing(folder, seed, ended, times):
     times.put(done)
 
 
+def told(times, programs):
+    """What the next program tells; an error if none can any more: it died before."""
+    while True:
+        alive = any(program.is_alive() for program in programs)
+        try:
+            return times.get(timeout=1)
+        except queue.Empty:
+            if not alive:
+                raise RuntimeError("a program that was to keep changing files has died") from None
+
+
 def resync(place, count):
     """A replica misses changes, comes back, and misses others, while two programs go on."""
     backings = disks(place)
@@ -239,7 +251,7 @@ def resync(place, count):
             spans.append((begin, time.monotonic()))
     finally:
         ended.set()
-        changes = [one for _ in programs for one in times.get()]
+        changes = [one for _ in programs for one in told(times, programs)]
         for program in programs:
             program.join()
 
