@@ -79,6 +79,8 @@ pub struct VolumeOptions {
     pub idle_seal: Duration,
     /// How long a write is deferred at most, but for what is under way then.
     pub defer_writes: Duration,
+    /// When so many bytes of a file are deferred, no more are waited for.
+    pub defer_bytes: usize,
     /// How often the housekeeping looks.
     pub housekeeping: Duration,
     /// What is preserved is packed at least so long after the last packing.
@@ -106,6 +108,7 @@ impl Default for VolumeOptions {
         VolumeOptions {
             idle_seal: Duration::from_secs(30),
             defer_writes: Duration::from_millis(10),
+            defer_bytes: 1 << 20,
             housekeeping: Duration::from_secs(1),
             pack_after: Duration::from_secs(60),
             policy_every: Duration::from_secs(300),

@@ -7,6 +7,10 @@
 //! say; then what they will overwrite is preserved with one sync for all, and they are carried out
 //! in their order.
 //!
+//! While the thread of this module carries them out, it holds the file's lock, and more is accepted
+//! beside it: so a program that writes on and on waits for its own requests, and not for the disks
+//! as well, unless those are so much slower that too much is deferred.
+//!
 //! Only the file's times can tell: [`Volume::lock`], by which operations lock a node, carries out
 //! what is deferred before anything else is done with the file. The first write's intent is kept
 //! until then, so that its epoch does not end before it is done, and whoever stops all changes
@@ -29,8 +33,8 @@ use crate::replica::Piece;
 use crate::replica::intent::{Intent, KeptIntent};
 use crate::types::{ContentId, NodeId};
 
-use super::Volume;
 use super::nodes::{Node, Open, State};
+use super::{Caller, Volume};
 
 /// A larger write is not deferred: its sync is little beside the rest of it, and a copy is not.
 const PIECE_BYTES_MAX: usize = 64 << 10;
@@ -42,12 +46,22 @@ const FILE_PIECES_MAX: usize = 1024;
 /// The most bytes deferred of all files.
 const BYTES_MAX: usize = 64 << 20;
 
+/// What is deferred of a node; a lock that is held for a moment only, and under which nobody waits
+/// for a backing.
+pub type Slot = Mutex<Option<Box<Deferred>>>;
+
 /// What is deferred of one file.
+#[derive(Default)]
 pub struct Deferred {
     pieces: Vec<Piece>,
     bytes: usize,
     /// The oldest one's: no later epoch ends before it.
-    intent: KeptIntent,
+    intent: Option<KeptIntent>,
+    /// Set while those before these are carried out: then more is accepted without the file's lock,
+    /// which is held. The size of the sealed content.
+    beside: Option<u64>,
+    /// Who wrote last of those that were accepted so.
+    last: Option<Caller>,
 }
 
 /// The files of which writes are deferred.
@@ -56,12 +70,16 @@ pub(super) struct Deferrals {
     pub(super) bytes: AtomicUsize,
     wake: crossbeam_channel::Sender<()>,
     woken: crossbeam_channel::Receiver<()>,
+    hurry: crossbeam_channel::Sender<()>,
+    hurried: crossbeam_channel::Receiver<()>,
 }
 
 impl Deferrals {
     pub(super) fn new() -> Deferrals {
         let (wake, woken) = crossbeam_channel::bounded(1);
-        Deferrals { files: Mutex::default(), bytes: AtomicUsize::new(0), wake, woken }
+        let (hurry, hurried) = crossbeam_channel::bounded(1);
+        let bytes = AtomicUsize::new(0);
+        Deferrals { files: Mutex::default(), bytes, wake, woken, hurry, hurried }
     }
 
     fn list(&self) -> Vec<Arc<Node>> {
@@ -81,23 +99,39 @@ impl Volume {
         }
     }
 
-    /// Carries out what is deferred of files that nobody has locked; `false` if there are others.
-    /// Those who have them carry it out when they lock them, or at the next call of this.
-    fn carry_out_unlocked(&self) -> bool {
-        let mut all = true;
+    /// Carries out what is deferred of files that nobody has locked; `false` if anything is
+    /// deferred then. Who has a file locked carries it out with the next lock, or the next call of
+    /// this does.
+    pub(super) fn carry_out_unlocked(&self) -> bool {
         for node in self.deferrals.list() {
-            match node.try_lock() {
-                Some(mut state) => self.carry_out(&node, &mut state),
-                None => all = false,
+            if let Some(mut state) = node.try_lock() {
+                self.carry_out_beside(&node, &mut state);
             }
             self.nodes.let_go(node);
         }
-        all
+        self.deferrals.files.lock().is_empty()
+    }
+
+    /// Carries out what is deferred of a file, while more is accepted, which is deferred then.
+    fn carry_out_beside(&self, node: &Arc<Node>, state: &mut State) {
+        let Some(open) = state.open.as_ref() else { return };
+        let next = Deferred { beside: Some(open.sealed.size), ..Deferred::default() };
+        let due = {
+            let mut slot = node.deferred.lock();
+            let Some(due) = slot.take() else { return };
+            *slot = Some(Box::new(next));
+            due
+        };
+        self.carry_out_batch(node, state, *due);
+        let last = node.deferred.lock().as_mut().and_then(|deferred| deferred.last.take());
+        if let Some(last) = last {
+            self.mark_unsealed(node, state, true, &last);
+        }
     }
 
     /// Whether a write to `range` is better deferred: it would have to wait for what it overwrites,
     /// or comes after such a write. The file is open for writing.
-    pub(super) fn is_to_be_deferred(&self, state: &State, range: ByteRange) -> bool {
+    pub(super) fn is_to_be_deferred(&self, node: &Node, state: &State, range: ByteRange) -> bool {
         let Some(open) = state.open.as_ref() else { return false };
         let bytes = range.len() as usize;
         let lost = history::touched(range, open.sealed.size);
@@ -107,9 +141,11 @@ impl Volume {
         // Where blocks are shared, the first write has all preserved, and no other waits.
         let is_cloned = || self.history.shares_blocks() && !state.orphan && open.is_untouched();
         let waits = || !open.saved.missing(lost).is_empty() && !is_cloned();
-        if open.deferred.is_none() && !waits() {
-            return false;
-        }
+        (node.deferred.lock().is_some() || waits()) && self.has_room_for_deferred(bytes)
+    }
+
+    /// Whether so many bytes more may be deferred.
+    fn has_room_for_deferred(&self, bytes: usize) -> bool {
         // What is deferred is on no disk yet, and needs as much again for its before-images.
         let all = self.deferrals.bytes.load(Ordering::Relaxed) + bytes;
         let room = 2 * all as u64 + super::ROOM_FOR_A_NAME;
@@ -118,29 +154,84 @@ impl Volume {
 
     /// Defers a write. Where enough is deferred, all of it is carried out at once.
     pub(super) fn defer(&self, node: &Arc<Node>, state: &mut State, piece: Piece, by: Intent<'_>) {
-        let Some(open) = state.open.as_mut() else { return };
+        let is_full = {
+            let mut slot = node.deferred.lock();
+            let deferred = slot.get_or_insert_default();
+            self.add_deferred(node, deferred, piece, by);
+            deferred.is_full()
+        };
+        if is_full {
+            self.carry_out(node, state);
+        }
+    }
+
+    /// Defers a write to a file of which earlier ones are being carried out, without waiting for
+    /// those. Gives the intent back where that is not so, or the write is not to be deferred.
+    pub(super) fn defer_beside<'a>(
+        &self,
+        node: &Arc<Node>,
+        (offset, data): (u64, &[u8]),
+        by: Intent<'a>,
+        caller: &Caller,
+    ) -> std::result::Result<(), Intent<'a>> {
+        let range = ByteRange::new(offset, data.len() as u64);
+        let accepts = |deferred: &Deferred| {
+            let lost = deferred.beside.map(|sealed_size| history::touched(range, sealed_size));
+            lost.is_some_and(|lost| !lost.is_empty()) && !deferred.is_full()
+        };
+        if data.len() > PIECE_BYTES_MAX
+            || !node.deferred.lock().as_deref().is_some_and(accepts)
+            || !self.has_room_for_deferred(data.len())
+        {
+            return Err(by);
+        }
+        let mut slot = node.deferred.lock();
+        let Some(deferred) = slot.as_deref_mut().filter(|deferred| accepts(deferred)) else {
+            return Err(by);
+        };
+        deferred.last = Some(*caller);
+        self.add_deferred(node, deferred, Piece { offset, bytes: data.to_vec() }, by);
+        Ok(())
+    }
+
+    /// Adds a write to what is deferred of a file, whose slot is locked.
+    fn add_deferred(
+        &self,
+        node: &Arc<Node>,
+        deferred: &mut Deferred,
+        piece: Piece,
+        by: Intent<'_>,
+    ) {
         let bytes = piece.bytes.len();
-        let deferred = open.deferred.get_or_insert_with(|| {
+        if deferred.intent.is_none() {
+            deferred.intent = Some(by.keep());
             self.deferrals.files.lock().insert(node.id, node.clone());
             // Where this fails the thread is about to look anyway.
             let _ = self.deferrals.wake.try_send(());
-            Deferred { pieces: Vec::new(), bytes: 0, intent: by.keep() }
-        });
+        }
+        let before = deferred.bytes;
         deferred.pieces.push(piece);
         deferred.bytes += bytes;
         self.deferrals.bytes.fetch_add(bytes, Ordering::Relaxed);
-        if deferred.bytes >= FILE_BYTES_MAX || deferred.pieces.len() >= FILE_PIECES_MAX {
-            self.carry_out(node, state);
+        let enough = self.options.defer_bytes;
+        if before / enough != deferred.bytes / enough {
+            let _ = self.deferrals.hurry.try_send(());
         }
     }
 
     /// Carries out what is deferred of a file, in its order. What goes wrong is told by
     /// [`deferred_error`].
     pub(super) fn carry_out(&self, node: &Node, state: &mut State) {
-        let Some(open) = state.open.as_mut() else { return };
-        let Some(Deferred { pieces, bytes, intent }) = open.deferred.take() else { return };
+        let due = node.deferred.lock().take();
+        if let Some(due) = due {
+            self.carry_out_batch(node, state, *due);
+        }
+    }
+
+    fn carry_out_batch(&self, node: &Node, state: &mut State, due: Deferred) {
+        let Deferred { pieces, bytes, intent, .. } = due;
         // Whatever happens, a panic included: else checkpoints would wait for ever.
-        let _ended = Ending { volume: self, node: node.id, bytes, intent: Some(intent) };
+        let _ended = Ending { volume: self, node, bytes, intent };
         let failed = self.write_pieces(node, state, &pieces.into());
         if let (Err(error), Some(open)) = (failed, state.open.as_mut()) {
             log::error!("{}: what was written to it failed: {error}", self.told(node));
@@ -174,7 +265,7 @@ impl Volume {
 /// checkpoint may count it as done.
 struct Ending<'a> {
     volume: &'a Volume,
-    node: NodeId,
+    node: &'a Node,
     bytes: usize,
     intent: Option<KeptIntent>,
 }
@@ -182,7 +273,15 @@ struct Ending<'a> {
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         let deferrals = &self.volume.deferrals;
-        deferrals.files.lock().remove(&self.node);
+        {
+            let mut slot = self.node.deferred.lock();
+            // From here on more is accepted under the file's lock alone.
+            slot.iter_mut().for_each(|next| next.beside = None);
+            if slot.as_ref().is_none_or(|next| next.pieces.is_empty()) {
+                *slot = None;
+                deferrals.files.lock().remove(&self.node.id);
+            }
+        }
         deferrals.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         if let Some(intent) = self.intent.take() {
             self.volume.store.intents.end(intent);
@@ -198,6 +297,12 @@ pub(super) fn deferred_error(state: &State) -> Result<()> {
     }
 }
 
+impl Deferred {
+    fn is_full(&self) -> bool {
+        self.bytes >= FILE_BYTES_MAX || self.pieces.len() >= FILE_PIECES_MAX
+    }
+}
+
 impl Open {
     /// Whether no byte of the sealed content was preserved yet.
     pub(super) fn is_untouched(&self) -> bool {
@@ -208,10 +313,10 @@ impl Open {
 
 /// The thread that carries out what has been deferred for long enough.
 pub(super) fn run(volume: &Weak<Volume>, stopped: &crossbeam_channel::Receiver<()>) {
-    let Some((woken, age)) = volume
-        .upgrade()
-        .map(|volume| (volume.deferrals.woken.clone(), volume.options.defer_writes))
-    else {
+    let Some((woken, hurried, age)) = volume.upgrade().map(|volume| {
+        let Deferrals { woken, hurried, .. } = &volume.deferrals;
+        (woken.clone(), hurried.clone(), volume.options.defer_writes)
+    }) else {
         return;
     };
     loop {
@@ -221,10 +326,14 @@ pub(super) fn run(volume: &Weak<Volume>, stopped: &crossbeam_channel::Receiver<(
         }
         loop {
             // A disconnect is the signal to stop; nothing is ever sent.
-            let stop = stopped.recv_timeout(age);
+            let stop = crossbeam_channel::select! {
+                recv(stopped) -> _ => true,
+                recv(hurried) -> _ => false,
+                default(age) => false,
+            };
             let Some(volume) = volume.upgrade() else { return };
             let all = volume.carry_out_unlocked();
-            if stop != Err(crossbeam_channel::RecvTimeoutError::Timeout) {
+            if stop {
                 return;
             }
             if all {

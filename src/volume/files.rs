@@ -207,12 +207,18 @@ impl Volume {
         }
         let _cut = self.begin_write(node);
         self.ensure_room(data.len() as u64)?;
-        let intent = self.intend(&[dirty(node)])?;
+        let mut intent = self.intend(&[dirty(node)])?;
+        if !strip {
+            match self.defer_beside(node, (offset, data), intent, caller) {
+                Ok(()) => return Ok(()),
+                Err(own) => intent = own,
+            }
+        }
         let mut state = node.lock_as_is();
         self.writable(node, &mut state)?;
         let range = ByteRange::new(offset, data.len() as u64);
         let piece = Piece { offset, bytes: data.to_vec() };
-        if !strip && self.is_to_be_deferred(&state, range) {
+        if !strip && self.is_to_be_deferred(node, &state, range) {
             self.mark_unsealed(node, &mut state, true, caller);
             self.defer(node, &mut state, piece, intent);
             return Ok(());

@@ -5,7 +5,8 @@
 //! 2. `dirs`, the stripes of directories whose entries change, in ascending order;
 //! 3. the nodes' own, in ascending order of node ids;
 //! 4. `tree`, shared while a directory is opened by its path, exclusive while a directory moves;
-//! 5. the leaf locks: the node table's shards, places, the replicas' and the catalog's own.
+//! 5. what is deferred of a node, then the list of those of which anything is;
+//! 6. the leaf locks: the node table's shards, places, the replicas' and the catalog's own.
 //!
 //! No lock is held while waiting for a commit, except a node's own in its fsync.
 

@@ -25,7 +25,7 @@ use crate::types::{EntryName, Kind, NodeId, RelPath};
 use replaced::Replaced;
 use rustix::io::Errno;
 
-use super::deferred::Deferred;
+use super::deferred::Slot;
 
 /// Shards of the table: more than threads, so that they rarely meet.
 const SHARDS: usize = 64;
@@ -47,6 +47,8 @@ pub struct Node {
     /// A leaf lock: nothing but the catalog is asked under it.
     place: Mutex<Place>,
     state: Mutex<State>,
+    /// What was written to it and is not carried out yet; of a file that is open for writing.
+    pub(super) deferred: Slot,
 }
 
 /// By which name a node is reached.
@@ -87,8 +89,6 @@ pub struct Open {
     pub saved: RangeSet,
     /// Whether it is being overwritten from one end to the other.
     pub run: Run,
-    /// What was written and is not carried out yet.
-    pub deferred: Option<Deferred>,
     /// What went wrong with that.
     pub failed: Option<Errno>,
     /// The content or the attributes changed since the seal.
@@ -147,7 +147,6 @@ impl Open {
             sealed,
             saved: RangeSet::default(),
             run: Run::default(),
-            deferred: None,
             failed: None,
             dirty: false,
             written: false,
@@ -255,6 +254,7 @@ impl Nodes {
                 open: None,
                 stamp: self.next_stamp(),
             }),
+            deferred: Slot::default(),
         })
     }
 

@@ -34,6 +34,7 @@ fn quiet() -> VolumeOptions {
     VolumeOptions {
         idle_seal: long,
         defer_writes: long,
+        defer_bytes: usize::MAX,
         housekeeping: long,
         pack_after: long,
         policy_every: long,

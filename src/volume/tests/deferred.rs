@@ -20,6 +20,13 @@ struct Bench {
     syncs: Arc<AtomicUsize>,
     /// Writes to the live file fail.
     fails: Arc<AtomicBool>,
+    /// The next write to the live file tells that it has come, and waits.
+    gate: Arc<Mutex<Option<Gate>>>,
+}
+
+struct Gate {
+    came: crossbeam_channel::Sender<()>,
+    go: crossbeam_channel::Receiver<()>,
 }
 
 impl Bench {
@@ -27,14 +34,19 @@ impl Bench {
         let dirs: Vec<_> = (0..2).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
         let store = open_store(&dirs);
         let (syncs, fails) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let gate = Arc::<Mutex<Option<Gate>>>::default();
         for index in 0..2 {
-            let (syncs, fails) = (syncs.clone(), fails.clone());
+            let (syncs, fails, gate) = (syncs.clone(), fails.clone(), gate.clone());
             let plan = move |call: Call<'_>| {
                 if call.op == "sync" && index == 0 {
                     syncs.fetch_add(1, Ordering::SeqCst);
                 }
                 // Records of the undo log are longer. The others are made equal after it.
                 let hit = index == 0 && call.op == "write_at" && call.len == BLOCK as u64;
+                if let Some(gate) = hit.then(|| gate.lock().take()).flatten() {
+                    gate.came.send(()).unwrap();
+                    gate.go.recv_timeout(Duration::from_secs(20)).unwrap();
+                }
                 let fails = hit && fails.load(Ordering::SeqCst);
                 fails.then_some(Injected::Error(Errno::NOSPC))
             };
@@ -45,7 +57,7 @@ impl Bench {
         let (node, _) = volume.create(NodeId::ROOT, &name, 0o644, true, &CALLER).unwrap();
         volume.write(&node, 0, &[1; 4 * BLOCK], false, &CALLER).unwrap();
         volume.flush(&node).unwrap();
-        Bench { volume, node, dirs, syncs, fails }
+        Bench { volume, node, dirs, syncs, fails, gate }
     }
 
     fn write(&self, block: usize, byte: u8) -> Result<()> {
@@ -203,6 +215,78 @@ fn so_much_that_memory_would_fill_is_carried_out_by_the_writer() {
     bench.volume.close().unwrap();
 }
 
+#[test]
+fn more_is_accepted_while_earlier_writes_are_carried_out() {
+    let bench = Bench::new();
+    let (sealed, volume) = (bench.sealed(), &bench.volume);
+    let (came, has_come) = crossbeam_channel::bounded(1);
+    let (goes, go) = crossbeam_channel::bounded(1);
+    bench.write(0, 2).unwrap();
+    *bench.gate.lock() = Some(Gate { came, go });
+    let other = Caller { creds: Creds::DAEMON, pid: std::process::id() };
+    std::thread::scope(|scope| {
+        let carrying = scope.spawn(|| volume.carry_out_unlocked());
+        has_come.recv_timeout(Duration::from_secs(20)).unwrap();
+        // The file is locked, and nobody waits for it.
+        assert!(bench.node.try_lock().is_none());
+        bench.write(0, 3).unwrap();
+        bench.write(1, 4).unwrap();
+        volume.write(&bench.node, 2 * BLOCK as u64, &[5; BLOCK], false, &other).unwrap();
+        // What would make the file longer waits for its lock.
+        let longer = scope.spawn(|| bench.write(4, 6));
+        goes.send(()).unwrap();
+        carrying.join().unwrap();
+        longer.join().unwrap().unwrap();
+    });
+    assert_eq!(bench.live(), [3, 4, 5, 1, 6]);
+    assert_eq!(volume.deferrals.bytes.load(Ordering::SeqCst), 0);
+    assert!(volume.carry_out_unlocked(), "nothing is left");
+    volume.flush(&bench.node).unwrap();
+    let newer = bench.sealed();
+    bench.write(1, 7).unwrap();
+    assert_eq!(bench.past(sealed), [1, 1, 1, 1]);
+    assert_eq!(bench.past(newer), [3, 4, 5, 1]);
+    volume.release(&bench.node, true).unwrap();
+    volume.close().unwrap();
+    for index in [0, 1] {
+        assert_eq!(bench.on_disk(index), [3, 7, 5, 1, 6]);
+    }
+}
+
+/// A write that was accepted beside others counts until it is carried out itself, also where those
+/// fail.
+#[test]
+fn what_is_accepted_beside_a_write_that_fails_is_carried_out() {
+    let bench = Bench::new();
+    let volume = &bench.volume;
+    let (came, has_come) = crossbeam_channel::bounded(1);
+    let (goes, go) = crossbeam_channel::bounded(1);
+    bench.write(0, 2).unwrap();
+    *bench.gate.lock() = Some(Gate { came, go });
+    bench.fails.store(true, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let carrying = scope.spawn(|| volume.carry_out_unlocked());
+        has_come.recv_timeout(Duration::from_secs(20)).unwrap();
+        volume.write(&bench.node, BLOCK as u64, &[3; BLOCK / 2], false, &CALLER).unwrap();
+        goes.send(()).unwrap();
+        assert!(!carrying.join().unwrap(), "something is left");
+    });
+    let epoch = volume.open_epoch();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| volume.drain_epochs(epoch));
+        assert!(volume.carry_out_unlocked());
+        waiting.join().unwrap();
+    });
+    volume.forget_epochs(None);
+    bench.fails.store(false, Ordering::SeqCst);
+    for index in [0, 1] {
+        assert_eq!(bench.on_disk(index), [1, 3, 1, 1]);
+    }
+    assert!(volume.fsync(&bench.node, false).unwrap_err().is(Errno::NOSPC));
+    volume.release(&bench.node, true).unwrap();
+    volume.close().unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
@@ -210,9 +294,18 @@ proptest! {
     /// each version is what the file was.
     #[test]
     fn a_file_and_its_versions_are_what_was_written(
-        steps in proptest::collection::vec((0usize..6, 0u64..20_000, 1usize..9000), 1..30)
+        steps in proptest::collection::vec((0usize..6, 0u64..20_000, 1usize..9000), 1..30),
+        beside in any::<bool>(),
     ) {
         let bench = Bench::new();
+        let ended = Arc::new(AtomicBool::new(!beside));
+        let (volume, seen) = (bench.volume.clone(), ended.clone());
+        let carrying = std::thread::spawn(move || {
+            while !seen.load(Ordering::SeqCst) {
+                volume.carry_out_unlocked();
+                std::thread::yield_now();
+            }
+        });
         let mut model = vec![1; 4 * BLOCK];
         let mut versions = vec![(bench.sealed(), model.clone())];
         for (number, (what, at, length)) in steps.into_iter().enumerate() {
@@ -231,6 +324,8 @@ proptest! {
                 }
             }
         }
+        ended.store(true, Ordering::SeqCst);
+        carrying.join().unwrap();
         let mut read = vec![0; model.len() + 1];
         let got = bench.volume.read(&bench.node, 0, &mut read).unwrap();
         prop_assert!(read[..got] == model);
