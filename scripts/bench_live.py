@@ -136,7 +136,7 @@ class Floor(Live):
         self.folders = [mnt]
 
     def check(self):
-        must_be_mounted(self.folders[0], "fuse.floor")
+        must_be_mounted(self.folders[0], "fuse")
 
 
 class Over(Live):

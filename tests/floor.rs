@@ -1,6 +1,6 @@
 //! The least that a filesystem costs which programs reach through FUSE: one that keeps all in
-//! memory, on no disk, once, without history. It has the library, the kernel options and the answers
-//! of ours, so what the same work takes here no change below `src/fuse` can undercut.
+//! memory, on no disk, once, without history. It has the library, the kernel options and the
+//! answers of ours, so what the same work takes here no change below `src/fuse` can undercut.
 //!
 //! `scripts/bench speed --systems floor,...` measures it beside the others.
 
@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
-    ReplyWrite, ReplyXattr, Request, SessionACL, TimeOrNow, WriteFlags,
+    BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, FopenFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyWrite, ReplyXattr, Request, SessionACL, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
 
@@ -168,6 +168,8 @@ impl fuser::Filesystem for Memory {
         ] {
             let _ = config.add_capabilities(flag);
         }
+        let _ = config.set_max_background(512);
+        let _ = config.set_congestion_threshold(384);
         Ok(())
     }
 
@@ -353,6 +355,37 @@ impl fuser::Filesystem for Memory {
         }
     }
 
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        ino_in: INodeNo,
+        _fh_in: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        _fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let mut nodes = self.0.lock();
+        let copied = (|| {
+            let from = nodes.bytes(ino_in)?;
+            let start = from.len().min(offset_in as usize);
+            let part = from[start..from.len().min(start + len as usize)].to_vec();
+            let (to, at) = (nodes.bytes(ino_out)?, offset_out as usize);
+            if to.len() < at + part.len() {
+                to.resize(at + part.len(), 0);
+            }
+            to[at..at + part.len()].copy_from_slice(&part);
+            Ok(part.len())
+        })();
+        match copied {
+            Ok(copied) => reply.written(copied as u32),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
     fn flush(
         &self,
         _req: &Request,
@@ -448,10 +481,7 @@ fn serve() {
     config.n_threads = Some(2);
     config.clone_fd = true;
     config.acl = SessionACL::All;
-    config.mount_options = vec![
-        MountOption::FSName("floor".into()),
-        MountOption::Subtype("floor".into()),
-        MountOption::DefaultPermissions,
-    ];
+    config.mount_options =
+        vec![MountOption::FSName("floor".into()), MountOption::DefaultPermissions];
     fuser::mount(memory, &point, &config).expect("it mounts");
 }

@@ -546,27 +546,17 @@ impl Driver {
             Err(error) => return Err(format!("packing: {error}")),
         }
         self.deaths.extend(died_at.into_inner());
-        // Dropped, not closed: the next mount recovers.
+        // Dropped, not closed. A thread of it may hold the store's lock for a moment more.
         self.fs = None;
-        self.fs = Some(self.open_after_death()?);
+        let begun = std::time::Instant::now();
+        let is_held = |why: &String| why.contains("in use by") && begun.elapsed().as_secs() < 60;
+        let mut opened = open(&self.paths, self.excludes, &self.between);
+        while opened.as_ref().is_err_and(is_held) {
+            opened = open(&self.paths, self.excludes, &self.between);
+        }
+        self.fs = Some(opened?);
         self.fs().volume().tidy_history().or_else(fail("tidy"))?;
         self.nothing_unpacked()
-    }
-
-    /// A thread of a volume that was dropped holds it until it has ended what it is at, and with it
-    /// the lock of the store.
-    fn open_after_death(&self) -> Outcome<Arc<Filesystem>> {
-        let begun = std::time::Instant::now();
-        loop {
-            match open(&self.paths, self.excludes, &self.between) {
-                Err(why)
-                    if why.contains("is in use by process") && begun.elapsed().as_secs() < 60 =>
-                {
-                    std::thread::yield_now();
-                }
-                outcome => return outcome,
-            }
-        }
     }
 
     fn remount(&mut self) -> Outcome {

@@ -180,8 +180,8 @@ impl Import<'_> {
         Ok(lost.map(|origin| (origin.row.id, origin.row.btime)).collect())
     }
 
-    /// Which files need not be the ones that had their names: none had it, or that one was empty, or
-    /// was preserved, or was met under another name, or may be the one under another name.
+    /// Which files need not be the ones that had their names: none had it, or that one was empty,
+    /// or was preserved, or was met under another name, or may be the one under another name.
     fn strangers(&self, files: &[Deferred]) -> Result<Vec<bool>> {
         let mut claims: HashMap<NodeId, u32> = HashMap::new();
         let rows = files.iter().filter_map(|file| file.over.as_ref());
