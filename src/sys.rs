@@ -172,6 +172,12 @@ pub fn be_idle() {
     let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 19);
 }
 
+/// Has this thread give way to those that somebody waits for, and get its share all the same
+/// where they never rest.
+pub fn give_way() {
+    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10);
+}
+
 /// Gives the calling thread normal priority again, for work that others wait for. Only root may.
 pub fn be_normal() {
     let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 0);

@@ -55,6 +55,8 @@ pub(super) struct Writer {
     pub copying: bool,
     /// Whether `synchronous` is FULL at the moment.
     pub full: bool,
+    /// Copies beside the commits since the WAL was last whole in the database.
+    pub copies: u32,
     /// Changes since the WAL was last copied into the database.
     pub in_wal: usize,
     /// Changes since it was opened.
@@ -77,6 +79,7 @@ impl Writer {
             sums,
             copying: false,
             full: false,
+            copies: 0,
             in_wal: 0,
             written: 0,
             dirty: true,

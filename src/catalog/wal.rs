@@ -3,9 +3,9 @@
 //! A commit waits for the one before it and whoever flushes waits for a commit, so the copying of a
 //! large WAL, with its two syncs, must not stand between two commits. It is done by a connection of
 //! its own on a thread of its own, beside the commits (a PASSIVE checkpoint waits for nobody:
-//! <https://sqlite.org/pragma.html#pragma_wal_checkpoint>). Only what was committed meanwhile is
-//! then copied between two commits: without that the WAL would never be whole in the database, and
-//! never begin anew.
+//! <https://sqlite.org/pragma.html#pragma_wal_checkpoint>). What was committed meanwhile is copied
+//! in the same way, until it is little: that is copied between two commits, for without that the
+//! WAL would never be whole in the database, and never begin anew.
 
 use std::time::Duration;
 
@@ -21,6 +21,11 @@ use crate::types::{ReplicaId, ReplicaMap};
 
 /// Changes after which a busy writer's WAL is copied into the database: 10 to 30 MiB of it.
 const WAL_CHANGES_MAX: usize = 65_536;
+/// So many may be copied while commits wait: some milliseconds.
+const REST_CHANGES_MAX: usize = 512;
+/// Copies beside the commits, one after another: who commits faster than can be copied is made to
+/// wait then.
+const COPIES_MAX: u32 = 8;
 
 /// A disk with less room than this is nearly full: what is kept free of ours there, and some.
 const SHORT_BYTES: u64 = 16 << 20;
@@ -39,7 +44,9 @@ impl Copies {
     }
 
     /// Begins to copy a replica's WAL, unless that runs already.
-    fn begin(&mut self, id: ReplicaId, writer: &Writer) {
+    fn begin(&mut self, id: ReplicaId, writer: &mut Writer) {
+        (writer.in_wal, writer.copying) = (0, true);
+        writer.copies += 1;
         let file = writer.db.file().to_path_buf();
         if self.running[id].is_none() {
             let copy = move || copy(&file).map_err(|error| Failure::from(&error));
@@ -67,6 +74,9 @@ impl Copies {
 }
 
 fn copy(file: &std::path::Path) -> crate::error::Result<()> {
+    // Where processors are few a commit of some rows would wait for its turn as long as a copy of
+    // megabytes takes.
+    crate::sys::give_way();
     let db = connect(file, Use::Write)?;
     db.busy_timeout(Duration::ZERO)?;
     checkpoint(&db, "PASSIVE")?;
@@ -83,7 +93,7 @@ impl Writer {
         let copied = checkpoint(&self.db, how);
         self.db.busy_timeout(Duration::from_millis(BUSY_MS))?;
         let copied = copied?;
-        (self.in_wal, self.is_short_of_room) = (0, false);
+        (self.in_wal, self.copies, self.is_short_of_room) = (0, 0, false);
         self.dirty = self.dirty && (copied == Copied::Busy || how == "PASSIVE");
         if copied == Copied::Whole {
             self.with_sums(Sums::settle);
@@ -123,13 +133,17 @@ impl Shared {
                     self.detach(id, Some(error));
                     continue;
                 }
+                Some(Ok(()))
+                    if !idle && writer.in_wal > REST_CHANGES_MAX && writer.copies < COPIES_MAX =>
+                {
+                    copies.begin(id, writer);
+                    continue;
+                }
                 // The rest of it.
                 Some(Ok(())) if !idle => "PASSIVE",
                 _ if writer.dirty && (idle || writer.is_short_of_room) => "TRUNCATE",
                 _ => {
                     if !idle && writer.in_wal >= WAL_CHANGES_MAX {
-                        writer.in_wal = 0;
-                        writer.copying = true;
                         copies.begin(id, writer);
                     }
                     continue;
