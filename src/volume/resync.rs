@@ -282,6 +282,8 @@ impl Volume {
         drop(jobs);
         // First: what returns just now must not go on as if nothing had been.
         running.iter().for_each(|(_, stop)| stop.store(true, Ordering::Relaxed));
+        // Nobody is slowed down for a resync that there is no longer.
+        self.resyncs.brake.release();
         let fault = || Fault::new("resync", Errno::TIMEDOUT);
         for id in hung.into_iter().filter(|id| self.replicas().get(*id).guard().give_up()) {
             if self.replicas().is_online(id) {

@@ -20,7 +20,7 @@ const WAIT_MAX: Duration = Duration::from_millis(40);
 /// A round that took a longer part of the last one's time than this gets nowhere.
 const SHORTER: f64 = 0.6;
 
-/// How long every change waits before it begins.
+/// How long every change waits before it begins, in microseconds.
 #[derive(Default)]
 pub(in crate::volume) struct Brake(AtomicU64);
 
@@ -36,6 +36,11 @@ impl Brake {
     /// Whether changes wait.
     pub fn is_on(&self) -> bool {
         self.0.load(Ordering::Relaxed) > 0
+    }
+
+    /// Nobody waits any more, until the next round of a resync that goes on.
+    pub fn release(&self) {
+        self.set(Duration::ZERO);
     }
 
     pub(in crate::volume) fn set(&self, wait: Duration) {
