@@ -139,7 +139,9 @@ impl super::Volume {
         Ok(opened)
     }
 
-    /// An orphan lies in `preserved/`, or in no directory at all: then it is copied.
+    /// An orphan lies in `preserved/`, or in no directory at all: then it is copied. So is one that
+    /// was written to since it lost its name: no round did that, and what a replica that left
+    /// cleanly has of it is older.
     fn open_orphan(
         &self,
         node: &Node,
@@ -149,10 +151,16 @@ impl super::Volume {
     ) -> Result<Handle> {
         let content = state.open.as_ref().map_or(ContentId::EMPTY, |open| open.sealed.content);
         let (dir, name) = (preserved_dir(node.id).path(), preserved_name(node.id, content));
-        if content != ContentId::EMPTY
-            && let Ok(handle) = open_at(backing, &dir, &name)
+        let kept = match content {
+            ContentId::EMPTY => None,
+            _ => open_at(backing, &dir, &name).ok(),
+        };
+        let size = self.replicas().read("stat", |id, b| Ok(b.stat(write.get(id)?)?.size))?;
+        if let Some(kept) = &kept
+            && state.open.as_ref().is_some_and(|open| open.is_untouched() && !open.dirty)
+            && backing.stat(kept).map_err(Error::from_io)?.size == size
         {
-            return Ok(handle);
+            return Ok(kept.clone());
         }
         let own = EntryName::new("orphan").expect("letters");
         let make = || -> std::io::Result<Handle> {
@@ -162,7 +170,7 @@ impl super::Volume {
             backing.unlink(&tmp, &own)?;
             Ok(file)
         };
-        let file = make().map_err(Error::from_io)?;
+        let file = kept.map_or_else(make, Ok).map_err(Error::from_io)?;
         let mut buffer = vec![0; ORPHAN_BYTES];
         let mut offset = 0;
         loop {
@@ -171,6 +179,7 @@ impl super::Volume {
             backing.write_at(&file, &buffer[..got], offset).map_err(Error::from_io)?;
             offset += got as u64;
             if got < ORPHAN_BYTES {
+                backing.truncate(&file, offset).map_err(Error::from_io)?;
                 return Ok(file);
             }
         }

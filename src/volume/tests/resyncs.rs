@@ -24,6 +24,14 @@ fn delete(volume: &Volume, name: &str) {
     volume.unlink(NodeId::ROOT, &EntryName::new(name).unwrap(), &CALLER).unwrap();
 }
 
+fn wait_until_online(volume: &Volume, id: ReplicaId) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !volume.replicas().is_online(id) {
+        assert!(Instant::now() < deadline, "{:?}", volume.resync_of(id));
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn preserved_files_that_a_replica_had_are_not_looked_at_again() {
     let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
@@ -58,11 +66,7 @@ fn preserved_files_that_a_replica_had_are_not_looked_at_again() {
     missed.iter().for_each(|name| delete(&volume, name));
     looks.store(0, Ordering::SeqCst);
     volume.replica_online(second, Fork::Refuse).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !volume.replicas().is_online(id) {
-        assert!(Instant::now() < deadline, "{:?}", volume.resync_of(id));
-        std::thread::park_timeout(Duration::from_millis(5));
-    }
+    wait_until_online(&volume, id);
     let looked = looks.load(Ordering::SeqCst);
     assert!((3..FEW).contains(&looked), "{looked} looks");
     volume.close().unwrap();
@@ -95,6 +99,29 @@ fn who_saves_a_file_waits_once_for_a_resync_that_cannot_keep_up() {
     volume.write(&node, 0, b"again", false, &CALLER).unwrap();
     assert!(begun.elapsed() >= wait, "it is changed anew");
     volume.resyncs.brake.set(Duration::ZERO);
+    volume.release(&node, true).unwrap();
+    volume.close().unwrap();
+}
+
+#[test]
+fn a_deleted_open_file_that_was_written_to_is_the_same_on_a_replica_that_returns() {
+    let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
+    let paths: Vec<_> = dirs.iter().map(|dir| dir.path().canonicalize().unwrap()).collect();
+    let volume = open_volume(open_store(&dirs));
+    let node = save(&volume, "file");
+    volume.create_snapshot("one", false, &[]).unwrap();
+    delete(&volume, "file");
+    let second = paths[1].to_str().unwrap();
+    let id = volume.replica_offline(second).unwrap();
+    // As many bytes as before; a look has them carried out.
+    let mut bytes = [0; 8];
+    volume.write(&node, 0, b"FILE", false, &CALLER).unwrap();
+    assert_eq!(volume.read(&node, 0, &mut bytes).unwrap(), 4);
+    volume.replica_online(second, Fork::Refuse).unwrap();
+    wait_until_online(&volume, id);
+    volume.replica_offline(paths[0].to_str().unwrap()).unwrap();
+    let read = volume.read(&node, 0, &mut bytes).unwrap();
+    assert_eq!(&bytes[..read], b"FILE");
     volume.release(&node, true).unwrap();
     volume.close().unwrap();
 }
