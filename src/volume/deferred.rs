@@ -24,6 +24,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
@@ -33,7 +34,7 @@ use crate::replica::Piece;
 use crate::replica::intent::{Intent, KeptIntent};
 use crate::types::{ContentId, NodeId};
 
-use super::nodes::{Node, Open, State};
+use super::nodes::{Changer, Node, Open, State};
 use super::{Caller, Volume};
 
 /// A larger write is not deferred: its sync is little beside the rest of it, and a copy is not.
@@ -60,8 +61,8 @@ pub struct Deferred {
     /// Set while those before these are carried out: then more is accepted without the file's lock,
     /// which is held. The size of the sealed content.
     beside: Option<u64>,
-    /// Who wrote last of those that were accepted so.
-    last: Option<Caller>,
+    /// Who wrote last of those that were accepted so, but for the kernel itself.
+    last: Option<Changer>,
 }
 
 /// The files of which writes are deferred.
@@ -124,8 +125,9 @@ impl Volume {
         };
         self.carry_out_batch(node, state, *due);
         let last = node.deferred.lock().as_mut().and_then(|deferred| deferred.last.take());
-        if let Some(last) = last {
-            self.mark_unsealed(node, state, true, &last);
+        if let (Some(last), Some(open)) = (last, state.open.as_mut()) {
+            // It is marked as unsealed since the first of them.
+            (open.touched, open.by) = (Instant::now(), Some(last));
         }
     }
 
@@ -179,17 +181,21 @@ impl Volume {
             let lost = deferred.beside.map(|sealed_size| history::touched(range, sealed_size));
             lost.is_some_and(|lost| !lost.is_empty()) && !deferred.is_full()
         };
-        if data.len() > PIECE_BYTES_MAX
-            || !node.deferred.lock().as_deref().is_some_and(accepts)
-            || !self.has_room_for_deferred(data.len())
-        {
+        let same = |by: &Changer| (by.thread, by.uid) == (caller.pid, caller.creds.uid);
+        let is_known = match node.deferred.lock().as_deref() {
+            Some(deferred) if accepts(deferred) => deferred.last.as_ref().is_some_and(same),
+            _ => return Err(by),
+        };
+        if data.len() > PIECE_BYTES_MAX || !self.has_room_for_deferred(data.len()) {
             return Err(by);
         }
+        // Looked up now: the thread that asks may be gone when these are carried out.
+        let changer = if is_known { None } else { self.changer(caller, None) };
         let mut slot = node.deferred.lock();
         let Some(deferred) = slot.as_deref_mut().filter(|deferred| accepts(deferred)) else {
             return Err(by);
         };
-        deferred.last = Some(*caller);
+        deferred.last = changer.or(deferred.last.take());
         self.add_deferred(node, deferred, Piece { offset, bytes: data.to_vec() }, by);
         Ok(())
     }

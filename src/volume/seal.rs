@@ -101,7 +101,8 @@ impl Volume {
         }
     }
 
-    fn changer(&self, caller: &Caller, last: Option<Changer>) -> Option<Changer> {
+    /// Who `caller` is; where that is the kernel itself, `last`.
+    pub(super) fn changer(&self, caller: &Caller, last: Option<Changer>) -> Option<Changer> {
         if caller.pid == 0 {
             return last;
         }
