@@ -5,7 +5,7 @@
 //! were calls at once.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::Thread;
@@ -157,12 +157,14 @@ impl Workers {
         }
         let calls = &self.shared.own_calls;
         let number = calls.begin(op, watched);
-        let answer = work(&|| calls.renew(number));
-        if calls.end(number) {
-            return answer;
+        // A panic ends the call as well: on record for ever, it would count as hanging.
+        let answer = catch_unwind(AssertUnwindSafe(|| work(&|| calls.renew(number))));
+        let in_time = calls.end(number);
+        if !in_time {
+            self.shared.returned();
         }
-        self.shared.returned();
-        Err(Errno::TIMEDOUT.into())
+        let answer = answer.unwrap_or_else(|panic| resume_unwind(panic));
+        if in_time { answer } else { Err(Errno::TIMEDOUT.into()) }
     }
 
     /// Hands work to a worker.
