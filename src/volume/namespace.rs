@@ -186,6 +186,7 @@ impl Volume {
         let (from, from_name) = self.location(node, &state)?;
         self.replicas()
             .apply("link", |id, b| b.link(from.get(id)?, &from_name, to.get(id)?, name))?;
+        self.note_replaced(&[node.id, parent]);
         let mut changes = vec![entry(parent, name, node.id, excluded)];
         self.take_turn(turn, node, &mut state, &mut changes)?;
         self.push_by(caller, changes)?;
@@ -403,10 +404,13 @@ impl Volume {
                 let (last, mut ended) =
                     self.replace((&from, name), (&to, new_parent, new_name), target, state)?;
                 replaced_last = last;
-                self.note_replaced(&[source.id, new_parent]);
                 changes.append(&mut ended);
                 changes.push(entry_remove(parent, name));
             }
+        }
+        self.note_replaced(&[source.id, new_parent]);
+        if let (RenameMode::Exchange, Some(target)) = (mode, &target) {
+            self.note_replaced(&[target.id, parent]);
         }
         changes.push(entry(new_parent, new_name, source.id, excluded));
         self.take_turn(turn, &source, &mut source_state, &mut changes)?;

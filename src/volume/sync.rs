@@ -43,8 +43,8 @@ impl Volume {
         }
     }
 
-    /// A rename gave one of these the name of another file: see [`Replaced`]. To be called with the
-    /// locks that it was done under.
+    /// A rename or a link gave one of these a name: see [`Replaced`]. To be called with the locks
+    /// that it was done under.
     pub(super) fn note_replaced(&self, nodes: &[NodeId]) {
         if !self.replicas().order_names() {
             self.nodes.replaced.note(nodes);

@@ -1,11 +1,13 @@
-//! Which files took the name of another since their filesystem was last made durable whole.
+//! Which files took a name since their filesystem was last made durable whole.
 //!
 //! btrfs makes a synced file durable by a log beside its tree. In some 1 of 100 power cuts that log
 //! brought back the file which had had the name before, and which had got another name in
 //! `preserved/` in between, and did not have the new one at all, though that was synced after it
-//! took the name. A whole transaction (`syncfs`) is always right. So where names are not ordered
-//! ([`crate::replica::backing::Backing::orders_names`]) the first sync after such a rename, of the
-//! file or of its directory, is one of everything.
+//! took the name by a rename; or it had the one that took the name, by a link, and the one before
+//! was nowhere. A whole transaction (`syncfs`) is always right. So where names are not ordered
+//! ([`crate::replica::backing::Backing::orders_names`]) the first sync after a rename or a link, of
+//! the file or of its directory, is one of everything: whether another had the name since the last
+//! transaction is not known.
 
 use std::collections::HashMap;
 
@@ -25,13 +27,13 @@ struct Book {
     taken: HashMap<NodeId, Moment>,
 }
 
-/// A point in the order of such renames.
+/// A point in their order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Moment(u64);
 
 impl Replaced {
-    /// A rename has just given one of these the name of another file. To be called before anybody
-    /// can ask for a sync of what it did.
+    /// A rename or a link has just given one of these a name. To be called before anybody can ask for
+    /// a sync of what it did.
     pub fn note(&self, nodes: &[NodeId]) {
         let mut book = self.book.lock();
         book.last.0 += 1;
