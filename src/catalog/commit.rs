@@ -423,8 +423,8 @@ impl Shared {
                 None => {
                     let wait = Duration::from_millis(IDLE_MS);
                     if self.waiting.wake.wait_for(&mut queue, wait).timed_out() {
-                        idle = true;
-                        parking_lot::MutexGuard::unlocked(&mut queue, || self.checkpoint(true));
+                        let checkpoint = || self.checkpoint(true);
+                        idle = parking_lot::MutexGuard::unlocked(&mut queue, checkpoint);
                     }
                 }
             }

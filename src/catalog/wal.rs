@@ -120,7 +120,8 @@ impl Writer {
 impl Shared {
     /// Moves the WAL into the database: all of it when idle or where its disk is nearly full, else
     /// when it has grown large. A failure costs the replica its place, as a failed commit does.
-    pub fn checkpoint(&self, idle: bool) {
+    /// Whether nothing is left in any WAL: a copy or a reader may be in the way.
+    pub fn checkpoint(&self, idle: bool) -> bool {
         let mut writers = self.writers.lock();
         let mut copies = self.copies.lock();
         let mut turns = Vec::new();
@@ -168,6 +169,7 @@ impl Shared {
                 None => self.detach(id, Some(Failure::Hangs)),
             }
         }
+        writers.iter().all(|(_, writer)| writer.as_ref().is_none_or(|writer| !writer.dirty))
     }
 }
 
