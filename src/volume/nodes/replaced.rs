@@ -32,8 +32,8 @@ struct Book {
 pub struct Moment(u64);
 
 impl Replaced {
-    /// A rename or a link has just given one of these a name. To be called before anybody can ask for
-    /// a sync of what it did.
+    /// A rename or a link has just given one of these a name. To be called before anybody can ask
+    /// for a sync of what it did.
     pub fn note(&self, nodes: &[NodeId]) {
         let mut book = self.book.lock();
         book.last.0 += 1;
