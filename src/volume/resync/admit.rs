@@ -155,10 +155,10 @@ impl super::Volume {
             ContentId::EMPTY => None,
             _ => open_at(backing, &dir, &name).ok(),
         };
-        let size = self.replicas().read("stat", |id, b| Ok(b.stat(write.get(id)?)?.size))?;
+        let size = || self.replicas().read("stat", |id, b| Ok(b.stat(write.get(id)?)?.size));
         if let Some(kept) = &kept
             && state.open.as_ref().is_some_and(|open| open.is_untouched() && !open.dirty)
-            && backing.stat(kept).map_err(Error::from_io)?.size == size
+            && backing.stat(kept).map_err(Error::from_io)?.size == size()?
         {
             return Ok(kept.clone());
         }
