@@ -39,33 +39,38 @@ use convert::{
 /// which writeback is skipped as "congested".
 const MAX_BACKGROUND: u16 = 512;
 
+/// Asks the kernel for what we want of it, where it has that.
+pub fn ask_kernel(config: &mut KernelConfig) {
+    // Not FUSE_ATOMIC_O_TRUNC, though it saves a request: with it, open(O_RDONLY|O_TRUNC) of a
+    // running program empties it before the kernel says ETXTBSY.
+    let wanted = [
+        InitFlags::FUSE_PARALLEL_DIROPS,
+        InitFlags::FUSE_DO_READDIRPLUS,
+        InitFlags::FUSE_READDIRPLUS_AUTO,
+        InitFlags::FUSE_CACHE_SYMLINKS,
+        InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+        InitFlags::FUSE_POSIX_ACL,
+        InitFlags::FUSE_DONT_MASK,
+        InitFlags::FUSE_ASYNC_DIO,
+        InitFlags::FUSE_EXPLICIT_INVAL_DATA,
+        InitFlags::FUSE_NO_EXPORT_SUPPORT,
+    ];
+    for flag in wanted {
+        if config.add_capabilities(flag).is_err() {
+            log::debug!("the kernel lacks {flag:?}");
+        }
+    }
+    let _ = config.set_max_background(MAX_BACKGROUND);
+    let _ = config.set_congestion_threshold(MAX_BACKGROUND / 4 * 3);
+}
+
 struct Fuse {
     fs: Arc<Filesystem>,
 }
 
 impl fuser::Filesystem for Fuse {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        // Not FUSE_ATOMIC_O_TRUNC, though it saves a request: with it, open(O_RDONLY|O_TRUNC) of a
-        // running program empties it before the kernel says ETXTBSY.
-        let wanted = [
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
-            InitFlags::FUSE_POSIX_ACL,
-            InitFlags::FUSE_DONT_MASK,
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_EXPLICIT_INVAL_DATA,
-            InitFlags::FUSE_NO_EXPORT_SUPPORT,
-        ];
-        for flag in wanted {
-            if config.add_capabilities(flag).is_err() {
-                log::debug!("the kernel lacks {flag:?}");
-            }
-        }
-        let _ = config.set_max_background(MAX_BACKGROUND);
-        let _ = config.set_congestion_threshold(MAX_BACKGROUND / 4 * 3);
+        ask_kernel(config);
         Ok(())
     }
 
