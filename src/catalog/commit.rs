@@ -29,6 +29,7 @@ use super::overlay::{Batch, Plan};
 use super::schema::NextIds;
 use super::scratch::Looks;
 use super::sums::Sums;
+use super::wal::IDLE;
 use super::{Catalog, Change, Durability, Shared};
 use crate::error::{Error, Result};
 use crate::sys::device::Device;
@@ -41,8 +42,6 @@ const BATCH_CHANGES: usize = 8192;
 const WAITING_CHANGES_MAX: usize = 4 * BATCH_CHANGES;
 /// How long a change waits for a commit that nobody asked for, in milliseconds.
 const COMMIT_MS: u64 = 250;
-/// How long after the last commit the WAL is emptied into the database, in milliseconds.
-const IDLE_MS: u64 = 2_000;
 /// Times of generations are kept this exactly, in nanoseconds.
 const TICK_NANOS: i64 = 10_000_000;
 
@@ -396,7 +395,7 @@ impl Shared {
     /// Waits until there is a batch to commit; `None` when stopped and all is committed.
     fn next_batch(&self) -> Option<(Arc<Batch>, bool)> {
         let mut queue = self.waiting.queue.lock();
-        let mut idle = false;
+        let mut idle = Some(IDLE);
         loop {
             let pending = queue.generation > queue.committed;
             let durable = queue.wanted_durable && queue.durable < queue.generation;
@@ -419,14 +418,14 @@ impl Shared {
                     }
                     self.waiting.wake.wait_until(&mut queue, due);
                 }
-                None if idle => self.waiting.wake.wait(&mut queue),
-                None => {
-                    let wait = Duration::from_millis(IDLE_MS);
-                    if self.waiting.wake.wait_for(&mut queue, wait).timed_out() {
+                None => match idle {
+                    Some(wait) if self.waiting.wake.wait_for(&mut queue, wait).timed_out() => {
                         let checkpoint = || self.checkpoint(true);
                         idle = parking_lot::MutexGuard::unlocked(&mut queue, checkpoint);
                     }
-                }
+                    Some(_) => {}
+                    None => self.waiting.wake.wait(&mut queue),
+                },
             }
         }
         let queue = &mut *queue;

@@ -321,7 +321,7 @@ impl Catalog {
                 finish(writer.db)?;
                 // Torn, lost or not written they say nothing.
                 if let Some(mut sums) = writer.sums
-                    && let Err(error) = sums.settle().and_then(|()| sums.leave(&head.chain))
+                    && let Err(error) = sums.leave(&head.chain)
                 {
                     log::info!("the sums of a catalog's pages are not kept: {error}");
                 }

@@ -3,7 +3,7 @@
 //!
 //! The database changes only when the WAL is copied into it, and then only in the pages that the
 //! WAL has. Every commit's pages are noted from the WAL, and their sums taken anew once it is
-//! wholly copied; those of all others stay, whoever changes them. A page that was changed already
+//! wholly copied, a few after each commit; those of all others stay, whoever changes them. A page that was changed already
 //! when a commit came to it may have been read for it: its old sum stays, so that the copy is known
 //! to be doubtful although its pages are as they were written.
 //!
@@ -43,6 +43,8 @@ const WAL_HEADER_BYTES: usize = 32;
 const FRAME_HEADER_BYTES: usize = 24;
 /// Pages that are looked at between two commits: some 4 ms.
 const SLICE_PAGES: usize = 1024;
+/// Pages whose sums are taken between two commits: below a millisecond.
+const SUMMED_PAGES: usize = 256;
 
 /// The sums of one database that is open for writing.
 pub(super) struct Sums {
@@ -56,6 +58,8 @@ pub(super) struct Sums {
     pages: Vec<u64>,
     /// Pages in the WAL.
     changed: BTreeSet<usize>,
+    /// Pages that the WAL was copied into, and whose sums are not known again.
+    copied: BTreeSet<usize>,
     /// Pages that were not as they had been written when a commit came to them.
     doubtful: BTreeSet<usize>,
 }
@@ -81,6 +85,7 @@ impl Sums {
             noted: ([0; 8], WAL_HEADER_BYTES as u64),
             pages: Vec::new(),
             changed: BTreeSet::new(),
+            copied: BTreeSet::new(),
             doubtful: BTreeSet::new(),
         })
     }
@@ -104,7 +109,11 @@ impl Sums {
     }
 
     /// Leaves the sums for the next mount. Torn or lost, they say nothing.
-    pub fn leave(&self, chain: &[u8; 32]) -> Result<()> {
+    pub fn leave(&mut self, chain: &[u8; 32]) -> Result<()> {
+        self.settle()?;
+        while self.has_copied() {
+            self.sum_some()?;
+        }
         let mut bytes = Vec::with_capacity(HEADER_BYTES + self.pages.len() * 8 + HASH_BYTES);
         bytes.extend(MAGIC);
         bytes.extend(VERSION.to_le_bytes());
@@ -149,13 +158,29 @@ impl Sums {
         Ok(())
     }
 
-    /// The WAL is wholly in the database.
+    /// The WAL is wholly in the database: the sums of its pages have to be taken anew.
     pub fn settle(&mut self) -> Result<()> {
         let count = (self.file.metadata()?.len() / PAGE_BYTES as u64) as usize;
         self.pages.resize(count, 0);
+        let mut copied = std::mem::take(&mut self.changed);
+        copied.retain(|index| *index < count && !self.doubtful.contains(index));
+        copied.iter().for_each(|&index| self.pages[index] = 0);
+        self.copied.append(&mut copied);
+        Ok(())
+    }
+
+    /// Whether sums have to be taken.
+    pub fn has_copied(&self) -> bool {
+        !self.copied.is_empty()
+    }
+
+    /// Takes the sums of some pages that the WAL was copied into. One that is being changed again
+    /// gets a sum that says nothing, and is settled after all others are.
+    pub fn sum_some(&mut self) -> Result<()> {
         let mut page = vec![0; PAGE_BYTES];
-        for index in std::mem::take(&mut self.changed) {
-            if index < count && !self.doubtful.contains(&index) {
+        for _ in 0..SUMMED_PAGES {
+            let Some(index) = self.copied.pop_first() else { break };
+            if self.pages.get(index) == Some(&0) {
                 self.file.read_exact_at(&mut page, (index * PAGE_BYTES) as u64)?;
                 self.pages[index] = sum(&page);
             }

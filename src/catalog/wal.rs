@@ -27,6 +27,11 @@ const REST_CHANGES_MAX: usize = 512;
 /// wait then.
 const COPIES_MAX: u32 = 8;
 
+/// How long after the last commit the WAL is emptied into the database.
+pub(super) const IDLE: Duration = Duration::from_secs(2);
+/// How long after it was found to run a copy is looked at again where nobody commits.
+const COPY_LOOK: Duration = Duration::from_millis(50);
+
 /// A disk with less room than this is nearly full: what is kept free of ours there, and some.
 const SHORT_BYTES: u64 = 16 << 20;
 /// The largest WAL there, about.
@@ -120,8 +125,8 @@ impl Writer {
 impl Shared {
     /// Moves the WAL into the database: all of it when idle or where its disk is nearly full, else
     /// when it has grown large. A failure costs the replica its place, as a failed commit does.
-    /// Whether nothing is left in any WAL: a copy or a reader may be in the way.
-    pub fn checkpoint(&self, idle: bool) -> bool {
+    /// Tells after how long something is left to do, if nobody commits meanwhile.
+    pub fn checkpoint(&self, idle: bool) -> Option<Duration> {
         let mut writers = self.writers.lock();
         let mut copies = self.copies.lock();
         let mut turns = Vec::new();
@@ -129,39 +134,45 @@ impl Shared {
             let Some(writer) = &mut writers[id] else { continue };
             let ended = copies.ended(id);
             writer.copying &= ended.is_none();
-            let how = match ended {
+            let is_little = writer.in_wal <= REST_CHANGES_MAX || writer.copies >= COPIES_MAX;
+            let is_due = writer.in_wal >= WAL_CHANGES_MAX || (idle && writer.dirty);
+            let step = match ended {
                 Some(Err(error)) => {
                     self.detach(id, Some(error));
                     continue;
                 }
-                Some(Ok(()))
-                    if !idle && writer.in_wal > REST_CHANGES_MAX && writer.copies < COPIES_MAX =>
-                {
-                    copies.begin(id, writer);
-                    continue;
-                }
+                None if writer.copying => continue,
+                _ if writer.dirty && writer.is_short_of_room => Step::Copy("TRUNCATE"),
                 // The rest of it.
-                Some(Ok(())) if !idle => "PASSIVE",
-                _ if writer.dirty && (idle || writer.is_short_of_room) => "TRUNCATE",
-                _ => {
-                    if !idle && writer.in_wal >= WAL_CHANGES_MAX {
-                        copies.begin(id, writer);
-                    }
-                    continue;
-                }
+                Some(Ok(())) if is_little && !idle => Step::Copy("PASSIVE"),
+                _ if idle && writer.dirty && is_little => Step::Copy("TRUNCATE"),
+                Some(Ok(())) => Step::Begin,
+                None if is_due => Step::Begin,
+                None if writer.sums.as_ref().is_some_and(Sums::has_copied) => Step::Sum,
+                None => continue,
             };
+            if matches!(step, Step::Begin) {
+                copies.begin(id, writer);
+                continue;
+            }
             let Some(mut writer) = writers[id].take() else { continue };
             let device = writer.device;
             let work = move || {
-                let copied = writer.copy_wal(how, Duration::ZERO);
-                (writer, copied)
+                let done = match step {
+                    Step::Copy(how) => writer.copy_wal(how, Duration::ZERO).map(|_| ()),
+                    _ => {
+                        writer.with_sums(Sums::sum_some);
+                        Ok(())
+                    }
+                };
+                (writer, done)
             };
             turns.push((id, self.lanes.begin(id, device, work)));
         }
         drop(copies);
         for (id, turn) in turns {
             match self.lanes.wait(id, turn) {
-                Some((writer, Ok(_))) => writers[id] = Some(writer),
+                Some((writer, Ok(()))) => writers[id] = Some(writer),
                 Some((writer, Err(error))) => {
                     self.detach(id, Some(error.into()));
                     self.lanes.discard(id, writer);
@@ -169,8 +180,27 @@ impl Shared {
                 None => self.detach(id, Some(Failure::Hangs)),
             }
         }
-        writers.iter().all(|(_, writer)| writer.as_ref().is_none_or(|writer| !writer.dirty))
+        let left = writers.iter().filter_map(|(_, writer)| {
+            let writer = writer.as_ref()?;
+            match () {
+                () if writer.copying => Some(COPY_LOOK),
+                // A reader is in the way.
+                () if writer.dirty => Some(IDLE),
+                () => writer.sums.as_ref()?.has_copied().then_some(Duration::ZERO),
+            }
+        });
+        left.min()
     }
+}
+
+/// What is done for a WAL between two commits.
+enum Step {
+    /// Begins to copy it beside the commits.
+    Begin,
+    /// Copies it.
+    Copy(&'static str),
+    /// Takes sums of pages that it was copied into.
+    Sum,
 }
 
 /// What a checkpoint has done.

@@ -182,7 +182,7 @@ fn bytes_per_version() {
             catalog.push_by(who(index).as_ref(), create(1, &name, row)).unwrap();
         }
         catalog.flush(Durability::Written).unwrap();
-        catalog.shared.checkpoint(true);
+        rest(&catalog);
         std::fs::metadata(&scratch.files[0]).unwrap().len() as f64 / 10_000.0
     };
     println!("nobody: {:.1}", measure(&|_| None));

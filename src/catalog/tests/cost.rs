@@ -130,7 +130,7 @@ fn a_catalog_that_grew_in_the_middle_is_written_anew_when_closed() {
         catalog.push(vec![Change::NodePut(row)]).unwrap();
     }
     catalog.flush(Durability::Written).unwrap();
-    catalog.shared.checkpoint(true);
+    rest(&catalog);
     let before = size(0);
     catalog.close().unwrap();
     assert!(size(0) < before, "{} is not below {before}", size(0));

@@ -106,7 +106,7 @@ fn pushes_per_second_and_bytes_per_version() {
     let catalog = Catalog::open(map, true).unwrap();
     catalog.push(create(1, "d", dir(1))).unwrap();
     let size = || {
-        catalog.shared.checkpoint(true);
+        rest(&catalog);
         std::fs::metadata(&files[0]).unwrap().len()
     };
     let start = Instant::now();

@@ -54,7 +54,7 @@ fn what_commits_change_is_no_rot() {
     for round in 0..8 {
         fill(&catalog, 100 + round * 300, 300);
         if round % 3 > 0 {
-            catalog.shared.checkpoint(true);
+            rest(&catalog);
         }
         assert_eq!((rotten(&catalog, 0), rotten(&catalog, 1)), (none(), none()), "{round}");
         if round % 4 == 3 {
@@ -69,7 +69,7 @@ fn a_flipped_bit_anywhere_is_found_and_healed_from_the_other_replica() {
     let scratch = Scratch::new_in(2, "/dev/shm");
     let catalog = scratch.open_rooted();
     fill(&catalog, 100, 1000);
-    catalog.shared.checkpoint(true);
+    rest(&catalog);
     assert_eq!((rotten(&catalog, 0), rotten(&catalog, 1)), (none(), none()));
     let ids: Vec<ReplicaId> = ReplicaId::all().take(2).collect();
     let mut dice = Dice(20_261_125);
@@ -102,7 +102,7 @@ fn rot_is_known_after_the_next_mount_and_after_a_commit_on_its_page() {
     // The page is written anew, with a sum of its own that tells nothing.
     catalog.push(vec![remove(1, "a file named 334"), Change::NodeGone(NodeId(334))]).unwrap();
     catalog.flush(Durability::Written).unwrap();
-    catalog.shared.checkpoint(true);
+    rest(&catalog);
     assert!(rotten(&catalog, 0).contains(&page));
     catalog.close().unwrap();
     assert!(rotten(&scratch.open(), 0).contains(&page));
@@ -113,7 +113,7 @@ fn a_database_that_was_cut_off_is_found() {
     let scratch = Scratch::new_in(2, "/dev/shm");
     let catalog = scratch.open_rooted();
     fill(&catalog, 100, 500);
-    catalog.shared.checkpoint(true);
+    rest(&catalog);
     assert!(rotten(&catalog, 1).is_empty());
     let file = std::fs::File::options().write(true).open(&scratch.files[1]).unwrap();
     let pages = file.metadata().unwrap().len() / 4096;
