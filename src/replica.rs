@@ -35,6 +35,7 @@ use room::Room;
 use verdict::{Nature, Verdict};
 
 pub mod backing;
+mod buffer;
 pub mod copy;
 pub mod dir_backing;
 pub mod faulty;
@@ -47,6 +48,7 @@ mod room;
 mod together;
 mod verdict;
 
+pub use buffer::Buffer;
 pub use handles::{Handles, PrivateDir};
 pub use health::{Fault, Health, State};
 pub use together::{Piece, SyncAll};

@@ -1,21 +1,10 @@
 //! The undo log: before-images, appended to segments that are equal on every replica.
 //!
-//! # Format of a segment, version 1
-//! `.rearview/undo/<number, 16 hex digits>.seg` is a sequence of records, each at a multiple of 64:
-//!
-//! | bytes | what |
-//! |--|--|
-//! | 0..4 | magic `RVU1`, or `RVUH` for a hole |
-//! | 4..8 | length of the data, little endian |
-//! | 8..16 | node |
-//! | 16..24 | content |
-//! | 24..32 | offset of the data in the content |
-//! | 32..64 | BLAKE3 of bytes 0..32 and the data |
-//! | 64.. | the data, then zeros up to a multiple of 64 |
-//!
-//! The data of a hole is its length, 8 bytes. A catalog row points at the data of a before-image;
-//! that of a hole says all itself and points nowhere. If we die before the row is committed, the
-//! record tells all that the row would say, and [`recover`] adds the row.
+//! What is appended goes past the page cache, in whole blocks: it is synced at once and read seldom,
+//! and a copy to new pages of the cache takes several times as long as the disks do. The last block
+//! is written again with what is added to it; what it had is the same, so that a torn write of it
+//! loses nothing. Behind small appends some blocks of zeros are written ahead, over which the next
+//! ones go: a sync of them has no metadata to write, and takes half as long.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,24 +13,26 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::catalog::{Catalog, Change, UndoFile, UndoPlace, UndoRow};
 use crate::error::{Error, Result};
-use crate::replica::backing::{Access, Backing, Handle};
-use crate::replica::{Handles, Piece, PrivateDir, ReplicaSet};
+use crate::replica::backing::{Access, BLOCK_BYTES, Backing, Handle};
+use crate::replica::{Buffer, Handles, Piece, PrivateDir, ReplicaSet};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use super::ranges::ByteRange;
+use segment::{DATA_BYTES_MAX, HEADER_BYTES, RECORD_ALIGN, Record, records};
 
-const MAGIC: [u8; 4] = *b"RVU1";
-const MAGIC_HOLE: [u8; 4] = *b"RVUH";
-const HEADER_BYTES: usize = 64;
-const RECORD_ALIGN: u64 = 64;
+mod segment;
+
+pub use segment::{Image, complete_from, missing};
+
 /// A new segment is begun at this size, so that space can be given back by removing whole files.
 const SEGMENT_BYTES_MAX: u64 = 16 << 20;
 /// No segment has this number or a greater one.
 const SEGMENT_MAX: u64 = 1 << 62;
 /// No segment is longer: its last record began before it was full.
 const SEGMENT_BYTES_BOUND: u64 = SEGMENT_BYTES_MAX + (HEADER_BYTES as u64) + DATA_BYTES_MAX as u64;
-/// No record's data is longer; a longer length in a header is garbage.
-const DATA_BYTES_MAX: u32 = 4 << 20;
+/// So much is written with zeros behind appends that are smaller.
+const AHEAD_BYTES: u64 = 64 << 10;
+const BLOCK: u64 = BLOCK_BYTES as u64;
 
 /// The open end of the undo log.
 pub struct UndoLog {
@@ -70,13 +61,25 @@ impl Drop for Pin<'_> {
     }
 }
 
+#[derive(Default)]
 struct Tail {
     segment: u64,
     /// Where the next record goes.
     end: u64,
+    /// What the block has before that.
+    begun: Vec<u8>,
+    /// Up to where the file was written, with zeros from `end` on.
+    written: u64,
     files: Option<Arc<Handles>>,
     /// Bytes appended since the mount: the log's position for group syncs.
     position: u64,
+}
+
+impl Tail {
+    /// The next record is the first one of the next segment.
+    fn go_on(&mut self) {
+        *self = Tail { segment: self.segment + 1, position: self.position, ..Tail::default() };
+    }
 }
 
 #[derive(Default)]
@@ -116,98 +119,10 @@ pub fn next_segment(replicas: &ReplicaSet) -> Result<u64> {
     Ok(segments(replicas)?.last().map_or(1, |last| last + 1))
 }
 
-/// What a record has before its data.
-fn header(magic: [u8; 4], of: (NodeId, ContentId), offset: u64, data: &[u8]) -> [u8; HEADER_BYTES] {
-    let mut header = [0; HEADER_BYTES];
-    header[0..4].copy_from_slice(&magic);
-    header[4..8].copy_from_slice(&(data.len() as u32).to_le_bytes());
-    header[8..16].copy_from_slice(&of.0.0.to_le_bytes());
-    header[16..24].copy_from_slice(&of.1.0.to_le_bytes());
-    header[24..32].copy_from_slice(&offset.to_le_bytes());
-    let mut hash = blake3::Hasher::new();
-    hash.update(&header[..32]).update(data);
-    header[32..64].copy_from_slice(hash.finalize().as_bytes());
-    header
-}
-
-/// Bytes that a content has, or that it has none there.
-pub enum Image {
-    /// At an offset, these; not empty.
-    Bytes(u64, Vec<u8>),
-    /// A hole.
-    ///
-    /// Its row alone would not do: one that was not committed when we died would be lost, and the
-    /// content would show what was written into the hole.
-    Hole(ByteRange),
-}
-
-impl Image {
-    /// Adds its record to others.
-    fn encode(&self, of: (NodeId, ContentId), records: &mut Vec<u8>) {
-        match self {
-            Image::Bytes(offset, bytes) => {
-                assert!(!bytes.is_empty() && bytes.len() <= DATA_BYTES_MAX as usize);
-                records.extend(header(MAGIC, of, *offset, bytes));
-                records.extend(bytes);
-            }
-            Image::Hole(range) => {
-                let length = (range.end - range.start).to_le_bytes();
-                records.extend(header(MAGIC_HOLE, of, range.start, &length));
-                records.extend(length);
-            }
-        }
-    }
-}
-
-/// A record of a segment.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Record {
-    /// What its row says but for the place.
-    row: UndoRow,
-    /// Whether it is of a hole, whose row has no place.
-    is_hole: bool,
-    /// Bytes of the record.
-    bytes: usize,
-}
-
-/// Reads a record that begins at `bytes[0]`; `None` where there is no whole, valid one.
-fn decode(bytes: &[u8]) -> Option<Record> {
-    let header = bytes.get(..HEADER_BYTES)?;
-    let is_hole = header[..4] == MAGIC_HOLE;
-    if !is_hole && header[..4] != MAGIC {
-        return None;
-    }
-    let word = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("8 bytes"));
-    let length = u32::from_le_bytes(header[4..8].try_into().expect("4 bytes"));
-    if length == 0 || length > DATA_BYTES_MAX {
-        return None;
-    }
-    let data = bytes.get(HEADER_BYTES..HEADER_BYTES + length as usize)?;
-    let mut hash = blake3::Hasher::new();
-    hash.update(&header[..32]).update(data);
-    if hash.finalize().as_bytes() != &header[32..64] {
-        return None;
-    }
-    let extent = match is_hole {
-        true => u64::from_le_bytes(data.try_into().ok()?),
-        false => u64::from(length),
-    };
-    // No byte of a file is farther out, and the catalog's numbers are signed.
-    word(24).checked_add(extent).filter(|&end| extent > 0 && i64::try_from(end).is_ok())?;
-    let row = UndoRow {
-        node: NodeId(word(8)),
-        content: ContentId(word(16)),
-        offset: word(24),
-        length: extent,
-        at: None,
-    };
-    Some(Record { row, is_hole, bytes: HEADER_BYTES + length as usize })
-}
-
 impl UndoLog {
     /// Begins after the last segment there is: a segment is written by one mount only.
     pub fn open(replicas: &ReplicaSet) -> Result<UndoLog> {
-        let tail = Tail { segment: next_segment(replicas)?, end: 0, files: None, position: 0 };
+        let tail = Tail { segment: next_segment(replicas)?, ..Tail::default() };
         Ok(UndoLog {
             tail: Mutex::new(tail),
             synced: Mutex::default(),
@@ -229,9 +144,7 @@ impl UndoLog {
         let mut tail = self.tail.lock();
         if let Some(full) = &tail.files {
             replicas.sync(full, true)?;
-            tail.files = None;
-            tail.segment += 1;
-            tail.end = 0;
+            tail.go_on();
         }
         Ok(())
     }
@@ -242,7 +155,7 @@ impl UndoLog {
         if let Some(files) = tail.files.clone() {
             let b = replicas.get(id);
             let dir = b.backing().open_dir(&PrivateDir::Undo.path()).map_err(Error::from_io)?;
-            let file = b.backing().open_file(&dir, &segment_name(tail.segment), Access::ReadWrite);
+            let file = b.backing().open_file(&dir, &segment_name(tail.segment), Access::Direct);
             tail.files = Some(Arc::new(files.with(id, file.map_err(Error::from_io)?)));
         }
         Ok(())
@@ -339,31 +252,39 @@ impl UndoLog {
             }
             let files = tail.files.clone().expect("a segment was begun");
             // As many records as the segment takes, with one write.
-            let mut records = Vec::new();
-            let mut end = tail.end;
+            let (mut places, mut end) = (Vec::new(), tail.end);
             while end < SEGMENT_BYTES_MAX
                 && let Some(image) = images.next()
             {
-                records.resize((end - tail.end) as usize, 0);
-                image.encode(of, &mut records);
+                places.push((end, image));
+                end = (end + image.record_bytes()).next_multiple_of(RECORD_ALIGN);
+            }
+            let start = tail.end - tail.end % BLOCK;
+            let mut until = end.next_multiple_of(BLOCK);
+            if until > tail.written && until - start < AHEAD_BYTES {
+                until = (until + AHEAD_BYTES).min(SEGMENT_BYTES_MAX.max(until));
+            }
+            let mut bytes = Buffer::aligned((until - start) as usize);
+            bytes.extend(&tail.begun);
+            for (at, image) in places {
+                bytes.pad_to((at - start) as usize);
+                image.encode(of, &mut bytes);
                 let file = UndoFile::Segment(tail.segment);
-                let place = UndoPlace { file, offset: end + HEADER_BYTES as u64 };
+                let place = UndoPlace { file, offset: at + HEADER_BYTES as u64 };
                 let (offset, length, at) = match image {
                     Image::Bytes(offset, bytes) => (*offset, bytes.len() as u64, Some(place)),
                     Image::Hole(range) => (range.start, range.end - range.start, None),
                 };
                 rows.push(UndoRow { node: of.0, content: of.1, offset, length, at });
-                end = (tail.end + records.len() as u64).next_multiple_of(RECORD_ALIGN);
             }
-            tail.position += records.len() as u64;
-            let at = std::mem::replace(&mut tail.end, end);
-            if let Err(error) =
-                replicas.write(&files, &Arc::from([Piece { offset: at, bytes: records }]))
-            {
-                // The next record takes the place of what may be there in part.
-                tail.end = at;
-                return Err(error);
-            }
+            bytes.pad_to((until - start) as usize);
+            let last = (end - end % BLOCK - start) as usize;
+            let begun = bytes[last..(end - start) as usize].to_vec();
+            // After an error the next records take the place of what may be there in part.
+            replicas.write(&files, &Arc::from([Piece { offset: start, bytes }]))?;
+            tail.position += end - tail.end;
+            (tail.end, tail.begun) = (end, begun);
+            tail.written = tail.written.max(until);
         }
         Ok(rows)
     }
@@ -373,20 +294,18 @@ impl UndoLog {
             // Its last records must not be forgotten by later group syncs of the next segment. It
             // stays the open one until then: where there is none, nothing is left to sync.
             replicas.sync(full, true)?;
-            tail.files = None;
-            tail.segment += 1;
-            tail.end = 0;
+            tail.go_on();
         }
         let dir = replicas.private(PrivateDir::Undo)?;
         let name = segment_name(tail.segment);
         let files = replicas.apply("create", |id, b| {
-            let file = b.create(dir.get(id)?, &name, 0o600, super::OWN)?;
+            b.create(dir.get(id)?, &name, 0o600, super::OWN)?;
+            let file = b.open_file(dir.get(id)?, &name, Access::Direct)?;
             // The name must be there when its records are looked for after a power cut.
             b.sync(dir.get(id)?, false)?;
             Ok(file)
         })?;
         tail.files = Some(Arc::new(Handles::from(files)));
-        tail.end = 0;
         Ok(())
     }
 
@@ -452,55 +371,8 @@ fn read_segment(b: &dyn Backing, dir: &Handle, segment: u64) -> std::io::Result<
     Ok(bytes)
 }
 
-/// The whole records of a segment: by where their data begins, where it ends and what it is. A torn
-/// one is passed over; the scan goes on at the next multiple of 64.
-fn records(bytes: &[u8]) -> BTreeMap<u64, (u64, Record)> {
-    let mut whole = BTreeMap::new();
-    let mut at = 0;
-    while at < bytes.len() {
-        let Some(record) = decode(&bytes[at..]) else {
-            at += RECORD_ALIGN as usize;
-            continue;
-        };
-        let end = at + record.bytes;
-        whole.insert((at + HEADER_BYTES) as u64, (end as u64, record));
-        at = end.next_multiple_of(RECORD_ALIGN as usize);
-    }
-    whole
-}
-
 /// A segment is never longer: it ends at the first record that reaches its size.
 pub const SEGMENT_BYTES_READ_MAX: u64 = SEGMENT_BYTES_MAX + 2 * DATA_BYTES_MAX as u64;
-
-/// Puts whole records of `other` in the place of those that `bytes` lacks for these rows.
-pub fn complete_from(bytes: &mut Vec<u8>, other: &[u8], rows: &[UndoRow]) {
-    let missing = missing(bytes, rows);
-    if missing.is_empty() {
-        return;
-    }
-    let whole = records(other);
-    for row in missing {
-        let Some(at) = row.at else { continue };
-        let Some((&data, &(end, _))) = whole.range(..=at.offset).next_back() else { continue };
-        let (from, to) = (data as usize - HEADER_BYTES, end as usize);
-        if bytes.len() < to {
-            bytes.resize(to, 0);
-        }
-        bytes[from..to].copy_from_slice(&other[from..to]);
-    }
-}
-
-/// The before-images that are in no whole record of a segment's bytes.
-pub fn missing(bytes: &[u8], rows: &[UndoRow]) -> Vec<UndoRow> {
-    let whole = records(bytes);
-    let lies_within = |row: &UndoRow| {
-        let Some(at) = row.at else { return true };
-        let range = ByteRange::new(at.offset, row.length);
-        let record = whole.range(..=range.start).next_back();
-        record.is_some_and(|(_, (end, _))| range.end <= *end)
-    };
-    rows.iter().filter(|row| !lies_within(row)).cloned().collect()
-}
 
 /// Adds the rows of records that no commit knows. A torn record is one whose overwrite never began.
 /// Segments before `from` have none of them.

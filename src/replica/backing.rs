@@ -118,7 +118,15 @@ pub enum Access {
     Read,
     /// For reading and writing.
     ReadWrite,
+    /// For writing whole blocks of [`BLOCK_BYTES`] past the page cache, where the backing can
+    /// (`O_DIRECT`, open(2)). What nobody will read soon is on its disk with one copy less, and
+    /// without memory for it.
+    Direct,
 }
+
+/// What writes begin and end at a multiple of, in the file and in memory, that go past the page
+/// cache: no disk has larger blocks.
+pub const BLOCK_BYTES: usize = 4096;
 
 /// A time to set: left alone, the backing's present, or a given one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

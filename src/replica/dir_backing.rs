@@ -207,6 +207,20 @@ fn become_creator(by: Creds, mode: u32) -> io::Result<()> {
     if mode & 0o2000 != 0 { sys::regain_fsetid() } else { Ok(()) }
 }
 
+fn is_invalid(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EINVAL)
+}
+
+/// Has the page cache in between again; `false` if it was.
+fn give_up_direct(file: BorrowedFd<'_>) -> io::Result<bool> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    if !flags.contains(OFlags::DIRECT) {
+        return Ok(false);
+    }
+    rustix::fs::fcntl_setfl(file, flags - OFlags::DIRECT)?;
+    Ok(true)
+}
+
 impl Backing for DirBacking {
     fn open_dir(&self, path: &RelPath) -> io::Result<Handle> {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
@@ -239,8 +253,13 @@ impl Backing for DirBacking {
         let flags = match access {
             Access::Read => OFlags::RDONLY,
             Access::ReadWrite => OFlags::RDWR,
+            Access::Direct => OFlags::RDWR | OFlags::DIRECT,
         };
         let file = match self.open_content(dir.as_fd(), name.as_os_str(), flags) {
+            // Not every filesystem can.
+            Err(error) if access == Access::Direct && is_invalid(&error) => {
+                return self.open_file(dir, name, Access::ReadWrite);
+            }
             Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
                 let node = self.open_node(dir, name)?;
                 if stat_fd(node.as_fd())?.kind != Kind::File {
@@ -433,7 +452,13 @@ impl Backing for DirBacking {
     }
 
     fn write_at(&self, file: &Handle, data: &[u8], offset: u64) -> io::Result<()> {
-        sys::write_all_at(file.as_fd(), data, offset)
+        match sys::write_all_at(file.as_fd(), data, offset) {
+            // Its blocks are larger than any we know, or it cannot after all.
+            Err(error) if is_invalid(&error) && give_up_direct(file.as_fd())? => {
+                sys::write_all_at(file.as_fd(), data, offset)
+            }
+            answer => answer,
+        }
     }
 
     fn truncate(&self, file: &Handle, size: u64) -> io::Result<()> {

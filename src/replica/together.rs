@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::backing::{Backing, Handle};
+use super::buffer::Buffer;
 use super::guarded::{Guarded, UnderWay};
 use super::verdict::{Nature, Verdict};
 use super::{Handles, Replica, ReplicaSet};
@@ -20,9 +21,8 @@ const PARALLEL_BYTES_MIN: usize = 32 << 10;
 pub struct Piece {
     /// Of the first byte.
     pub offset: u64,
-    /// The bytes: from memory that nobody else can change meanwhile. Mirrors that are written from
-    /// shared memory diverge.
-    pub bytes: Vec<u8>,
+    /// The bytes.
+    pub bytes: Buffer,
 }
 
 /// A sync that is under way on all replicas.

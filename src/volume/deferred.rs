@@ -196,7 +196,7 @@ impl Volume {
             return Err(by);
         };
         deferred.last = changer.or(deferred.last.take());
-        self.add_deferred(node, deferred, Piece { offset, bytes: data.to_vec() }, by);
+        self.add_deferred(node, deferred, Piece { offset, bytes: data.to_vec().into() }, by);
         Ok(())
     }
 

@@ -217,7 +217,7 @@ impl Volume {
         let mut state = node.lock_as_is();
         self.writable(node, &mut state)?;
         let range = ByteRange::new(offset, data.len() as u64);
-        let piece = Piece { offset, bytes: data.to_vec() };
+        let piece = Piece { offset, bytes: data.to_vec().into() };
         if !strip && self.is_to_be_deferred(node, &state, range) {
             self.mark_unsealed(node, &mut state, true, caller);
             self.defer(node, &mut state, piece, intent);

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::segment::*;
 use super::*;
 use crate::catalog::NodeRow;
 use crate::replica::Replica;
@@ -37,16 +38,74 @@ fn only_names_that_we_write_are_segments() {
     }
 }
 
+fn replicas(count: usize) -> (Vec<tempfile::TempDir>, ReplicaSet) {
+    let dirs: Vec<_> = (0..count).map(|_| tempfile::tempdir().expect("a folder")).collect();
+    let replicas = dirs.iter().map(|dir| {
+        std::fs::create_dir_all(dir.path().join(".rearview/undo")).expect("a folder");
+        let backing = Box::new(DirBacking::open(dir.path()).expect("it opens"));
+        Replica::new(uuid::Uuid::new_v4(), "r", dir.path(), backing)
+    });
+    let set = ReplicaSet::new(replicas.collect());
+    (dirs, set)
+}
+
+/// Whatever their sizes: each begins in the block in which the one before ends.
+#[test]
+fn what_is_appended_is_found_again_on_every_replica_at_every_moment() {
+    let (dirs, replicas) = replicas(2);
+    let log = UndoLog::open(&replicas).expect("it opens");
+    let of = (NodeId(7), ContentId(9));
+    let (mut rows, mut all) = (Vec::new(), Vec::new());
+    for (round, length) in [1, 4096, 4032, 4033, 63, 65, 70_000, 1 << 20, 5, 4 << 20, 9, 3 << 20]
+        .into_iter()
+        .enumerate()
+    {
+        let image = || Image::Bytes((round as u64) << 30, vec![round as u8 + 1; length]);
+        // More than once around the end of a segment.
+        for _ in 0..2 {
+            let images = [image(), Image::Hole(ByteRange::new(1 << 50, 10)), image()];
+            rows.extend(log.append(&replicas, of, &images).expect("appended"));
+            all.extend([image(), Image::Hole(ByteRange::new(1 << 50, 10)), image()]);
+        }
+        log.sync(&replicas).expect("synced");
+        for (row, image) in rows.iter().zip(&all) {
+            let (Some(place), Image::Bytes(_, data)) = (row.at, image) else { continue };
+            let UndoFile::Segment(segment) = place.file else { panic!("it is not packed") };
+            for dir in &dirs {
+                let path = dir.path().join(format!(".rearview/undo/{segment:016x}.seg"));
+                let bytes = std::fs::read(path).expect("a segment");
+                let (end, record) = &records(&bytes)[&place.offset];
+                assert_eq!(&bytes[place.offset as usize..*end as usize], &data[..]);
+                assert_eq!((record.row.offset, record.is_hole), (row.offset, false));
+            }
+        }
+    }
+    assert!(segments(&replicas).expect("a look").len() > 1);
+}
+
+/// So a sync has no metadata to write.
+#[test]
+fn small_appends_go_over_what_was_written_ahead() {
+    let (dirs, replicas) = replicas(1);
+    let log = UndoLog::open(&replicas).expect("it opens");
+    let file = dirs[0].path().join(".rearview/undo/0000000000000001.seg");
+    let mut sizes = std::collections::BTreeSet::new();
+    for round in 0..100u64 {
+        let image = Image::Bytes(round << 12, vec![1; 4096]);
+        log.append(&replicas, (NodeId(7), ContentId(9)), &[image]).expect("appended");
+        sizes.insert(file.metadata().expect("it is there").len());
+    }
+    assert!(sizes.len() < 10, "{sizes:?}");
+    let bytes = std::fs::read(file).expect("it is there");
+    assert_eq!(records(&bytes).len(), 100);
+}
+
 /// Recovery was killed after it had committed the rows and before what their content is: the next
 /// one found the rows, looked no further, and the check found before-images of no content.
 #[test]
 fn before_images_of_an_unknown_content_are_recorded_with_it_in_one_push() {
-    let dir = tempfile::tempdir().expect("a folder");
-    std::fs::create_dir_all(dir.path().join(".rearview/undo")).expect("a folder");
-    let backing = Box::new(DirBacking::open(dir.path()).expect("it opens"));
-    let replica = Replica::new(uuid::Uuid::new_v4(), "r", dir.path(), backing);
-    let replicas = ReplicaSet::new(vec![replica]);
-    let file = dir.path().join(".rearview/catalog.db");
+    let (dirs, replicas) = replicas(1);
+    let file = dirs[0].path().join(".rearview/catalog.db");
     Catalog::create(&file, uuid::Uuid::nil()).expect("a catalog");
     let catalog = Catalog::open(ReplicaMap::new(vec![Some(file)]), true).expect("it opens");
     let (node, sealed, unknown) = (NodeId(7), ContentId(8), ContentId(9));

@@ -422,3 +422,16 @@ fn an_ordinary_user_opens_what_is_his_own_whatever_its_mode() {
     assert_eq!(backing.stat(&dir).expect("stat").mode, 0o300);
     assert_eq!(errno(backing.chown(&file, Some(0), None)), libc::EPERM);
 }
+
+#[test]
+fn what_cannot_go_past_the_page_cache_goes_through_it() {
+    let rig = rig();
+    let Rig { backing, root, .. } = &rig;
+    drop(backing.create(root, &name("f"), 0o600, Creds::DAEMON).expect("create"));
+    let file = backing.open_file(root, &name("f"), Access::Direct).expect("open");
+    backing.write_at(&file, &[1; 5], 3).expect("of no block's size, at no block's begin");
+    let read = backing.open_file(root, &name("f"), Access::Read).expect("open");
+    let mut bytes = [9; 10];
+    assert_eq!(backing.read_at(&read, &mut bytes, 0).expect("read"), 8);
+    assert_eq!(bytes, [0, 0, 0, 1, 1, 1, 1, 1, 9, 9]);
+}
