@@ -56,7 +56,7 @@ pub(super) struct Writer {
     pub full: bool,
     /// Copies beside the commits since the WAL was last whole in the database.
     pub copies: u32,
-    /// Changes since the WAL was last copied into the database.
+    /// Pages that the WAL got since it was last copied into the database.
     pub in_wal: usize,
     /// Changes since it was opened.
     pub written: usize,
@@ -502,7 +502,6 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
         writer.full = durable;
     }
     writer.dirty = true;
-    writer.in_wal += plan.batch.count + 1;
     writer.written += plan.batch.count;
     let committed = match apply(&mut writer.db, plan) {
         // A full disk, and nothing of it was done. The WAL is by far the larger part of what is
@@ -513,8 +512,7 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
         }
         committed => committed?,
     };
-    let quiet = !writer.copying;
-    writer.with_sums(|sums| sums.note(quiet));
+    writer.note_pages(plan.batch.count);
     writer.look_for_room();
     Ok(committed)
 }

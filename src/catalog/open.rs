@@ -317,7 +317,7 @@ impl Catalog {
                     log::info!("the catalog of replica {} is not tightened: {error}", id.index());
                 }
                 let head = read_head_only(&writer.db)?;
-                writer.with_sums(|sums| sums.note(true));
+                writer.with_sums(|sums| sums.note(true).map(|_| ()));
                 finish(writer.db)?;
                 // Torn, lost or not written they say nothing.
                 if let Some(mut sums) = writer.sums

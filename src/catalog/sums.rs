@@ -3,9 +3,9 @@
 //!
 //! The database changes only when the WAL is copied into it, and then only in the pages that the
 //! WAL has. Every commit's pages are noted from the WAL, and their sums taken anew once it is
-//! wholly copied, a few after each commit; those of all others stay, whoever changes them. A page that was changed already
-//! when a commit came to it may have been read for it: its old sum stays, so that the copy is known
-//! to be doubtful although its pages are as they were written.
+//! wholly copied, a few after each commit; those of all others stay, whoever changes them. A page
+//! that was changed already when a commit came to it may have been read for it: its old sum stays,
+//! so that the copy is known to be doubtful although its pages are as they were written.
 //!
 //! A page whose sum is not known, as after an unclean end, is believed when it is looked at first.
 //!
@@ -124,16 +124,16 @@ impl Sums {
         self.place.beside(SUFFIX)?.write(&bytes)
     }
 
-    /// Notes the pages of what was committed since the last time. `quiet` tells that nothing is
-    /// being copied from the WAL.
-    pub fn note(&mut self, quiet: bool) -> Result<()> {
+    /// Notes the pages of what was committed since the last time, and tells how many the WAL got.
+    /// `quiet` tells that nothing is being copied from it.
+    pub fn note(&mut self, quiet: bool) -> Result<usize> {
         if self.wal.is_none() {
             self.wal = self.place.beside("-wal")?.open()?;
         }
-        let Some(wal) = &self.wal else { return Ok(()) };
+        let Some(wal) = &self.wal else { return Ok(0) };
         let mut header = [0; WAL_HEADER_BYTES];
         if wal.read_at(&mut header, 0)? < WAL_HEADER_BYTES {
-            return Ok(());
+            return Ok(0);
         }
         let salt: &[u8] = &header[16..24];
         if self.noted.0 != salt {
@@ -142,6 +142,7 @@ impl Sums {
         }
         let mut frame = [0; FRAME_HEADER_BYTES];
         let mut page = vec![0; PAGE_BYTES];
+        let mut count = 0;
         while wal.read_at(&mut frame, self.noted.1)? == FRAME_HEADER_BYTES && frame[8..16] == *salt
         {
             let number = frame[..4].try_into().map(u32::from_be_bytes).unwrap_or_default();
@@ -154,8 +155,9 @@ impl Sums {
                 }
             }
             self.noted.1 += (FRAME_HEADER_BYTES + PAGE_BYTES) as u64;
+            count += 1;
         }
-        Ok(())
+        Ok(count)
     }
 
     /// The WAL is wholly in the database: the sums of its pages have to be taken anew.
