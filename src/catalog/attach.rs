@@ -19,8 +19,9 @@ use rustix::io::Errno;
 
 use super::apply::{Committed, apply};
 use super::commit::Writer;
+use super::copy::{BACKUP_PAGES, new_beside, put_in_place};
 use super::database::{self, Place};
-use super::open::{BACKUP_PAGES, finish, new_beside, put_in_place};
+use super::open::finish;
 use super::overlay::Batch;
 use super::schema::{Use, connect, name_damage, read_head, read_head_only};
 use super::{Catalog, Durability, Shared};

@@ -317,6 +317,7 @@ impl Catalog {
     /// How long a replica's database may take for a commit, and for what a query reads at once.
     pub fn set_timeout(&self, timeout: Duration) {
         self.shared.lanes.set_timeout(timeout);
+        self.shared.copies.lock().set_timeout(timeout);
         self.shared.readers.set_timeout(timeout);
     }
 

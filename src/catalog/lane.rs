@@ -10,13 +10,11 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 
-use crate::sys::device::{Device, Watch};
+use crate::sys::device::{Alive, Device, Signs};
 use crate::types::{ReplicaId, ReplicaMap};
 
 /// How long a database may take for a commit, unless told otherwise.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(30);
-/// How many times that, while its device goes on working: a sync takes as long as there is data.
-const PATIENCE: u32 = 20;
 
 type Work = Box<dyn FnOnce() + Send>;
 
@@ -30,7 +28,9 @@ pub(super) struct Lanes {
 pub(super) struct Turn<T> {
     answer: Receiver<T>,
     begun: Instant,
+    /// A sync takes as long as there is data.
     device: Option<Device>,
+    alive: Alive,
 }
 
 impl<T> Turn<T> {
@@ -60,10 +60,22 @@ impl Lanes {
         device: Option<Device>,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Turn<T> {
+        self.begin_alive(replica, device, |_| work())
+    }
+
+    /// Likewise work that can show that it goes on.
+    pub(super) fn begin_alive<T: Send + 'static>(
+        &self,
+        replica: ReplicaId,
+        device: Option<Device>,
+        work: impl FnOnce(&Alive) -> T + Send + 'static,
+    ) -> Turn<T> {
         let (tell, answer) = bounded(1);
+        let alive = Alive::default();
+        let own = alive.clone();
         let work: Work = Box::new(move || {
             // Nobody listens any more to what came too late: it is dropped here.
-            let _ = tell.send(work());
+            let _ = tell.send(work(&own));
         });
         let mut thread = self.threads[replica].lock();
         if thread.is_none() {
@@ -76,19 +88,19 @@ impl Lanes {
         if let Some(give) = &*thread {
             let _ = give.send(work);
         }
-        Turn { answer, begun: Instant::now(), device }
+        Turn { answer, begun: Instant::now(), device, alive }
     }
 
     /// Waits for work; `None` if it hangs or could not be done at all. Then the next work of this
     /// replica gets a thread of its own.
     pub(super) fn wait<T>(&self, replica: ReplicaId, turn: Turn<T>) -> Option<T> {
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
-        let mut watch = Watch::new(turn.device);
-        for round in 1..=PATIENCE {
-            let answer = turn.answer.recv_deadline(turn.begun + timeout * round);
-            match answer {
+        let mut signs = Signs::new(turn.device, turn.alive);
+        let mut deadline = turn.begun + timeout;
+        loop {
+            match turn.answer.recv_deadline(deadline) {
                 Ok(answer) => return Some(answer),
-                Err(RecvTimeoutError::Timeout) if watch.has_moved() => {}
+                Err(RecvTimeoutError::Timeout) if signs.goes_on() => deadline += timeout,
                 Err(_) => break,
             }
         }

@@ -8,23 +8,25 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use rusqlite::Connection;
-use rusqlite::backup::Backup;
 use rusqlite::config::DbConfig;
+use rustix::io::Errno;
 
 use super::actor::{self, Acts, Known};
 use super::commit::{Queue, TickClock, Waiting, Writer};
 use super::database::{Db, Place};
 use super::failure::Failure;
-use super::lane::Lanes;
+use super::lane::{Lanes, TIMEOUT};
 use super::reader::Readers;
 use super::schema::read_head_only;
 use super::schema::{
-    self, HeadRow, NextIds, Use, connect, connect_at, damaged, name_damage, read_head,
+    self, HeadRow, NextIds, Use, connect, connect_alive, damaged, name_damage, read_head,
+    while_alive,
 };
 use super::wal::Copies;
 use super::xattr::Interned;
-use super::{Catalog, Change, Durability, Head, PackChange, Shared, sums};
+use super::{Catalog, Change, Durability, Head, PackChange, Shared};
 use crate::error::{Error, IoContext, Result};
+use crate::sys::device::Alive;
 use crate::types::{
     ChunkId, ContentId, NodeId, PackId, ReplicaId, ReplicaMap, SnapshotId, Timestamp, XattrSetId,
 };
@@ -32,14 +34,10 @@ use crate::types::{
 /// Ids skipped after an unclean end. Far more are never handed out between two commits: the queue
 /// bounds the changes that wait, and each thread takes ids only for what it is about to push.
 const SKIPPED_IDS: u64 = 1 << 20;
-/// Pages copied per step of a backup: 4 MiB.
-pub(super) const BACKUP_PAGES: i32 = 1024;
 /// The largest catalog that is written anew when it is closed: it takes about half a second.
 const TIGHTENED_BYTES: u64 = 64 << 20;
 /// What one change takes in a catalog, about.
 const CHANGE_BYTES: u64 = 64;
-/// What the name of a copy ends with until it is whole.
-const NEW: &str = ".new";
 /// Catalogs below this size are checked at every mount: it takes well under a second.
 const CHECKED_BYTES: u64 = 64 << 20;
 
@@ -114,13 +112,18 @@ impl Catalog {
     /// once, about a second per 100 MB. A file of 64 MiB or more is checked only if `thorough`.
     /// [`Error::Damaged`] for one that must not be used.
     pub fn verify(file: &Path, thorough: bool) -> Result<Head> {
-        let db = connect(file, Use::Read)?;
+        Catalog::verify_alive(file, thorough, &Alive::default())
+    }
+
+    /// As [`Catalog::verify`], which takes long.
+    pub fn verify_alive(file: &Path, thorough: bool, alive: &Alive) -> Result<Head> {
+        let mut db = connect(file, Use::Read)?;
         let head = read_head_only(&db).map_err(|error| name_damage(file, error))?;
         let bytes = fs::metadata(file).context("look at", file)?.len();
         if thorough || bytes < CHECKED_BYTES {
-            let found: String = db
-                .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
-                .map_err(|error| name_damage(file, error))?;
+            let check = |db: &mut Db| db.query_row("PRAGMA quick_check(1)", [], |row| row.get(0));
+            let found: String =
+                while_alive(&mut db, alive, check).map_err(|error| name_damage(file, error))?;
             if found != "ok" {
                 return Err(damaged(file, found));
             }
@@ -141,20 +144,6 @@ impl Catalog {
         }
         schema::create(file, store, time)?;
         Place::of(file)?.sync_dir()
-    }
-
-    /// Replaces the catalog in `to` by a copy of the one in `from`; neither may be open. `to` is
-    /// whole at every moment: the copy is written beside it, made durable and renamed.
-    pub fn copy(from: &Path, to: &Path) -> Result<()> {
-        let place = Place::of(to)?;
-        let source = connect(from, Use::Read)?;
-        let mut target = new_beside(&place)?.open_new()?;
-        Backup::new(&source, &mut target)?
-            .run_to_completion(BACKUP_PAGES, Duration::ZERO, None)
-            .map_err(|error| name_damage(from, error))?;
-        target.close()?;
-        drop(source);
-        put_in_place(&place)
     }
 
     /// The file of a replica's catalog, if it has one.
@@ -195,7 +184,16 @@ impl Catalog {
     /// the same [`Head`]. `clean` tells that the last mount ended with [`Catalog::close`];
     /// otherwise ids that may have been handed out but never committed are skipped.
     pub fn open(files: ReplicaMap<Option<PathBuf>>, clean: bool) -> Result<Catalog> {
-        Catalog::open_with_clock(files, clean, Box::new(Timestamp::now))
+        Catalog::open_within(files, clean, TIMEOUT)
+    }
+
+    /// As [`Catalog::open`], where no call on a catalog may take longer than `timeout`.
+    pub fn open_within(
+        files: ReplicaMap<Option<PathBuf>>,
+        clean: bool,
+        timeout: Duration,
+    ) -> Result<Catalog> {
+        Catalog::open_by(files, clean, timeout, Box::new(Timestamp::now))
     }
 
     /// As [`Catalog::open`], with a wall clock of one's own.
@@ -204,15 +202,22 @@ impl Catalog {
         clean: bool,
         now: Box<dyn Fn() -> Timestamp + Send + Sync>,
     ) -> Result<Catalog> {
+        Catalog::open_by(files, clean, TIMEOUT, now)
+    }
+
+    fn open_by(
+        files: ReplicaMap<Option<PathBuf>>,
+        clean: bool,
+        timeout: Duration,
+        now: Box<dyn Fn() -> Timestamp + Send + Sync>,
+    ) -> Result<Catalog> {
+        let lanes = Lanes::new();
+        lanes.set_timeout(timeout);
         let mut writers = ReplicaMap::for_all(|_| None);
         let mut first: Option<(HeadRow, &Path, i64)> = None;
         let mut actors = (0, 1);
-        for (id, file) in files.iter() {
-            let Some(file) = file else { continue };
-            let db = connect(file, Use::Write)?;
-            let (head, tick) = read_start(&db).map_err(|error| name_damage(file, error))?;
-            check_head(file, &head)?;
-            let chain = head.head.chain;
+        for (id, file, opened) in open_all(&files, clean, &lanes)? {
+            let head = opened.head;
             match &first {
                 Some((other, other_file, _)) if other.head != head.head => {
                     return Err(Error::Refused(format!(
@@ -223,13 +228,11 @@ impl Catalog {
                 }
                 Some(_) => {}
                 None => {
-                    actors = actor::read_last(&db).map_err(|error| name_damage(file, error))?;
-                    first = Some((head, file, tick));
+                    actors = opened.actors;
+                    first = Some((head, file, opened.tick));
                 }
             }
-            let mut writer = Writer::new(db);
-            writer.with_sums(|sums| sums.take_up(clean.then_some(&chain)));
-            writers[id] = Some(writer);
+            writers[id] = Some(opened.writer);
         }
         let Some((mut head, _, tick)) = first else {
             return Err(Error::NoStore("no replica has a catalog".into()));
@@ -243,7 +246,7 @@ impl Catalog {
             head.next.chunk += SKIPPED_IDS;
             head.next.pack += SKIPPED_IDS;
         }
-        let shared = Arc::new(new_shared(files, writers, &head, tick, now, false));
+        let shared = Arc::new(new_shared(files, writers, &head, tick, (now, lanes), false));
         {
             let mut queue = shared.waiting.queue.lock();
             queue.sequence = head.head.sequence;
@@ -262,7 +265,9 @@ impl Catalog {
                 move || shared.run()
             })
             .context("start the committer of", "the catalog")?;
-        Ok(Catalog { shared, committer: Mutex::new(Some(committer)), held: None })
+        let catalog = Catalog { shared, committer: Mutex::new(Some(committer)), held: None };
+        catalog.set_timeout(timeout);
+        Ok(catalog)
     }
 
     /// Opens one catalog for queries only, beside a mount or without one.
@@ -274,7 +279,8 @@ impl Catalog {
         let files = ReplicaMap::new(vec![Some(file.to_path_buf())]);
         let writers = ReplicaMap::for_all(|_| None);
         let now = Box::new(Timestamp::now);
-        let shared = Arc::new(new_shared(files, writers, &head, tick, now, true));
+        let shared = new_shared(files, writers, &head, tick, (now, Lanes::new()), true);
+        let shared = Arc::new(shared);
         Ok(Catalog { shared, committer: Mutex::new(None), held: None })
     }
 
@@ -290,6 +296,7 @@ impl Catalog {
     /// Commits all, durably, and ends the committer. Later pushes fail.
     pub fn close(&self) -> Result<()> {
         if self.shared.read_only {
+            self.shared.close_readers();
             return Ok(());
         }
         {
@@ -305,7 +312,7 @@ impl Catalog {
             }
             None => Ok(()),
         };
-        self.shared.readers.close();
+        self.shared.close_readers();
         let mut writers = self.shared.writers.lock();
         self.shared.copies.lock().end();
         let mut turns = Vec::new();
@@ -390,7 +397,63 @@ impl Drop for Catalog {
         if let Some(committer) = self.committer.lock().take() {
             let _ = committer.join();
         }
+        // Closing can hang as well.
+        self.shared.close_readers();
+        if let (Some(held), Some(id)) = (self.held.take(), ReplicaId::all().next()) {
+            let turn = self.shared.lanes.begin(id, None, move || drop(held));
+            self.shared.lanes.wait(id, turn);
+        }
     }
+}
+
+/// What the opening of one catalog finds.
+struct Opened {
+    writer: Writer,
+    head: HeadRow,
+    tick: i64,
+    /// See [`actor::read_last`].
+    actors: (u64, u64),
+}
+
+/// Opens all at once, each by its replica's own thread.
+fn open_all<'a>(
+    files: &'a ReplicaMap<Option<PathBuf>>,
+    clean: bool,
+    lanes: &Lanes,
+) -> Result<Vec<(ReplicaId, &'a Path, Opened)>> {
+    let begin = |(id, file): (ReplicaId, &'a Option<PathBuf>)| {
+        let file = file.as_deref()?;
+        let own = file.to_path_buf();
+        let open = move |alive: &Alive| open_one(&own, clean, alive);
+        Some((id, file, lanes.begin_alive(id, None, open)))
+    };
+    let turns: Vec<_> = files.iter().filter_map(begin).collect();
+    let mut opened = Vec::new();
+    let mut failure = None;
+    for (id, file, turn) in turns {
+        let hangs = || Err(Errno::TIMEDOUT).context("open the catalog", file);
+        match lanes.wait(id, turn).unwrap_or_else(hangs) {
+            Ok(one) => opened.push((id, file, one)),
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    let Some(error) = failure else { return Ok(opened) };
+    for (id, _, one) in opened {
+        let turn = lanes.begin(id, None, move || drop(one));
+        lanes.wait(id, turn);
+    }
+    Err(error)
+}
+
+fn open_one(file: &Path, clean: bool, alive: &Alive) -> Result<Opened> {
+    let db = connect_alive(Place::of(file)?, Use::Write, alive)?;
+    let (head, tick) = read_start(&db).map_err(|error| name_damage(file, error))?;
+    check_head(file, &head)?;
+    let actors = actor::read_last(&db).map_err(|error| name_damage(file, error))?;
+    let mut writer = Writer::new(db);
+    let chain = &head.head.chain;
+    writer.with_sums(|sums| sums.take_up(clean.then_some(chain)));
+    Ok(Opened { writer, head, tick, actors })
 }
 
 fn new_shared(
@@ -398,7 +461,7 @@ fn new_shared(
     writers: ReplicaMap<Option<Writer>>,
     head: &HeadRow,
     tick: i64,
-    now: Box<dyn Fn() -> Timestamp + Send + Sync>,
+    (now, lanes): (Box<dyn Fn() -> Timestamp + Send + Sync>, Lanes),
     read_only: bool,
 ) -> Shared {
     let mut queue = Queue::new(head.head.generation, head.next, TickClock::new(tick));
@@ -408,7 +471,7 @@ fn new_shared(
     Shared {
         waiting: Waiting::new(queue),
         writers: Mutex::new(writers),
-        lanes: Lanes::new(),
+        lanes,
         copies: Mutex::new(Copies::new()),
         kept: Mutex::new(None),
         readers: Readers::new(files),
@@ -452,39 +515,6 @@ fn check_head(file: &Path, head: &HeadRow) -> Result<()> {
         return Err(damaged(file, "a counter in its head row is beyond all bounds".into()));
     }
     Ok(())
-}
-
-/// The place for a copy of a catalog until it is whole, where nothing lies.
-pub(super) fn new_beside(place: &Place) -> Result<Place> {
-    for suffix in [NEW, ".new-wal", ".new-shm", ".new-journal"] {
-        place.beside(suffix)?.remove()?;
-    }
-    place.beside(NEW)
-}
-
-/// Makes the fresh copy that [`new_beside`] had a place for, and nobody has open, the catalog at
-/// `to`, durably.
-pub(super) fn put_in_place(to: &Place) -> Result<()> {
-    let new = to.beside(NEW)?;
-    // Opened once as what it is now, and emptied: no WAL belongs to the copy.
-    let copy = connect_at(to.beside(NEW)?, Use::Write)?;
-    read_head(&copy).map_err(|error| name_damage(new.shown(), error))?;
-    finish(copy)?;
-    new.sync()?;
-    // A WAL beside the new file must not be taken for its own. What the old WAL holds goes into
-    // the old database first, so that this is whole if we die before the rename. If it cannot
-    // even be opened, there is nothing to lose.
-    if let Ok(old) = connect_at(to.beside("")?, Use::Write) {
-        let _ = finish(old);
-    }
-    to.beside("-wal")?.remove()?;
-    to.beside("-shm")?.remove()?;
-    to.beside(sums::SUFFIX)?.remove()?;
-    to.sync_dir()?;
-    // Before the rename `to` is the old catalog, after it the new one; both are complete files.
-    new.rename(to)?;
-    new.beside("-shm")?.remove()?;
-    to.sync_dir()
 }
 
 /// Writes the database anew, without the room that rows left when they grew or went, if this mount

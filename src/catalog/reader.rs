@@ -20,7 +20,7 @@ use super::database::Db;
 use super::failure::Failure;
 use super::lane::TIMEOUT;
 use super::schema::{Use, connect};
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::sys::patience::Patience;
 use crate::sys::sqlite::with_patience;
 use crate::types::{ReplicaId, ReplicaMap};
@@ -59,11 +59,6 @@ impl Readers {
     /// How long a query waits for the disk at once.
     pub fn set_timeout(&self, timeout: Duration) {
         self.patience.iter().for_each(|(_, patience)| patience.set_timeout(timeout));
-    }
-
-    /// Closes all idle connections.
-    pub fn close(&self) {
-        self.idle.lock().clear();
     }
 
     /// Takes a replica's file into use.
@@ -176,7 +171,7 @@ impl Shared {
                     self.detach(id, Some(Failure::Hangs));
                     continue;
                 }
-                None => return Err(Errno::TIMEDOUT.into()),
+                None => return self.hangs(id),
             };
             match outcome {
                 Ok(answer) => {
@@ -191,9 +186,24 @@ impl Shared {
                     self.detach(id, Some(reason));
                     self.lanes.discard(id, db);
                 }
+                Err(_) if patience.is_over() => return self.hangs(id),
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Nothing can be read from a replica's file in time, and there is no other.
+    fn hangs<T>(&self, id: ReplicaId) -> Result<T> {
+        let file = self.readers.file(id).unwrap_or_default();
+        Err(Errno::TIMEDOUT).context("read the catalog", file)
+    }
+
+    /// Closes all idle connections, each by its replica's thread: that can hang as well.
+    pub fn close_readers(&self) {
+        let idle = std::mem::take(&mut *self.readers.idle.lock());
+        let close = |(id, db)| (id, self.lanes.begin(id, None, move || drop::<Db>(db)));
+        let turns: Vec<_> = idle.into_iter().map(close).collect();
+        turns.into_iter().for_each(|(id, turn)| _ = self.lanes.wait(id, turn));
     }
 
     /// Runs several queries on one state of the database.

@@ -52,6 +52,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, Row, params};
 use super::database::{Db, Place};
 use super::{Head, NodeRow, UndoFile, UndoPlace, UndoRow, trust};
 use crate::error::{Error, Result};
+use crate::sys::device::Alive;
 use crate::types::{ContentId, Generation, NodeId, Timestamp, escape};
 
 #[cfg(test)]
@@ -70,6 +71,8 @@ const FORMAT_MIN: i32 = 1;
 const STATEMENTS_MAX: usize = 128;
 /// How long a connection waits for another's lock, in milliseconds. Only WAL recovery takes one.
 pub(super) const BUSY_MS: u64 = 10_000;
+/// Steps of SQLite's after which long work shows that it goes on: milliseconds at most.
+const ALIVE_STEPS: i32 = 1000;
 /// What a person can do about a damaged catalog.
 pub(super) const REMEDY: &str =
     "Mount without this replica, so that it is made anew from another, or rebuild the catalog";
@@ -253,14 +256,36 @@ pub(super) fn connect(file: &Path, for_use: Use) -> Result<Db> {
 
 /// As [`connect`].
 pub(super) fn connect_at(place: Place, for_use: Use) -> Result<Db> {
+    connect_alive(place, for_use, &Alive::default())
+}
+
+/// As [`connect`], which takes long where the catalog is of an older version.
+pub(super) fn connect_alive(place: Place, for_use: Use, alive: &Alive) -> Result<Db> {
     let file = &place.shown().to_path_buf();
-    match connect_plainly(place, file, for_use) {
+    match connect_plainly(place, file, for_use, alive) {
         Err(Error::Catalog(error)) => Err(name_damage(file, error)),
         other => other,
     }
 }
 
-fn connect_plainly(place: Place, file: &Path, for_use: Use) -> Result<Db> {
+/// Does something with a database that shows now and then that it goes on.
+pub(super) fn while_alive<T>(
+    db: &mut Db,
+    alive: &Alive,
+    work: impl FnOnce(&mut Db) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
+    let alive = alive.clone();
+    let tell = move || {
+        alive.tell();
+        false
+    };
+    db.progress_handler(ALIVE_STEPS, Some(tell))?;
+    let outcome = work(db);
+    db.progress_handler(0, None::<fn() -> bool>)?;
+    outcome
+}
+
+fn connect_plainly(place: Place, file: &Path, for_use: Use, alive: &Alive) -> Result<Db> {
     let access = match for_use {
         Use::Write | Use::Hold => OpenFlags::SQLITE_OPEN_READ_WRITE,
         Use::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
@@ -290,11 +315,13 @@ fn connect_plainly(place: Place, file: &Path, for_use: Use) -> Result<Db> {
         // Of readers: from here on the index of the WAL lies in memory, and nobody else gets in.
         db.place().beside("-shm")?.remove()?;
     }
-    if format < FORMAT && for_use == Use::Write {
-        upgrade(&mut db, format)?;
-    }
     if for_use == Use::Write {
-        db.execute_batch(INDEXES)?;
+        while_alive(&mut db, alive, |db| {
+            if format < FORMAT {
+                upgrade(db, format)?;
+            }
+            db.execute_batch(INDEXES)
+        })?;
     }
     Ok(db)
 }

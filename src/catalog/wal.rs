@@ -50,6 +50,11 @@ impl Copies {
         Copies { lanes: Lanes::new(), running: ReplicaMap::for_all(|_| None) }
     }
 
+    /// No copy is waited for longer.
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.lanes.set_timeout(timeout);
+    }
+
     /// Begins to copy a replica's WAL, unless that runs already.
     fn begin(&mut self, id: ReplicaId, writer: &mut Writer) {
         (writer.in_wal, writer.copying) = (0, true);

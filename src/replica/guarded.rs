@@ -22,7 +22,7 @@
 //! names that are in the kernel's caches) is done by the caller itself.
 //!
 //! A sync takes as long as there is data to write. One that is overdue is waited for as long as
-//! the device goes on writing, but no more than [`SYNC_PATIENCE`] times the timeout.
+//! the device goes on writing, but no more than [`TURNS`] times the timeout.
 //!
 //! Handles belong to one opening of a backing: those that were opened through another [`Guarded`]
 //! count as not open here. A replica that comes back after it missed changes is opened anew, so
@@ -41,7 +41,7 @@ use super::backing::{
 };
 use super::health::Fault;
 use super::together::{Piece, write_pieces};
-use crate::sys::device::Watch;
+use crate::sys::device::{Alive, Signs, TURNS, Watch};
 use crate::types::{EntryName, Kind, RelPath, Xattrs};
 use checked::{Argument, Checked, On};
 use workers::{Pending, Workers};
@@ -58,8 +58,6 @@ pub(super) use relay::relay;
 
 /// How long a call may take, unless the mount says otherwise.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
-/// How many times the timeout a sync may take on a device that goes on writing.
-const SYNC_PATIENCE: u32 = 20;
 
 /// A backing with worker threads.
 pub struct Guarded {
@@ -84,7 +82,8 @@ impl Guarded {
         self.timeout_ms.store(millis, Ordering::Relaxed);
     }
 
-    fn timeout(&self) -> Duration {
+    /// How long every call has.
+    pub fn timeout(&self) -> Duration {
         Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed))
     }
 
@@ -117,12 +116,12 @@ impl Guarded {
     pub fn begin_sync(&self, object: &Handle, data_only: bool) -> UnderWay {
         let own = object.clone();
         let call = move |inner: &dyn Backing| inner.sync(&own, data_only);
-        self.begin("sync", Some(object), SYNC_PATIENCE, call)
+        self.begin("sync", Some(object), TURNS, call)
     }
 
     /// Begins to make all of the backing's filesystem durable.
     pub fn begin_sync_all(&self) -> UnderWay {
-        self.begin("sync_all", None, SYNC_PATIENCE, |inner| inner.sync_all())
+        self.begin("sync_all", None, TURNS, |inner| inner.sync_all())
     }
 
     /// Begins to write all pieces in their order.
@@ -156,9 +155,19 @@ impl Guarded {
         op: &'static str,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<T> {
-        let mut watch = Watch::new(self.workers.inner().device());
-        let pending = self.workers.begin(move |_| Ok(work()));
-        let answer = pending.wait_while(self.timeout(), SYNC_PATIENCE, || watch.has_moved());
+        self.within_alive(op, |_| work())
+    }
+
+    /// Likewise, and for as long as it shows that it goes on.
+    pub fn within_alive<T: Send + 'static>(
+        &self,
+        op: &'static str,
+        work: impl FnOnce(&Alive) -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let alive = Alive::default();
+        let mut signs = Signs::new(self.workers.inner().device(), alive.clone());
+        let pending = self.workers.begin(move |_| Ok(work(&alive)));
+        let answer = pending.wait_while(self.timeout(), u32::MAX, || signs.goes_on());
         answer.inspect_err(|error| note_timeout(&self.workers, op, (None, None), error))
     }
 

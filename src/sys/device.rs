@@ -1,6 +1,11 @@
 //! Block devices, and whether one goes on working: what it has completed, as the kernel counts it.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// How many times longer than a call may something takes at most that only its device speaks for.
+pub const TURNS: u32 = 20;
 
 /// A block device, as the kernel numbers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,5 +51,39 @@ impl Watch {
         let before = self.completed;
         self.completed = self.device.and_then(Device::completed);
         self.completed.is_some() && self.completed != before
+    }
+}
+
+/// By it work that takes long shows that it goes on. Clones are the same.
+#[derive(Clone, Default)]
+pub struct Alive(Arc<AtomicBool>);
+
+impl Alive {
+    /// It goes on.
+    pub fn tell(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Whether something that takes longer than a call may goes on all the same.
+pub struct Signs {
+    watch: Watch,
+    alive: Alive,
+    turns: u32,
+}
+
+impl Signs {
+    /// Begins to look at the device, and at what the work shows by `alive`.
+    pub fn new(device: Option<Device>, alive: Alive) -> Signs {
+        Signs { watch: Watch::new(device), alive, turns: 1 }
+    }
+
+    /// Whether there was a sign since the last look, each time after as long as a call may take.
+    /// What the work itself shows counts for ever, its device for [`TURNS`] times in a row.
+    pub fn goes_on(&mut self) -> bool {
+        let has_moved = self.watch.has_moved();
+        let was_told = self.alive.0.swap(false, Ordering::Relaxed);
+        self.turns = if was_told { 1 } else { self.turns + 1 };
+        was_told || has_moved && self.turns <= TURNS
     }
 }

@@ -14,8 +14,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::SYNC_PATIENCE;
-use crate::sys::device::{Device, Watch};
+use crate::sys::device::{Device, TURNS, Watch};
 
 thread_local! {
     static ON: Cell<bool> = const { Cell::new(false) };
@@ -120,7 +119,7 @@ impl OwnCall {
             return false;
         }
         let Some((watch, turns)) = &mut self.watch else { return true };
-        let goes_on = *turns < SYNC_PATIENCE && watch.has_moved();
+        let goes_on = *turns < TURNS && watch.has_moved();
         if goes_on {
             *turns += 1;
             self.since = Instant::now();
