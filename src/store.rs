@@ -33,6 +33,7 @@ use identify::{Candidate, Found, Plan};
 use lock::StoreLock;
 use marker::{Marker, Peer, PeerState, Phase};
 use member::Member;
+use settle::Settled;
 use site::Site;
 
 mod between;
@@ -109,6 +110,8 @@ pub struct Store {
     pub intents: Intents,
     /// By the index of the replica.
     members: Mutex<Vec<Member>>,
+    /// Of the catalog, before anything was recovered: who was absent then is as good as the others
+    /// only if nothing was.
     opened_at: Head,
     owner: Owner,
     /// How backings that come are opened.
@@ -131,15 +134,20 @@ pub fn open(
         // One that fell silent meanwhile; whatever step it was in is finished by its next mount.
         let hung = match &opened {
             Err(error) if error.to_errno() == Errno::TIMEDOUT => {
-                silent::among(paths, &silent, error, &options.between)
+                let hung = silent::among(paths, &silent, error, &options.between);
+                for path in &hung {
+                    log::error!(
+                        "{error}: {} is left out of this mount, and taken in when it answers: \
+                         check the disk",
+                        path.display()
+                    );
+                }
+                hung
             }
             _ => Vec::new(),
         };
         if hung.is_empty() {
-            return opened;
-        }
-        for path in &hung {
-            log::error!("{} does not answer any more", path.display());
+            return opened.map_err(|error| silent::explain(error, &silent, &options.between));
         }
         silent.extend(hung);
     }
@@ -157,23 +165,23 @@ fn open_answering(
     let (candidates, found) = identify::look_all(&paths, &options.between)?;
     silent.extend(found);
     if candidates.is_empty() {
-        return Err(silent::refuse(silent, &options.between, "and no other backing is given"));
+        return Err(Error::Refused("no other backing is given".into()));
     }
     let mut members = match identify::decide(&candidates, options.init)? {
         Plan::Create { .. } if options.existing_only => return Err(no_store(&paths)),
         Plan::Create { .. } if !silent.is_empty() => {
-            return Err(silent::refuse(
-                silent,
-                &options.between,
-                "and no store is made without it",
-            ));
+            return Err(Error::Refused("no store is made without it".into()));
         }
         Plan::Create { source } => create(&candidates, source, options)?,
         Plan::Open => join(&candidates, options)?,
     };
-    let (winner, behind) = settle::settle(&mut members, recover, options, progress)?;
-    let (members, winner) = join::current_first(members, winner, &behind);
-    finish_open(members, winner, silent, options)
+    let sites: Vec<Site> = members.iter().map(|member| member.site.clone()).collect();
+    let settled = settle::settle(&mut members, recover, options, progress);
+    let opened = settled.and_then(|Settled { winner, behind, found }| {
+        let (members, winner) = join::current_first(members, winner, &behind);
+        finish_open(members, (winner, found), silent, options)
+    });
+    opened.map_err(|error| silent::blame(error, &sites))
 }
 
 fn no_store(paths: &[PathBuf]) -> Error {
@@ -283,14 +291,15 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
     Ok(members.into_iter().map(|(_, member)| member).collect())
 }
 
-/// Notes durably who takes part, and opens the catalog.
+/// Notes durably who takes part, and opens the catalog; `found` is what the winner's was before it
+/// was recovered.
 fn finish_open(
     mut members: Vec<Member>,
-    winner: usize,
+    (winner, found): (usize, Option<Head>),
     silent: &[PathBuf],
     options: &OpenOptions,
 ) -> Result<Store> {
-    let head = members[winner].inspect()?;
+    let head = members[winner].site.catalog_head()?;
     let uuid = members[winner].marker.store;
     let now = Timestamp::now().as_nanos();
     let absent = absent_peers(&members, winner);
@@ -332,7 +341,8 @@ fn finish_open(
     let files = members.iter().map(|member| (!member.stale).then(|| member.catalog_file()));
     let files = files.collect();
     // Recovery is done: as far as ids go, this is a clean start.
-    let catalog = Catalog::open(ReplicaMap::new(files), true)?;
+    let timeout = options.between.timeout;
+    let catalog = Catalog::open_within(ReplicaMap::new(files), true, timeout)?;
     // Before the markers: with a log of this mount and the old markers the store is what it was.
     let base = Base {
         generation: head.generation.0,
@@ -377,7 +387,7 @@ fn finish_open(
         catalog,
         intents,
         members: Mutex::new(members),
-        opened_at: head,
+        opened_at: found.unwrap_or(head),
         owner: Owner::this(options.mountpoint.as_deref()),
         between: options.between.clone(),
         silent: Mutex::new(silent.to_vec()),
@@ -460,7 +470,7 @@ impl Store {
         for (id, member) in ReplicaId::all().zip(&*members).filter(|(_, member)| !member.stale) {
             let synced = member.site.backing.sync_all().context("make durable", &member.site.path);
             let closed = self.catalog.closed_head(id);
-            let head = || closed.map_or_else(|| member.inspect(), Ok);
+            let head = || closed.map_or_else(|| member.site.catalog_head(), Ok);
             match synced.and_then(|()| head()) {
                 Ok(head) => heads.push((id.index(), head)),
                 Err(error) => {

@@ -8,11 +8,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::catalog::{Catalog, Head, Original};
 use crate::error::{IoContext, Result};
 use crate::replica::backing::Backing;
 use crate::replica::dir_backing::DirBacking;
 use crate::replica::guarded::{CALL_TIMEOUT, Guarded};
+use crate::store::CATALOG_FILE;
 use crate::store::site::Site;
+use crate::sys::device::Alive;
 use crate::sys::patience;
 
 type Wrap = dyn Fn(&Path, Box<dyn Backing>) -> Box<dyn Backing> + Send + Sync;
@@ -81,6 +84,44 @@ impl Site {
         Ok(Site { path: path.to_path_buf(), backing: guarded, guard })
     }
 
+    /// How long a call on it may take.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.guard.as_ref().map_or(CALL_TIMEOUT, |guard| guard.timeout())
+    }
+
+    /// Opens its catalog for queries only.
+    pub(crate) fn open_catalog(&self) -> Result<Catalog> {
+        let file = self.private_path(CATALOG_FILE);
+        let catalog = self.within("open the catalog in", move || Catalog::open_read_only(&file))?;
+        catalog.set_timeout(self.timeout());
+        Ok(catalog)
+    }
+
+    /// The head of its catalog, as that lies there.
+    pub(crate) fn catalog_head(&self) -> Result<Head> {
+        let file = self.private_path(CATALOG_FILE);
+        self.within("read the catalog in", move || Catalog::inspect(&file))
+    }
+
+    /// Replaces its catalog by a copy of that of `source`; nobody has either open. The error names
+    /// the one that hangs.
+    pub(crate) fn copy_catalog(&self, source: &Site) -> Result<()> {
+        let (from, to) = (source.private_path(CATALOG_FILE), self.private_path(CATALOG_FILE));
+        let timeout = source.timeout();
+        let open = move || Original::open(&from, timeout);
+        let original = source.within("open the catalog in", open)?;
+        let (original, copied) = self.within_alive("copy the catalog to", move |alive| {
+            let copied = original.copy_to(&to, alive);
+            Ok((original, copied))
+        })?;
+        let close = move || {
+            drop(original);
+            Ok(())
+        };
+        let closed = source.within("close the catalog in", close);
+        copied.and(closed)
+    }
+
     /// Does what touches the backing's device by another way than its calls; `ETIMEDOUT` if that
     /// hangs, or a call does.
     pub(crate) fn within<T: Send + 'static>(
@@ -88,9 +129,18 @@ impl Site {
         action: &'static str,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
+        self.within_alive(action, |_| work())
+    }
+
+    /// Likewise what can show that it goes on, however long it takes.
+    pub(crate) fn within_alive<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        work: impl FnOnce(&Alive) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         match &self.guard {
-            Some(guard) => guard.within(action, work).context(action, &self.path)?,
-            None => work(),
+            Some(guard) => guard.within_alive(action, work).context(action, &self.path)?,
+            None => work(&Alive::default()),
         }
     }
 

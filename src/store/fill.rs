@@ -15,11 +15,11 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use crate::catalog::Catalog;
+use rustix::io::Errno;
+
 use crate::error::{Error, IoContext, Result};
 use crate::progress::Progress;
 use crate::replica::backing::{Handle, Stat};
-use crate::store::CATALOG_FILE;
 use crate::store::copy::{Copier, blame};
 use crate::store::import::count_words;
 use crate::store::quarantine::Quarantine;
@@ -213,8 +213,11 @@ impl<'a> Fill<'a> {
 
     /// The history, and all of it durable.
     fn finish(mut self) -> Result<FillReport> {
-        // One that cannot be asked (it is of an older version) has forgotten nothing yet.
-        let catalog = Catalog::open_read_only(&self.source.private_path(CATALOG_FILE)).ok();
+        let catalog = match self.source.open_catalog() {
+            Err(error) if error.to_errno() == Errno::TIMEDOUT => return Err(error),
+            // One that cannot be asked (it is of an older version) has forgotten nothing yet.
+            opened => opened.ok(),
+        };
         let mut seen = history::Seen::new();
         let mut history = history::History {
             source: self.source,

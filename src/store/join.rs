@@ -14,8 +14,8 @@ use super::identify::{self, Candidate, Found};
 use super::marker::{CleanMark, MARKER_FILE, Marker, Peer, PeerState, Phase};
 use super::settle::{holds_stale, past_of};
 use super::site::Site;
-use super::{CATALOG_FILE, Member, Store, lock};
-use crate::catalog::{Catalog, Head};
+use super::{Member, Store, lock};
+use crate::catalog::Head;
 use crate::error::{Error, IoContext, Result};
 use crate::replica::health::State;
 use crate::replica::intent::DirtySet;
@@ -69,9 +69,7 @@ impl Store {
 
     /// The head of a replica's catalog, as that lies there.
     pub(crate) fn head_of(&self, id: ReplicaId) -> Result<Head> {
-        let site = self.site(id);
-        let file = site.private_path(CATALOG_FILE);
-        site.within("read the catalog in", move || Catalog::inspect(&file))
+        self.site(id).catalog_head()
     }
 
     /// The replica that was meant by its label or by its path. `NotFound` names those there are.
@@ -475,8 +473,7 @@ fn arrival(id: ReplicaId, site: &Site, marker: &Marker) -> Result<Arrival> {
             marker.opened.map_or(written, |opened| opened.min(written))
         }
     };
-    let file = site.private_path(CATALOG_FILE);
-    let head = match site.within("read the catalog in", move || Catalog::inspect(&file)) {
+    let head = match site.catalog_head() {
         // Nothing is known of it.
         Err(error) if error.to_errno() == Errno::TIMEDOUT => return Err(error),
         head => head.ok(),

@@ -12,6 +12,7 @@ use super::{CATALOG_FILE, identify};
 use crate::catalog::{Catalog, Head};
 use crate::error::{Error, Result};
 use crate::replica::Replica;
+use crate::sys::device::Alive;
 
 /// One replica of an open store.
 pub(super) struct Member {
@@ -38,8 +39,9 @@ impl Member {
     /// unclean end all of it is read, unless the mount kept an intent log.
     pub(super) fn head(&self, logged: bool) -> Result<Option<Head>> {
         let thorough = self.marker.clean.is_none() && !logged;
-        // Where the disk hangs, its first page cannot be read either.
-        let whole = self.inspect().and_then(|_| Catalog::verify(&self.catalog_file(), thorough));
+        let file = self.catalog_file();
+        let verify = move |alive: &Alive| Catalog::verify_alive(&file, thorough, alive);
+        let whole = self.site.within_alive("read the catalog in", verify);
         Ok(match whole {
             Ok(head) if head.store == self.marker.store => Some(head),
             Ok(head) => {
@@ -87,12 +89,6 @@ impl Member {
                 Error::Refused(format!("{} was not opened for use", path.display()))
             })?;
         Ok(Replica::sharing(marker.replica, marker.label.clone(), path, guard))
-    }
-
-    /// The head of its catalog, as that lies there.
-    pub(super) fn inspect(&self) -> Result<Head> {
-        let file = self.catalog_file();
-        self.site.within("read the catalog in", move || Catalog::inspect(&file))
     }
 
     /// What the others have to note of it while the store is in use.

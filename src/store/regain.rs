@@ -20,6 +20,8 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use rustix::io::Errno;
+
 use super::copy::Copier;
 use super::site::{Object, Site, own_creds, private};
 use crate::catalog::{Base, Catalog, Change, PastContent, digest};
@@ -139,7 +141,12 @@ impl Search<'_> {
         let row = &content.row;
         for (dir, name) in self.catalog.names_since(node, self.since)? {
             for site in std::iter::once(self.site).chain(self.peers) {
-                let Ok(handle) = site.backing.open_dir(&dir) else { continue };
+                let handle = match site.dir(&dir) {
+                    // It may have them all the same.
+                    Err(error) if error.to_errno() == Errno::TIMEDOUT => return Err(error),
+                    Err(_) => continue,
+                    Ok(handle) => handle,
+                };
                 let Some(object) = site.object(&handle, &dir, &name)? else { continue };
                 let stat = &object.stat;
                 if stat.kind == Kind::File && (stat.size, stat.mtime) == (row.size, row.mtime) {

@@ -12,16 +12,17 @@
 
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use super::bounds::Bounds;
 use super::lineage::{self, Standing, Verdict};
 use super::marker::{CleanMark, Marker, PeerState, Phase};
 use super::site::{self, Site};
 use super::{CATALOG_FILE, Member, OpenOptions, Recover, fill, import, regain, replica_set};
-use crate::catalog::{Catalog, Durability, Head};
+use crate::catalog::{Catalog, Durability, Failure, Head};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
 use crate::progress::Progress;
-use crate::replica::guarded::Directly;
 use crate::replica::intent::{self, Past};
 use crate::types::{Generation, ReplicaMap, Timestamp};
 
@@ -53,19 +54,26 @@ pub(super) fn holds_stale(own: &Marker, other: &Marker) -> bool {
     }
 }
 
+/// What [`settle`] came to.
+pub(super) struct Settled {
+    /// Who goes on.
+    pub(super) winner: usize,
+    /// Who is to be resynced later.
+    pub(super) behind: Vec<bool>,
+    /// What the winner's catalog was before: who recovered by itself may come to another one.
+    pub(super) found: Option<Head>,
+}
+
 /// Finds the winner, finishes what the last mount left of it, and makes the others equal to it,
-/// unless they are to be resynced later. Returns the winner, and who is.
+/// unless they are to be resynced later.
 pub(super) fn settle(
     members: &mut [Member],
     recover: Recover<'_>,
     options: &OpenOptions,
     progress: &Progress,
-) -> Result<(usize, Vec<bool>)> {
+) -> Result<Settled> {
     let pasts: Vec<Option<Past>> =
         members.iter().map(|member| past_of(&member.site, &member.marker)).collect();
-    // Every disk has taken a write by now. What follows may be millions of calls, and nobody waits
-    // for them but the mount itself.
-    let _directly = Directly::on();
     let judged = members.iter().zip(&pasts);
     let mut heads: Vec<Option<Head>> =
         judged.map(|(member, past)| member.head(past.is_some())).collect::<Result<_>>()?;
@@ -84,7 +92,10 @@ pub(super) fn settle(
                 log::error!("{}: {error}", members[winner].site.path.display());
                 heads[winner] = None;
             }
-            (result, _) => return result,
+            (result, _) => {
+                let (winner, behind) = result?;
+                return Ok(Settled { winner, behind, found: heads.swap_remove(winner) });
+            }
         }
     }
 }
@@ -172,18 +183,17 @@ fn recover_within(
     let within = (Some(bounds), Some(bounds.since()));
     take_in(members, &which, &peers, Some(recover), exclude, within, progress)?;
     let source = members[winner].site.clone();
-    let file = members[winner].catalog_file();
     for index in others() {
         let member = &members[index];
-        let catalog = Catalog::open_read_only(&file)?;
+        let catalog = source.open_catalog()?;
         let sites = (&source, &member.site);
         let report = fill::fill_within(sites, short_id(member), &catalog, bounds, progress)?;
         catalog.close()?;
         if !report.is_nothing() {
             log::info!("{}: {report}", member.site.path.display());
         }
-        if Catalog::inspect(&member.catalog_file()).ok() != Some(Catalog::inspect(&file)?) {
-            Catalog::copy(&file, &member.catalog_file())?;
+        if member.site.catalog_head().ok() != Some(source.catalog_head()?) {
+            member.site.copy_catalog(&source)?;
         }
         member.site.backing.sync_all().context("make durable", &member.site.path)?;
     }
@@ -320,7 +330,7 @@ fn take_in(
 ) -> Result<()> {
     let files = which.iter().map(|&index| Some(members[index].catalog_file())).collect();
     let member = &members[which[0]];
-    let catalog = Catalog::open(ReplicaMap::new(files), false)?;
+    let catalog = Catalog::open_within(ReplicaMap::new(files), false, member.site.timeout())?;
     let result = (|| {
         if let Some(recover) = recover {
             let from = bounds.map_or(0, Bounds::undo_from);
@@ -348,7 +358,14 @@ fn take_in(
     })();
     // Closed in any case, so that what was read before an interruption is kept.
     let closed = catalog.close();
-    result.and(closed)
+    // Whatever was done on the others: it is not to be recovered from, nor to.
+    match catalog.failed_replicas().iter().find(|(_, failure)| *failure == Failure::Hangs) {
+        Some((id, _)) => {
+            let path = &members[which[id.index()]].site.path;
+            Err(Errno::TIMEDOUT).context("write the catalog in", path)
+        }
+        None => result.and(closed),
+    }
 }
 
 /// Takes the live tree of a backing into a catalog that was made anew. Pushed, not flushed.
@@ -372,18 +389,20 @@ fn adopt(
     progress: &Progress,
 ) -> Result<()> {
     let member = &members[source];
-    let file = member.catalog_file();
-    if !Catalog::inspect(&file).is_ok_and(|head| head.store == member.marker.store) {
-        // An unfinished catalog has no history yet: nothing is lost with it.
-        for name in [CATALOG_FILE, "catalog.db-wal", "catalog.db-shm"] {
-            let path = member.site.private_path(name);
-            site::ignore_missing(std::fs::remove_file(&path)).context("remove", &path)?;
-        }
-        Catalog::create(&file, member.marker.store)?;
+    if !member.site.catalog_head().is_ok_and(|head| head.store == member.marker.store) {
+        let (site, store) = (member.site.clone(), member.marker.store);
+        member.site.within("make the catalog in", move || {
+            // An unfinished catalog has no history yet: nothing is lost with it.
+            for name in [CATALOG_FILE, "catalog.db-wal", "catalog.db-shm"] {
+                let path = site.private_path(name);
+                site::ignore_missing(std::fs::remove_file(&path)).context("remove", &path)?;
+            }
+            Catalog::create(&site.private_path(CATALOG_FILE), store)
+        })?;
     }
     take_in(members, &[source], &[], None, exclude, (None, None), progress)?;
     let member = &mut members[source];
-    let head = Catalog::inspect(&file)?;
+    let head = member.site.catalog_head()?;
     member.marker.phase = Phase::Ok;
     member.marker.clean = Some(CleanMark::of(&head));
     member.write_marker()
@@ -418,7 +437,7 @@ fn fill_others(
         if !report.is_nothing() {
             log::info!("{}: {report}", target.path.display());
         }
-        Catalog::copy(&source.private_path(CATALOG_FILE), &member.catalog_file())?;
+        member.site.copy_catalog(&source)?;
         if lost_catalog {
             let (healed, from) = (member.site.path.display(), source.path.display());
             log::warn!(

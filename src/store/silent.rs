@@ -3,6 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+
+use super::site::Site;
 use super::{Arrival, Between, Fork, Store};
 use crate::error::{Error, IoContext, Result};
 use crate::sys::patience;
@@ -34,11 +37,32 @@ pub(super) fn among(
         .collect()
 }
 
-/// The error for backings without which there is nothing to open.
-pub(super) fn refuse(silent: &[PathBuf], between: &Between, why: &str) -> Error {
+/// The error of an opening, as one of the backing on which a call hangs, if there is one: not every
+/// error tells on which it was, or that it came of that.
+pub(super) fn blame(error: Error, sites: &[Site]) -> Error {
+    let is_told = |path: &Path| sites.iter().any(|site| path.starts_with(&site.path));
+    let hangs = error.to_errno() == Errno::TIMEDOUT;
+    if hangs && matches!(&error, Error::Io { path, .. } if is_told(path)) {
+        return error;
+    }
+    let hung = sites.iter().find_map(|site| {
+        let guard = site.guard.as_ref().filter(|guard| guard.overdue_count() > 0)?;
+        let fault = guard.last_failure()?;
+        let at = fault.path.map_or_else(|| site.path.clone(), |path| site.at(&path));
+        Some(Error::Io { action: fault.op, path: at, source: Errno::TIMEDOUT.into() })
+    });
+    hung.unwrap_or(error)
+}
+
+/// Tells of a refusal that it came to that because backings do not answer.
+pub(super) fn explain(error: Error, silent: &[PathBuf], between: &Between) -> Error {
+    let Error::Refused(why) = error else { return error };
     let shown: Vec<String> = silent.iter().map(|path| path.display().to_string()).collect();
     let (paths, limit) = (shown.join(", "), between.timeout.as_secs_f64());
-    Error::Refused(format!("{paths} did not answer within {limit} s, {why}: check the disk"))
+    Error::Refused(match silent {
+        [] => why,
+        _ => format!("{paths} did not answer within {limit} s (check the disk), and {why}"),
+    })
 }
 
 /// Whether the disk of a replica takes a write.
@@ -72,7 +96,7 @@ impl Store {
     /// Takes in one of them, which answers. Unless it still hangs it is none of them any more.
     pub fn spoke(&self, backing: &Path) -> Result<Arrival> {
         let arrived = self.arrived(backing, None, Fork::Refuse);
-        if !matches!(&arrived, Err(error) if error.to_errno() == rustix::io::Errno::TIMEDOUT) {
+        if !matches!(&arrived, Err(error) if error.to_errno() == Errno::TIMEDOUT) {
             self.silent.lock().retain(|path| path != backing);
         }
         arrived

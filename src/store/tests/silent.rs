@@ -6,6 +6,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::*;
 use crate::replica::faulty::{Call, Faulty, Injected};
+use crate::replica::intent::Dirty;
 
 /// Short enough to wait for, long enough for a busy machine to make a call that does not hang.
 const TIMEOUT: Duration = Duration::from_millis(300);
@@ -99,4 +100,103 @@ fn what_is_known_not_to_answer_is_not_looked_at() {
     assert!(begun.elapsed() < TIMEOUT * 3, "{:?}", begun.elapsed());
     assert_eq!(store.silent(), bench.paths(&["b"]));
     store.close().unwrap();
+}
+
+/// Options by which the backing at `bad` hangs from its call of this number on, until the sender is
+/// dropped; and the count of its calls.
+fn hanging_from(bad: PathBuf, number: u64) -> (OpenOptions, Arc<AtomicU64>, Sender<()>) {
+    let (go_on, resume) = unbounded::<()>();
+    let count = Arc::new(AtomicU64::new(0));
+    let counted = count.clone();
+    let between = Between::new(move |path, inner| {
+        if path != bad {
+            return inner;
+        }
+        let (resume, counted) = (resume.clone(), counted.clone());
+        let plan = move |_: Call<'_>| {
+            if counted.fetch_add(1, Ordering::SeqCst) >= number {
+                let _ = resume.recv();
+            }
+            None
+        };
+        Box::new(Faulty::new(inner, Arc::new(plan)))
+    });
+    let between = between.with_timeout(TIMEOUT);
+    (OpenOptions { between, ..OpenOptions::default() }, count, go_on)
+}
+
+/// Hangs at some calls of a mount of what `prepare` makes, from the first to the last, each time
+/// with a store of its own: the mount is over in time, without the backing that is bad, and all is
+/// well when that answers.
+fn hangs_anywhere(bad: &str, prepare: impl Fn(&Bench) + Sync) {
+    const POINTS: u64 = 12;
+    let paths = |bench: &Bench| bench.paths(&["a", "b"]);
+    let all = {
+        let bench = Bench::new();
+        prepare(&bench);
+        let (options, count, _go_on) = hanging_from(bench.path(bad), u64::MAX);
+        let store = open_with(&paths(&bench), &options, &Progress::silent()).unwrap();
+        store.close().unwrap();
+        count.load(Ordering::SeqCst)
+    };
+    let try_at = |number: u64| {
+        let bench = Bench::new();
+        prepare(&bench);
+        let (options, _, go_on) = hanging_from(bench.path(bad), number);
+        let begun = Instant::now();
+        let opened = open_with(&paths(&bench), &options, &Progress::silent());
+        assert!(begun.elapsed() < BOUND, "call {number} of {all}: {:?}", begun.elapsed());
+        match opened {
+            Ok(store) => {
+                let fell = store.silent() == [bench.path(bad)];
+                // Its last calls are those of the end.
+                assert!(fell || number > all / 2, "call {number} of {all}");
+                store.close().unwrap();
+            }
+            // The other was being made equal to it.
+            Err(error) => {
+                let (text, bad_path) = (error.to_string(), bench.path(bad));
+                let told = text.starts_with(&*bad_path.to_string_lossy());
+                assert!(bad == "a" && told && text.contains("not a whole copy"), "{text}");
+            }
+        }
+        assert!(begun.elapsed() < BOUND, "call {number} of {all}: {:?}", begun.elapsed());
+        drop(go_on);
+        bench.settle(&["a", "b"]);
+    };
+    std::thread::scope(|scope| {
+        for point in 0..POINTS {
+            scope.spawn(move || try_at(all * point / POINTS));
+        }
+    });
+}
+
+/// A store that died while two files were changed.
+fn died(bench: &Bench) {
+    make_tree(&bench.path("a"));
+    bench.settle(&["a", "b"]);
+    let store = bench.open(&["a", "b"]).unwrap();
+    let node = id_of(&store.catalog, "a.txt");
+    let intent =
+        store.intents.begin(&store.replicas, &[Dirty::File(node), Dirty::Dir(NodeId::ROOT)]);
+    drop(intent.unwrap());
+    fs::write(bench.path("a/a.txt"), b"other").unwrap();
+    fs::write(bench.path("b/a.txt"), b"another").unwrap();
+}
+
+#[test]
+fn a_backing_that_hangs_while_a_recovery_looks_at_what_was_changed_is_left_out() {
+    for bad in ["a", "b"] {
+        hangs_anywhere(bad, died);
+    }
+}
+
+#[test]
+fn a_backing_that_hangs_while_all_is_compared_is_left_out() {
+    for bad in ["a", "b"] {
+        hangs_anywhere(bad, |bench| {
+            died(bench);
+            bench.lose_logs();
+        });
+    }
 }
