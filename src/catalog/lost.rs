@@ -85,6 +85,18 @@ impl Catalog {
         })
     }
 
+    /// The first generation known to show a content of a node.
+    pub fn shown_from(&self, node: NodeId, content: ContentId) -> Result<Option<Generation>> {
+        self.settle_pending()?;
+        self.shared.read(|db| {
+            let mut statement = db.prepare_cached(
+                "SELECT min(born) FROM (SELECT born FROM node WHERE id = ?1 AND content = ?2 \
+                 UNION ALL SELECT born FROM node_h WHERE id = ?1 AND content = ?2)",
+            )?;
+            statement.query_row(params![node, content], |row| row.get(0))
+        })
+    }
+
     /// The first generations that show the contents which have the bytes of this one.
     pub fn relying_on(&self, content: ContentId) -> Result<Vec<Generation>> {
         self.settle_pending()?;
@@ -127,6 +139,31 @@ impl Catalog {
             found.sort_unstable();
             found.dedup();
             Ok(found)
+        })
+    }
+
+    /// The nodes that lost a name after `since`, as they were last.
+    pub fn held_since(
+        &self,
+        (parent, name): (NodeId, &EntryName),
+        since: Generation,
+    ) -> Result<Vec<NodeRow>> {
+        self.settle_pending()?;
+        self.shared.read_at_once(|db| {
+            let mut holders = db.prepare_cached(
+                "SELECT DISTINCT node FROM entry_h WHERE parent = ?1 AND name = ?2 AND died > ?3",
+            )?;
+            let mut states = db.prepare_cached(&format!(
+                "SELECT {NODE_COLUMNS}, ?2 AS died FROM node WHERE id = ?1 \
+                 UNION ALL SELECT {NODE_COLUMNS}, died FROM node_h WHERE id = ?1 \
+                 ORDER BY died DESC LIMIT 1"
+            ))?;
+            let nodes = holders.query_map(params![parent, name, since], |row| row.get(0))?;
+            let nodes = nodes.collect::<rusqlite::Result<Vec<NodeId>>>()?;
+            let last = nodes.into_iter().map(|node| {
+                states.query_row(params![node, NEVER], |row| node_row(row, 0)).optional()
+            });
+            Ok(last.collect::<rusqlite::Result<Vec<_>>>()?.into_iter().flatten().collect())
         })
     }
 }

@@ -10,23 +10,38 @@ use crate::catalog::Catalog;
 use crate::error::{IoContext, Result};
 use crate::replica::intent::{MovedDir, Past};
 use crate::store::site::Site;
-use crate::types::{EntryName, Generation, Kind, NodeId, RelPath};
+use crate::types::{EntryName, Generation, Kind, NodeId, RelPath, Timestamp};
 
 /// No path is deeper; a longer walk means that the catalog's entries form a circle.
 const DEPTH_MAX: usize = 4096;
+/// So far two times are apart that belong to the same moment: those of births have a tick, and the
+/// catalog knows its own no better than by 10 ms.
+pub const TICK_NANOS: i64 = 30_000_000;
 
 /// What may differ between the replicas, or between them and the catalog.
 #[derive(Clone, Debug)]
 pub struct Bounds {
     past: Past,
     born_from: NodeId,
+    told: i64,
 }
 
 impl Bounds {
     /// From what the logs of all replicas that took part say together.
     pub fn new(past: Past) -> Bounds {
         let born_from = past.dirty.born_from.unwrap_or(NodeId(u64::MAX));
-        Bounds { past, born_from }
+        let told = past.mount;
+        Bounds { past, born_from, told }
+    }
+
+    /// The catalog of the replica that goes on was told of something last at `time`.
+    pub fn told_at(self, time: Timestamp) -> Bounds {
+        Bounds { told: self.told.max(time.as_nanos()), ..self }
+    }
+
+    /// What was born later than this is not known to the catalog.
+    pub fn told(&self) -> Timestamp {
+        Timestamp::from_nanos(self.told.saturating_add(TICK_NANOS))
     }
 
     /// The first undo segment that may have records without rows.

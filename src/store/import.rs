@@ -30,6 +30,7 @@ use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath, Timestamp, Xattr
 
 mod bounded;
 mod excluded;
+mod lost;
 mod moves;
 mod report;
 mod rescue;
@@ -362,7 +363,7 @@ impl Import<'_> {
         self.replace(dir, &name, known)?;
         let xattrs = self.catalog.intern_xattrs(&object.xattrs)?;
         // Renamed, perhaps; or another name of a file that is known by one which is met later.
-        let perhaps_known = stat.size > 0 || link_key.is_some();
+        let perhaps_known = stat.size > 0 || link_key.is_some() || self.bounds.is_some();
         if stat.kind == Kind::File && perhaps_known && !self.fresh_catalog {
             self.defer(dir, name, stat, (xattrs, None, link_key, Doubt::Changed));
             return Ok(());
@@ -408,8 +409,7 @@ impl Import<'_> {
         if self.is_preserved(row)? || !linked && content_differs(row, stat) {
             return Ok(Doubt::Changed);
         }
-        let unknown = Timestamp::default();
-        let differ = row.btime != stat.btime && row.btime != unknown && stat.btime != unknown;
+        let differ = moves::born_together(row, stat) == Some(false);
         if differ && !linked && row.size > 0 && self.strangers < STRANGERS_MAX {
             self.strangers += 1;
             return Ok(Doubt::Born);

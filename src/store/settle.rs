@@ -332,6 +332,9 @@ fn take_in(
     let member = &members[which[0]];
     let catalog = Catalog::open_within(ReplicaMap::new(files), false, member.site.timeout())?;
     let result = (|| {
+        let told = catalog.time_of(catalog.generation())?;
+        let bounds = bounds.map(|bounds| bounds.clone().told_at(told));
+        let bounds = bounds.as_ref();
         if let Some(recover) = recover {
             let from = bounds.map_or(0, Bounds::undo_from);
             recover(&replica_set(std::slice::from_ref(member))?, &catalog, from)?;

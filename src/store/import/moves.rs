@@ -6,7 +6,8 @@
 //!
 //! Where only our own work can be unrecorded, a file that is gone was renamed, for what is removed
 //! is preserved. So one that was also written to is known by its birth alone or, among the files
-//! that cannot be those which had their names, by its size.
+//! that cannot be those which had their names, by its size, or because it can be no other
+//! ([`super::lost`]).
 
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
@@ -19,7 +20,7 @@ use crate::types::{ContentId, EntryName, Kind, NodeId, Timestamp};
 
 /// What a renamed file keeps.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct MoveKey {
+pub(super) struct MoveKey {
     mtime: Timestamp,
     size: u64,
     mode: u32,
@@ -27,11 +28,11 @@ struct MoveKey {
 }
 
 impl MoveKey {
-    fn of(stat: &Stat) -> MoveKey {
+    pub(super) fn of(stat: &Stat) -> MoveKey {
         MoveKey { mtime: stat.mtime, size: stat.size, mode: stat.mode, uid: stat.uid }
     }
 
-    fn of_row(row: &NodeRow) -> MoveKey {
+    pub(super) fn of_row(row: &NodeRow) -> MoveKey {
         MoveKey { mtime: row.mtime, size: row.size, mode: row.mode, uid: row.uid }
     }
 
@@ -42,21 +43,25 @@ impl MoveKey {
 }
 
 /// A node whose file may lie under another name now.
-struct Origin {
+pub(super) struct Origin {
     parent: NodeId,
     name: EntryName,
-    row: NodeRow,
+    pub(super) row: NodeRow,
     /// Its place in the list of missing names; `None` if a file lies under its name.
-    missing: Option<usize>,
+    pub(super) missing: Option<usize>,
 }
 
 impl Deferred {
     /// Whether it was born when the node was that had its name: it is that one.
-    fn is_own(&self) -> bool {
-        let unknown = Timestamp::default();
-        let born = |row: &NodeRow| row.btime == self.stat.btime && row.btime != unknown;
-        self.over.as_ref().is_some_and(born)
+    pub(super) fn is_own(&self) -> bool {
+        self.over.as_ref().and_then(|row| born_together(row, &self.stat)) == Some(true)
     }
+}
+
+/// Whether an object was born when a node was; `None` where that is not known.
+pub(super) fn born_together(row: &NodeRow, stat: &Stat) -> Option<bool> {
+    let is_known = |birth| birth != Timestamp::default();
+    (is_known(row.btime) && is_known(stat.btime)).then_some(row.btime == stat.btime)
 }
 
 impl Import<'_> {
@@ -116,16 +121,26 @@ impl Import<'_> {
 
     /// The renamed files, each with its origin.
     fn pairs(&self, files: &[Deferred], origins: &[Origin]) -> Result<HashMap<usize, usize>> {
-        let mut pairs = Pairs { files, origins, found: HashMap::new() };
+        let mut pairs = Pairs::new(files, origins);
         let born = |birth| (birth != Timestamp::default()).then_some(birth);
         pairs.find(
             |_, file| Some((MoveKey::of(&file.stat), born(file.stat.btime)?)),
             |origin| Some((MoveKey::of_row(&origin.row), born(origin.row.btime)?)),
         );
         let key = |file: &Deferred| (file.doubt == Doubt::Changed).then(|| MoveKey::of(&file.stat));
-        let missed = |origin: &Origin| origin.missing.map(|_| MoveKey::of_row(&origin.row));
-        pairs.find(|_, file| key(file), missed);
-        if self.bounds.is_some() {
+        let displaced = match &self.bounds {
+            Some(bounds) => self.displaced(bounds, files)?,
+            None => HashSet::new(),
+        };
+        let has_lost = |origin: &Origin| match origin.missing {
+            Some(_) => true,
+            None => displaced.contains(&origin.row.id),
+        };
+        pairs.find(
+            |_, file| key(file),
+            |origin| has_lost(origin).then(|| MoveKey::of_row(&origin.row)),
+        );
+        if let Some(bounds) = &self.bounds {
             let lost = self.lost_births(files, origins)?;
             let file_birth = |file: &Deferred| born(file.stat.btime).filter(|_| !file.is_own());
             let lost_birth = |origin: &Origin| lost.get(&origin.row.id).copied();
@@ -134,11 +149,14 @@ impl Import<'_> {
                 |origin| Some((lost_birth(origin)?, origin.row.size)),
             );
             pairs.find(|_, file| file_birth(file), lost_birth);
+            self.pair_unmoved(bounds, &has_lost, &mut pairs)?;
+            let missed = |origin: &Origin| origin.missing.map(|_| MoveKey::of_row(&origin.row));
             let strangers = self.strangers(files)?;
             pairs.find(
                 |index, file| key(file).filter(|_| strangers[index]).map(MoveKey::of_written),
                 |origin| missed(origin).map(MoveKey::of_written),
             );
+            self.pair_lost(bounds, &strangers, &mut pairs)?;
         }
         // A file that is its own origin was renamed nowhere.
         let mut found = pairs.found;
@@ -254,10 +272,18 @@ impl Import<'_> {
                 origins.push(Origin { parent, name, row, missing: None });
             }
         }
-        // A node with several names cannot be moved by one of them.
-        let mut names: HashMap<NodeId, u32> = HashMap::new();
+        // A node with several names is moved by one of them only if it has lost all.
+        let mut names: HashMap<NodeId, usize> = HashMap::new();
         origins.iter().for_each(|one| *names.entry(one.row.id).or_default() += 1);
-        origins.retain(|one| names[&one.row.id] == 1);
+        let mut of_several = HashMap::new();
+        for (&node, &count) in names.iter().filter(|(_, count)| **count > 1) {
+            of_several.insert(node, self.catalog.names(node)?.len() == count);
+        }
+        origins.retain(|one| match of_several.get_mut(&one.row.id) {
+            // The first one stands for all.
+            Some(has_lost_all) => std::mem::take(has_lost_all),
+            None => true,
+        });
         Ok(origins)
     }
 
@@ -293,14 +319,29 @@ impl Import<'_> {
 }
 
 /// What was found of which file was which.
-struct Pairs<'a> {
-    files: &'a [Deferred],
-    origins: &'a [Origin],
+pub(super) struct Pairs<'a> {
+    pub(super) files: &'a [Deferred],
+    pub(super) origins: &'a [Origin],
     /// Origins, by the file that each is.
-    found: HashMap<usize, usize>,
+    pub(super) found: HashMap<usize, usize>,
+    /// Files that are met before under another name: they are what that is.
+    links: HashSet<usize>,
 }
 
-impl Pairs<'_> {
+impl<'a> Pairs<'a> {
+    fn new(files: &'a [Deferred], origins: &'a [Origin]) -> Pairs<'a> {
+        let mut met = HashSet::new();
+        let is_link = |file: &Deferred| file.link_key.is_some_and(|key| !met.insert(key));
+        let links = files.iter().map(is_link).collect::<Vec<_>>();
+        let links = (0..files.len()).filter(|&index| links[index]).collect();
+        Pairs { files, origins, found: HashMap::new(), links }
+    }
+
+    /// Whether it is still to be found what a file is.
+    pub(super) fn is_open(&self, file: usize) -> bool {
+        !self.found.contains_key(&file) && !self.links.contains(&file)
+    }
+
     /// Adds the pairs of one file and one origin that agree in a key, where no other that is left
     /// has it. What has no key takes no part.
     fn find<K: Eq + Hash>(
@@ -318,7 +359,7 @@ impl Pairs<'_> {
             }
         }
         for (index, file) in self.files.iter().enumerate() {
-            if !self.found.contains_key(&index)
+            if self.is_open(index)
                 && let Some(key) = file_key(index, file)
                 && let Some((_, files)) = alike.get_mut(&key)
             {

@@ -24,7 +24,7 @@ fn intend_move(store: &Store, node: NodeId, path: &str) {
     store.intents.begin(&store.replicas, &[]).unwrap().moves(node, &known).unwrap();
 }
 
-fn intend(store: &Store, what: &[Dirty]) {
+pub(super) fn intend(store: &Store, what: &[Dirty]) {
     drop(store.intents.begin(&store.replicas, what).unwrap());
 }
 
@@ -53,7 +53,7 @@ fn set_times(dir: &Path) {
 }
 
 /// A store of two replicas with some directories; opened.
-fn opened(bench: &Bench) -> Store {
+pub(super) fn opened(bench: &Bench) -> Store {
     let a = bench.path("a");
     for (path, bytes) in [
         ("one/f", &b"f"[..]),

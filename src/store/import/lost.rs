@@ -1,0 +1,206 @@
+//! Which file a lost one must be, where it was written to and its birth does not tell.
+//!
+//! What was there at the last checkpoint, has no file under its name and is not preserved lies
+//! under another name, as one of the files that no node is known for. Which of them can be it:
+//!
+//! - one that was born with it. Where none was, as on a backing whose births are not the recorded
+//!   ones, one that was there when the catalog was last told of anything: a later one is new;
+//! - one of another size or time only if the intent log has it as written to;
+//! - one that has all bytes of its contents of which there are no before-images: these are durable
+//!   before a file gets shorter. A content that was not durable itself may have lost its end.
+//!
+//! If it can be one alone, it is. What was born after the checkpoint need not be there at all: such
+//! a one is that file only if no other can be it.
+
+use std::collections::{HashMap, HashSet};
+
+use super::moves::{MoveKey, Origin, Pairs, born_together};
+use super::{Deferred, Doubt, Import};
+use crate::catalog::{NodeRow, Sources};
+use crate::error::{Error, Result};
+use crate::replica::backing::Stat;
+use crate::store::bounds::Bounds;
+use crate::types::{ContentId, NodeId, Timestamp};
+
+/// What a file has to be to be a lost one.
+struct Demand {
+    key: MoveKey,
+    /// It was not written to.
+    is_untouched: bool,
+    /// Its contents that were durable, with their sizes.
+    durable: Vec<(Sources, u64)>,
+    /// Its newest content, if all of it is younger than the last checkpoint.
+    young: Option<(Sources, u64)>,
+}
+
+impl Demand {
+    /// Whether a file has what was durable.
+    fn allows(&self, stat: &Stat) -> bool {
+        let untouched = MoveKey::of(stat) == self.key;
+        untouched || !self.is_untouched && self.durable.iter().all(|one| is_there(one, stat))
+    }
+
+    /// Whether a file has also what was written since.
+    fn fits(&self, stat: &Stat) -> bool {
+        let has_young = || self.young.as_ref().is_none_or(|one| is_there(one, stat));
+        MoveKey::of(stat) == self.key || self.allows(stat) && has_young()
+    }
+}
+
+/// Whether a file has the bytes of a content of which there are no before-images.
+fn is_there((sources, size): &(Sources, u64), stat: &Stat) -> bool {
+    stat.size >= *size || sources.covers(stat.size, *size)
+}
+
+/// A lost file, and those that it can be.
+struct Lost {
+    origin: usize,
+    /// It was there at the last checkpoint.
+    is_old: bool,
+    files: Vec<usize>,
+}
+
+impl Import<'_> {
+    /// Adds the lost files that can only be one of the `strangers`.
+    pub(super) fn pair_lost(
+        &self,
+        bounds: &Bounds,
+        strangers: &[bool],
+        pairs: &mut Pairs<'_>,
+    ) -> Result<()> {
+        let (files, origins) = (pairs.files, pairs.origins);
+        let is_left = |&index: &usize| {
+            strangers[index] && files[index].doubt == Doubt::Changed && pairs.is_open(index)
+        };
+        let left: Vec<usize> = (0..files.len()).filter(is_left).collect();
+        let paired: HashSet<usize> = pairs.found.values().copied().collect();
+        let mut lost = Vec::new();
+        for (index, origin) in origins.iter().enumerate() {
+            if origin.missing.is_some() && !paired.contains(&index) {
+                let demand = self.demand(&origin.row, bounds)?;
+                let fit = left.iter().copied().filter(|&file| demand.fits(&files[file].stat));
+                let files = born_with(origin, files, fit.collect(), bounds.told());
+                lost.push(Lost { origin: index, is_old: !bounds.born(origin.row.id), files });
+            }
+        }
+        while let Some((file, origin)) = sure_pair(&lost) {
+            pairs.found.insert(file, origin);
+            lost.retain(|one| one.origin != origin);
+            lost.iter_mut().for_each(|one| one.files.retain(|other| *other != file));
+        }
+        Ok(())
+    }
+
+    fn demand(&self, row: &NodeRow, bounds: &Bounds) -> Result<Demand> {
+        let (since, node) = (bounds.since(), row.id);
+        let place =
+            |content: ContentId, size| Ok::<_, Error>((self.catalog.sources(node, content)?, size));
+        let shown = self.catalog.shown_from(node, row.content)?;
+        let mut durable = Vec::new();
+        if shown.is_some_and(|from| from <= since) {
+            durable.push(place(row.content, row.size)?);
+        }
+        for older in self.catalog.contents_since(node, since)? {
+            if older.chained && older.born <= since {
+                durable.push(place(older.id, older.size)?);
+            }
+        }
+        let young = match bounds.born(node) {
+            true => Some(place(row.content, row.size)?),
+            false => None,
+        };
+        let is_untouched = !bounds.may_differ(node);
+        Ok(Demand { key: MoveKey::of_row(row), is_untouched, durable, young })
+    }
+
+    /// Nodes whose names have files that are others: too short, or as one was that had the name at
+    /// the last checkpoint or later. For the catalog can be durable without the rename that it
+    /// tells of.
+    pub(super) fn displaced(&self, bounds: &Bounds, files: &[Deferred]) -> Result<HashSet<NodeId>> {
+        let mut displaced = HashSet::new();
+        for file in files {
+            let Some(row) = &file.over else { continue };
+            if file.doubt != Doubt::Changed || file.is_own() || row.content == ContentId::EMPTY {
+                continue;
+            }
+            let held = self.catalog.held_since((file.parent, &file.name), bounds.since())?;
+            let key = MoveKey::of(&file.stat);
+            let is_other = |one: &NodeRow| one.id != row.id && MoveKey::of_row(one) == key;
+            if held.iter().any(is_other) || !self.demand(row, bounds)?.fits(&file.stat) {
+                displaced.insert(row.id);
+            }
+        }
+        Ok(displaced)
+    }
+
+    /// Adds the lost files that have a name which they had at the last checkpoint or later: that
+    /// they got others is recorded, and did not come to the disk.
+    pub(super) fn pair_unmoved(
+        &self,
+        bounds: &Bounds,
+        has_lost: &dyn Fn(&Origin) -> bool,
+        pairs: &mut Pairs<'_>,
+    ) -> Result<()> {
+        let told = bounds.told();
+        let paired: HashSet<usize> = pairs.found.values().copied().collect();
+        let mut had: HashMap<usize, Vec<usize>> = HashMap::new();
+        for (index, origin) in pairs.origins.iter().enumerate() {
+            if !has_lost(origin) || paired.contains(&index) {
+                continue;
+            }
+            let names = self.catalog.names_since(origin.row.id, bounds.since())?;
+            let demand = self.demand(&origin.row, bounds)?;
+            let own = |file: &Deferred| {
+                let has_name =
+                    names.iter().any(|(dir, name)| (dir, name) == (&file.dir, &file.name));
+                let node = file.over.as_ref().map(|row| row.id);
+                let is_other = node != Some(origin.row.id);
+                has_name && is_other && demand.allows(&file.stat) && was_there(origin, file, told)
+            };
+            let files = (0..pairs.files.len())
+                .filter(|&file| pairs.is_open(file) && pairs.files[file].doubt == Doubt::Changed);
+            let mut files = files.filter(|&file| own(&pairs.files[file]));
+            if let (Some(file), None) = (files.next(), files.next()) {
+                had.entry(file).or_default().push(index);
+            }
+        }
+        for (file, origins) in had {
+            if let [origin] = origins[..] {
+                pairs.found.insert(file, origin);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Those of the files that were born with a lost one; if none was, those that are not new.
+fn born_with(origin: &Origin, files: &[Deferred], fit: Vec<usize>, told: Timestamp) -> Vec<usize> {
+    let is_twin = |file: &usize| born_together(&origin.row, &files[*file].stat) != Some(false);
+    match fit.iter().any(is_twin) {
+        true => fit.into_iter().filter(is_twin).collect(),
+        false => fit.into_iter().filter(|&file| files[file].stat.btime <= told).collect(),
+    }
+}
+
+/// Whether a file that the disk has as it was before the catalog was last told of anything is a
+/// lost one, or was there then.
+fn was_there(origin: &Origin, file: &Deferred, told: Timestamp) -> bool {
+    match born_together(&origin.row, &file.stat) {
+        Some(is_twin) => is_twin || file.stat.btime <= told,
+        None => file.stat.mtime <= told,
+    }
+}
+
+/// A file, and the lost one that it must be.
+fn sure_pair(lost: &[Lost]) -> Option<(usize, usize)> {
+    let mut wanted: HashMap<usize, Vec<&Lost>> = HashMap::new();
+    for one in lost {
+        one.files.iter().for_each(|&file| wanted.entry(file).or_default().push(one));
+    }
+    lost.iter().find_map(|one| {
+        let &[file] = &one.files[..] else { return None };
+        let others = wanted[&file].iter().filter(|other| other.origin != one.origin);
+        let mut others = others.filter(|other| !one.is_old || other.files.len() == 1);
+        others.next().is_none().then_some((file, one.origin))
+    })
+}

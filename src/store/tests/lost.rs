@@ -1,0 +1,241 @@
+//! Which file under a new name is one that lost its own, where it was written to as well: from what
+//! of its content there are before-images, and what was there before the catalog was last told.
+
+use super::bounded::{intend, opened};
+use super::*;
+use crate::catalog::{Change, Durability, UndoRow};
+use crate::replica::intent::Dirty;
+use crate::store::bounds::TICK_NANOS;
+
+/// What is known of births on the replica that goes on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Births {
+    /// Nothing.
+    Unknown,
+    /// They are the recorded ones, and several files share one.
+    Recorded,
+    /// They are not the recorded ones: those are of the other replica.
+    Others,
+}
+
+const ALL: [Births; 3] = [Births::Unknown, Births::Recorded, Births::Others];
+
+/// A store that dies with some files written to and renamed.
+struct Dying {
+    bench: Bench,
+    births: Births,
+    nodes: Vec<NodeRow>,
+}
+
+impl Dying {
+    /// The files `one/0`, `one/1`... of these sizes, and what is about to happen to them.
+    fn new(births: Births, sizes: &[usize]) -> Dying {
+        let paths: Vec<String> = (0..sizes.len()).map(|index| format!("one/{index}")).collect();
+        let bench = std::iter::repeat_with(|| {
+            let bench = Bench::new();
+            let at = |path: &String| bench.path("a").join(path);
+            fs::create_dir_all(bench.path("a/one")).unwrap();
+            for (path, &size) in paths.iter().zip(sizes) {
+                fs::write(at(path), vec![b'o'; size]).unwrap();
+            }
+            let born = |path| fs::metadata(at(path)).unwrap().created().ok();
+            let in_one_tick = paths.iter().all(|path| born(path) == born(&paths[0]));
+            in_one_tick.then_some(bench)
+        });
+        let bench = bench.flatten().next().unwrap();
+        let store = opened(&bench);
+        let row = |path: &String| store.catalog.node(id_of(&store.catalog, path)).unwrap().unwrap();
+        let nodes: Vec<NodeRow> = paths.iter().map(row).collect();
+        if births == Births::Unknown {
+            let unknown = |row: &NodeRow| NodeRow { btime: Timestamp::default(), ..row.clone() };
+            let rows = nodes.iter().map(|row| Change::NodePut(unknown(row))).collect();
+            store.catalog.push(rows).unwrap();
+            store.catalog.flush(Durability::Durable).unwrap();
+        }
+        for dir in ["one", "two"] {
+            intend(&store, &[Dirty::Dir(id_of(&store.catalog, dir))]);
+        }
+        nodes.iter().for_each(|row| intend(&store, &[Dirty::File(row.id)]));
+        drop(store);
+        Dying { bench, births, nodes }
+    }
+
+    fn on_each(&self, act: impl Fn(&Path)) {
+        ["a", "b"].iter().for_each(|name| act(&self.bench.path(name)));
+    }
+
+    /// `one/INDEX` is written to, which leaves `size` bytes of it, and renamed to `two/INDEX`.
+    fn write_and_rename(&self, index: usize, size: usize) {
+        self.on_each(|root| {
+            let from = root.join(format!("one/{index}"));
+            fs::write(&from, vec![b'n'; size]).unwrap();
+            fs::rename(from, root.join(format!("two/{index}"))).unwrap();
+        });
+    }
+
+    /// A new file, which was born later than the catalog was told of anything, as far as the clock
+    /// tells that.
+    fn make(&self, path: &str, size: usize) {
+        let now = Timestamp::now().as_nanos();
+        let told = Timestamp::from_nanos(now + TICK_NANOS);
+        self.on_each(|root| {
+            let made = root.join(path);
+            let born = || fs::metadata(&made).unwrap().created().map(Timestamp::from).ok();
+            write(&made, &vec![b'x'; size]);
+            while born().is_some_and(|born| born <= told) {
+                fs::remove_file(&made).unwrap();
+                write(&made, &vec![b'x'; size]);
+            }
+        });
+    }
+
+    /// Recovers, with before-images of these bytes of the files found.
+    fn recover(&self, images: &[(usize, std::ops::Range<u64>)]) -> Store {
+        let recover = |_: &ReplicaSet, catalog: &Catalog, _| {
+            for (index, bytes) in images {
+                let NodeRow { id: node, content, .. } = self.nodes[*index];
+                let (offset, length) = (bytes.start, bytes.end - bytes.start);
+                let row = UndoRow { node, content, offset, length, at: None };
+                catalog.push(vec![Change::UndoAdd(row)])?;
+            }
+            Ok(())
+        };
+        let names = if self.births == Births::Others { &["b"][..] } else { &["a", "b"] };
+        let paths = self.bench.paths(names);
+        open(&paths, &OpenOptions::default(), &recover, &Progress::silent()).unwrap()
+    }
+
+    fn is_at(&self, store: &Store, index: usize, path: &str) -> bool {
+        id_of(&store.catalog, path) == self.nodes[index].id
+    }
+}
+
+/// A power cut took the record of it. The file was taken for a new one, and of its older versions
+/// nothing was left but before-images.
+#[test]
+fn a_file_truncated_and_renamed_in_one_breath_is_the_one_it_was() {
+    for births in ALL {
+        for size in [40, 0] {
+            let dying = Dying::new(births, &[100]);
+            dying.write_and_rename(0, size);
+            if births != Births::Unknown {
+                dying.make("two/new", 200);
+            }
+            let store = dying.recover(&[(0, size as u64..100)]);
+            assert!(dying.is_at(&store, 0, "two/0"), "{births:?}, {size} bytes left");
+            assert_recorded(&store.catalog, &dying.bench.path("b"));
+        }
+    }
+}
+
+/// One file that is now shorter than what there are before-images for is not the one.
+#[test]
+fn files_written_to_and_renamed_together_are_told_apart_by_their_before_images() {
+    for births in ALL {
+        let dying = Dying::new(births, &[100, 80, 90]);
+        dying.write_and_rename(0, 30);
+        dying.write_and_rename(1, 60);
+        dying.write_and_rename(2, 120);
+        let store = dying.recover(&[(0, 30..100), (1, 50..80)]);
+        for index in 0..3 {
+            let path = format!("two/{index}");
+            assert!(dying.is_at(&store, index, &path), "{births:?}, {path}");
+        }
+    }
+}
+
+/// Its content would show what never was in it.
+#[test]
+fn a_new_file_is_not_taken_for_one_that_a_disk_lost() {
+    for births in ALL {
+        let dying = Dying::new(births, &[100]);
+        dying.on_each(|root| fs::remove_file(root.join("one/0")).unwrap());
+        match births {
+            // Not all of what it lacks is in before-images.
+            Births::Unknown => dying.make("two/new", 40),
+            _ => dying.make("two/new", 110),
+        }
+        let store = dying.recover(&[(0, 60..100)]);
+        assert!(!dying.is_at(&store, 0, "two/new"), "{births:?}");
+        assert_eq!(store.catalog.node(dying.nodes[0].id).unwrap(), None, "{births:?}");
+    }
+}
+
+/// Which one it is cannot be known.
+#[test]
+fn of_two_files_that_may_be_the_lost_one_neither_is() {
+    let dying = Dying::new(Births::Unknown, &[100]);
+    dying.write_and_rename(0, 120);
+    dying.make("two/new", 110);
+    let store = dying.recover(&[]);
+    assert!(!dying.is_at(&store, 0, "two/0") && !dying.is_at(&store, 0, "two/new"));
+}
+
+/// Two links, each renamed: the file had no name left by which it was known.
+#[test]
+fn a_file_all_of_whose_names_are_new_is_the_one_it_was() {
+    for changed in [false, true] {
+        let bench = Bench::new();
+        let store = opened(&bench);
+        let g = id_of(&store.catalog, "one/g");
+        for dir in ["one", "two", "far"] {
+            intend(&store, &[Dirty::Dir(id_of(&store.catalog, dir))]);
+        }
+        intend(&store, &[Dirty::File(g)]);
+        drop(store);
+        for root in bench.paths(&["a", "b"]) {
+            if changed {
+                fs::write(root.join("one/g"), b"longer").unwrap();
+            }
+            fs::rename(root.join("one/g"), root.join("two/g")).unwrap();
+            fs::rename(root.join("far/g"), root.join("one/a")).unwrap();
+        }
+        let store = bench.open(&["a", "b"]).unwrap();
+        let found = ["two/g", "one/a"].map(|path| id_of(&store.catalog, path));
+        assert_eq!(found, [g; 2], "changed: {changed}");
+        assert_recorded(&store.catalog, &bench.path("b"));
+    }
+}
+
+/// A disk that kept the catalog, and not the rename that it tells of, as btrfs does: under the new
+/// name lies what had it before.
+#[test]
+fn a_file_whose_recorded_rename_the_disk_lost_is_the_one_it_was() {
+    for births in ALL {
+        for written in [false, true] {
+            let dying = Dying::new(births, &[100]);
+            let names = if births == Births::Others { &["b"][..] } else { &["a", "b"] };
+            let store = dying.bench.open(names).unwrap();
+            let catalog = &store.catalog;
+            let [one, two, over] = ["one", "two", "two/h"].map(|path| id_of(catalog, path));
+            let [from, to] =
+                ["0", "h"].map(|name| RelPath::parse(name).unwrap().names()[0].clone());
+            let replaced = catalog.node(over).unwrap().unwrap();
+            let mut row = catalog.node(dying.nodes[0].id).unwrap().unwrap();
+            let mut changes = vec![
+                Change::EntryRemove { parent: one, name: from },
+                Change::EntryRemove { parent: two, name: to.clone() },
+                Change::NodeGone(over),
+                Change::ContentPreserved { id: replaced.content, cloned: false },
+                Change::EntryAdd { parent: two, name: to, node: row.id },
+            ];
+            if written {
+                row.content = catalog.next_content();
+                row.size = 300;
+                row.mtime = Timestamp::now();
+                changes.push(Change::ContentAdd { id: row.content, node: row.id, size: 300 });
+                changes.push(Change::NodePut(row.clone()));
+            }
+            let dirs = [one, two].map(Dirty::Dir);
+            intend(&store, &dirs);
+            intend(&store, &[Dirty::File(row.id)]);
+            catalog.push(changes).unwrap();
+            catalog.flush(Durability::Durable).unwrap();
+            drop(store);
+            let store = dying.recover(&[]);
+            assert!(dying.is_at(&store, 0, "one/0"), "{births:?}, written to: {written}");
+            assert!(!dying.is_at(&store, 0, "two/h"));
+            assert_recorded(&store.catalog, &dying.bench.path("b"));
+        }
+    }
+}
