@@ -157,6 +157,11 @@ impl Backing for Faulty {
         self.inner.is_gone()
     }
 
+    fn forget_cached(&self, file: &Handle) {
+        let _ = self.decide(Call { op: "forget_cached", name: None, offset: 0, len: 0 });
+        self.inner.forget_cached(file);
+    }
+
     fn path_of(&self, object: &Handle) -> Option<RelPath> {
         self.inner.path_of(object)
     }

@@ -12,8 +12,8 @@
 //! Handing over costs two switches between threads, some 5 µs where one processor does both, and
 //! ten times that where an idle one is woken. Paid for every call on every replica it was 17 times
 //! for each small file of an untar, and `rm -r` took about twice as long. So an operation goes over
-//! once as a whole (`relay`), calls one by one only where they are rare, and whoever waits stays
-//! awake for a moment (`flag`).
+//! once as a whole (`relay`), many looks together ([`Guarded::batch`]), calls one by one only where
+//! they are rare, and whoever waits stays awake for a moment (`flag`).
 //!
 //! Whoever nobody waits for may make its calls itself ([`Directly`]): those are given up by whoever
 //! looks after it ([`Guarded::give_up`]).
@@ -164,11 +164,7 @@ impl Guarded {
         op: &'static str,
         work: impl FnOnce(&Alive) -> T + Send + 'static,
     ) -> io::Result<T> {
-        let alive = Alive::default();
-        let mut signs = Signs::new(self.workers.inner().device(), alive.clone());
-        let pending = self.workers.begin(move |_| Ok(work(&alive)));
-        let answer = pending.wait_while(self.timeout(), u32::MAX, || signs.goes_on());
-        answer.inspect_err(|error| note_timeout(&self.workers, op, (None, None), error))
+        self.in_time(op, |_, alive| Ok(work(alive)))
     }
 
     /// Does something else that touches the backing's device, in the caller's own thread, which may
@@ -196,6 +192,33 @@ impl Guarded {
             note_timeout(&self.workers, op, (None, None), &Errno::TIMEDOUT.into());
         }
         !hung.is_empty()
+    }
+
+    /// Has one worker make many calls, which show together that they go on.
+    pub fn batch<T: Send + 'static>(
+        &self,
+        op: &'static str,
+        calls: impl FnOnce(&dyn Backing, &dyn Fn()) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        if directly::is_on() {
+            let shared = self.workers.shared();
+            let make = |alive: &dyn Fn()| shared.run(|inner| calls(inner, alive));
+            return self.workers.on_record(op, None, make);
+        }
+        self.in_time(op, |inner, alive| calls(inner, &|| alive.tell()))
+    }
+
+    /// Has a worker do something that is waited for as long as it, or the device, goes on.
+    fn in_time<T: Send + 'static>(
+        &self,
+        op: &'static str,
+        work: impl FnOnce(&dyn Backing, &Alive) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let alive = Alive::default();
+        let mut signs = Signs::new(self.workers.inner().device(), alive.clone());
+        let pending = self.workers.begin(move |inner| work(inner, &alive));
+        let answer = pending.wait_while(self.timeout(), u32::MAX, || signs.goes_on());
+        answer.inspect_err(|error| note_timeout(&self.workers, op, (None, None), error))
     }
 
     /// Has one worker make all the calls of an operation.
@@ -352,6 +375,15 @@ impl Backing for Guarded {
         })?;
         buffer[..count].copy_from_slice(&own[..count]);
         Ok(count)
+    }
+
+    fn forget_cached(&self, file: &Handle) {
+        let file = file.clone();
+        // Where that hangs, so does what is read next.
+        let _ = self.call("forget_cached", (None, None), move |inner| {
+            inner.forget_cached(&file);
+            Ok(())
+        });
     }
 
     fn copy_range(

@@ -134,6 +134,12 @@ impl Backing for Checked {
         self.judged("read_at", (Some(file), None), self.inner.read_at(file, buffer, offset))
     }
 
+    fn forget_cached(&self, file: &Handle) {
+        if file.check(&self.keeper).is_ok() {
+            self.inner.forget_cached(file);
+        }
+    }
+
     fn copy_range(
         &self,
         from: &Handle,

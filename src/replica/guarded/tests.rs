@@ -77,6 +77,50 @@ fn what_a_call_opens_after_its_caller_has_gone_is_closed() {
 }
 
 #[test]
+fn the_page_cache_is_dropped_by_whoever_asks_through_a_guard() {
+    let dir = TempDir::new().expect("a directory");
+    let asked = Arc::new(AtomicU64::new(0));
+    let (own, inner) = (asked.clone(), Box::new(DirBacking::open(dir.path()).expect("open")));
+    let plan = move |call: crate::replica::faulty::Call<'_>| {
+        own.fetch_add((call.op == "forget_cached").into(), Ordering::SeqCst);
+        None
+    };
+    let backing = Guarded::new(Box::new(Faulty::new(inner, Arc::new(plan))), TIMEOUT);
+    let root = backing.open_dir(&RelPath::root()).expect("open");
+    let file = backing.create(&root, &name("f"), 0o644, Creds::DAEMON).expect("create");
+    backing.forget_cached(&file);
+    let forget = move |inner: &dyn Backing, _: &dyn Fn()| {
+        inner.forget_cached(&file);
+        Ok(())
+    };
+    backing.batch("read_at", forget).expect("it is done");
+    assert_eq!(asked.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn many_calls_handed_over_as_one_may_take_long_as_long_as_each_goes_on() {
+    let dir = TempDir::new().expect("a directory");
+    let (backing, go_on) = hanging(&dir, "mkdir");
+    backing.set_timeout(TIMEOUT / 4);
+    let root = backing.open_dir(&RelPath::root()).expect("open");
+    let slow = root.clone();
+    let looks = backing.batch("list", move |inner, alive| {
+        for _ in 0..16 {
+            std::thread::sleep(TIMEOUT / 16);
+            alive();
+        }
+        inner.list(&slow)
+    });
+    assert_eq!(looks.expect("it goes on").len(), 0);
+    let hung = backing.batch("mkdir", move |inner, alive| {
+        alive();
+        inner.mkdir(&root, &name("d"), 0o755, Creds::DAEMON)
+    });
+    assert!(is_timeout(hung));
+    drop(go_on);
+}
+
+#[test]
 fn a_handle_of_another_opening_is_not_open_here() {
     let dir = TempDir::new().expect("a directory");
     let (before, after) = (guarded(&dir), guarded(&dir));
