@@ -290,22 +290,29 @@ impl<'a> Copier<'a> {
     ) -> Result<bool> {
         let path = dir.join(from_name);
         let (source, target) = (self.source, self.target);
-        let a = source.backing.open_file(from, from_name, Access::Read);
-        let a = a.context("open", source.at(&path))?;
-        let b = target.backing.open_file(to, to_name, Access::Read);
-        let b = b.context("open", target.at(&path))?;
+        let a = source.begin_reading(from, from_name, COPY_BYTES, false);
+        let (a, first) = a.context("open", source.at(&path))?;
         // After a write that failed the kernel may have in memory what the disk has not.
-        target.backing.forget_cached(&b);
+        let b = target.begin_reading(to, to_name, COPY_BYTES, true);
+        let (b, other) = b.context("open", target.at(&path))?;
+        let first = first.context("read", source.at(&path))?;
+        // What cannot be read is replaced by what can.
+        let unreadable = |error| log::warn!("read {}: {error}", target.at(&path).display());
+        if other.map_err(unreadable).ok().as_ref() != Some(&first) {
+            return Ok(false);
+        }
+        let mut offset = first.len() as u64;
+        if first.len() < COPY_BYTES {
+            return Ok(true);
+        }
         self.other.resize(COPY_BYTES, 0);
-        let mut offset = 0;
         loop {
             let count = source.backing.read_at(&a, &mut self.buffer, offset);
             let count = count.context("read", source.at(&path))?;
             let other = match target.backing.read_at(&b, &mut self.other, offset) {
                 Ok(other) => other,
-                // What cannot be read is replaced by what can.
                 Err(error) => {
-                    log::warn!("read {}: {error}", target.at(&path).display());
+                    unreadable(error);
                     return Ok(false);
                 }
             };

@@ -257,8 +257,9 @@ impl<'a> Fill<'a> {
             }
         }
         let mut dirs = Vec::new();
-        for entry in wanted {
-            let object = match self.source.object(&from, path, &entry.name) {
+        let source = self.source;
+        for (object, entry) in source.objects(&from, path, &wanted).zip(&wanted) {
+            let object = match object {
                 // Nothing of another mount belongs to the tree.
                 Err(Error::Io { source, .. }) if is_other_mount(&source) => continue,
                 other => other?,
@@ -271,7 +272,7 @@ impl<'a> Fill<'a> {
                 }
                 let made = self.make_dir(&to, path, &entry.name, node)?;
                 if made || self.goes_into(node) {
-                    dirs.push(entry.name);
+                    dirs.push(entry.name.clone());
                 }
             } else {
                 self.fill_entry((&from, &to), path, &entry.name, &object, node)?;

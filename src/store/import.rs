@@ -18,11 +18,13 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use crate::catalog::{Catalog, Change, NodeRow};
-use crate::error::{IoContext, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::excludes::{META_KEY, Patterns, Scope};
 use crate::progress::Progress;
-use crate::replica::backing::{Handle, Stat};
+use crate::replica::backing::Stat;
 use crate::store::bounds::Bounds;
 use crate::store::idset::IdSet;
 use crate::store::site::{Object, Site, is_other_mount, own_name};
@@ -248,7 +250,8 @@ impl Import<'_> {
             let listed = self.catalog.list(dir.node)?;
             known.extend(listed.into_iter().map(|one| (one.name, (one.node, one.kind))));
         }
-        for entry in entries {
+        let site = self.site;
+        for (found, entry) in site.objects(&handle, &dir.path, &entries).zip(&entries) {
             if dir.path.is_root() && entry.name.as_bytes() == b".snapshots" {
                 log::warn!(
                     "{}: this name shows the snapshots in the mount; the entry is kept but hidden",
@@ -256,7 +259,7 @@ impl Import<'_> {
                 );
             }
             let known = known.remove(&entry.name);
-            self.take_entry(dir, &handle, entry.name, known)?;
+            self.take_entry(dir, entry.name.clone(), found, known)?;
         }
         for (name, (node, kind)) in known {
             if self.parked.contains_key(&node) && name.as_bytes().starts_with(PARKED.as_bytes()) {
@@ -271,23 +274,22 @@ impl Import<'_> {
         Ok(())
     }
 
+    /// Takes an entry as it was found.
     fn take_entry(
         &mut self,
         dir: &Pending,
-        handle: &Handle,
         name: EntryName,
+        found: Result<Option<Object>>,
         known: Option<(NodeId, Kind)>,
     ) -> Result<()> {
         let path = dir.path.join(&name);
-        let node = match self.site.backing.open_node(handle, &name) {
-            Err(error) if is_other_mount(&error) => {
+        let object = match found {
+            Err(Error::Io { source, .. }) if is_other_mount(&source) => {
                 self.report.skipped.push(path);
                 return Ok(());
             }
-            other => other.context("open", self.site.at(&path))?,
+            found => found?.ok_or(Errno::NOENT).context("open", self.site.at(&path))?,
         };
-        let object = self.site.object_of(&node, &path)?;
-        drop(node);
         if object.stat.kind == Kind::Dir
             && let Err(error) = self.site.backing.open_dir(&path)
             && is_other_mount(&error)

@@ -26,6 +26,8 @@ const PRIVATE_MODE: u32 = 0o700;
 const LOST_FOUND: &str = "lost+found";
 /// Files are hashed in pieces of this size.
 const READ_BYTES: usize = 1 << 20;
+/// So many entries of a directory are looked at by one that is handed over.
+const AT_ONCE: usize = 128;
 
 /// One backing.
 #[derive(Clone)]
@@ -302,26 +304,127 @@ impl Site {
 
     /// Reads an entry with all that belongs to it. `None` if it is gone.
     pub fn object(&self, dir: &Handle, path: &RelPath, name: &EntryName) -> Result<Option<Object>> {
-        let node = match self.backing.open_node(dir, name) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other.context("open", self.at(&path.join(name)))?,
-        };
-        self.object_of(&node, &path.join(name)).map(Some)
+        let (dir, own) = (dir.clone(), name.clone());
+        let look = move |backing: &dyn Backing, _: &dyn Fn()| Ok(object_at(backing, &dir, &own));
+        self.told(&path.join(name), self.at_once("look at", look))
     }
 
     /// Reads what belongs to an open object.
     pub fn object_of(&self, node: &Handle, path: &RelPath) -> Result<Object> {
-        let stat = self.backing.stat(node).context("read the attributes of", self.at(path))?;
-        let xattrs =
-            self.backing.xattrs(node).context("read the extended attributes of", self.at(path))?;
-        let target = match stat.kind {
-            Kind::Symlink => {
-                self.backing.readlink(node).context("read the symlink", self.at(path))?
-            }
-            _ => Vec::new(),
-        };
-        Ok(Object { stat, xattrs, target })
+        let node = node.clone();
+        let look = move |backing: &dyn Backing, _: &dyn Fn()| Ok(object_of(backing, &node));
+        self.told(path, self.at_once("look at", look))
     }
+
+    /// Entries of a directory, each as [`Site::object`] tells of it.
+    pub fn objects<'a>(
+        &'a self,
+        dir: &'a Handle,
+        path: &'a RelPath,
+        entries: &'a [DirEntry],
+    ) -> impl Iterator<Item = Result<Option<Object>>> + 'a {
+        let found = self.each(dir, entries, object_at);
+        found.zip(entries).map(|(found, entry)| self.told(&path.join(&entry.name), found))
+    }
+
+    /// The attributes of what has these names in a directory.
+    pub fn stats<'a>(
+        &'a self,
+        dir: &'a Handle,
+        entries: &'a [DirEntry],
+    ) -> impl Iterator<Item = io::Result<Stat>> + 'a {
+        self.each(dir, entries, |backing, dir, name| backing.stat_at(dir, name)).map(|found| found?)
+    }
+
+    /// Opens a file for reading and reads its first bytes, past what the kernel has of it in memory
+    /// if that is to be forgotten.
+    pub fn begin_reading(
+        &self,
+        dir: &Handle,
+        name: &EntryName,
+        bytes_max: usize,
+        forget: bool,
+    ) -> io::Result<(Handle, io::Result<Vec<u8>>)> {
+        let (dir, name) = (dir.clone(), name.clone());
+        self.at_once("read_at", move |backing, _| {
+            let file = backing.open_file(&dir, &name, Access::Read)?;
+            if forget {
+                backing.forget_cached(&file);
+            }
+            let mut bytes = vec![0; bytes_max];
+            let count = backing.read_at(&file, &mut bytes, 0);
+            bytes.truncate(*count.as_ref().unwrap_or(&0));
+            Ok((file, count.map(|_| bytes)))
+        })
+    }
+
+    /// Looks at entries of a directory, many at once: handed over one by one, each would cost two
+    /// turns of a processor.
+    fn each<'a, T: Send + 'static>(
+        &'a self,
+        dir: &'a Handle,
+        entries: &'a [DirEntry],
+        look: fn(&dyn Backing, &Handle, &EntryName) -> T,
+    ) -> impl Iterator<Item = io::Result<T>> + 'a {
+        entries.chunks(AT_ONCE).flat_map(move |chunk| {
+            let dir = dir.clone();
+            let names: Vec<EntryName> = chunk.iter().map(|entry| entry.name.clone()).collect();
+            let found = self.at_once("look at", move |backing, alive| {
+                let look = |name| {
+                    alive();
+                    look(backing, &dir, name)
+                };
+                Ok(names.iter().map(look).collect::<Vec<_>>())
+            });
+            match found {
+                Ok(found) => found.into_iter().map(Ok).collect(),
+                Err(error) => vec![Err(error)],
+            }
+        })
+    }
+
+    /// Makes several calls, which are handed over as one where they are bounded.
+    fn at_once<T: Send + 'static>(
+        &self,
+        op: &'static str,
+        calls: impl FnOnce(&dyn Backing, &dyn Fn()) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        match &self.guard {
+            Some(guard) => guard.batch(op, calls),
+            None => calls(&*self.backing, &|| ()),
+        }
+    }
+
+    fn told<T>(&self, path: &RelPath, found: io::Result<Result<T, Failed>>) -> Result<T> {
+        let found = found.context("look at", self.at(path))?;
+        found.map_err(|(action, source)| Error::Io { action, path: self.at(path), source })
+    }
+}
+
+/// In doing what a look failed, and how.
+type Failed = (&'static str, io::Error);
+
+fn object_at(
+    backing: &dyn Backing,
+    dir: &Handle,
+    name: &EntryName,
+) -> Result<Option<Object>, Failed> {
+    match backing.open_node(dir, name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(("open", error)),
+        Ok(node) => object_of(backing, &node).map(Some),
+    }
+}
+
+fn object_of(backing: &dyn Backing, node: &Handle) -> Result<Object, Failed> {
+    let stat = backing.stat(node).map_err(|error| ("read the attributes of", error))?;
+    let xattrs =
+        backing.xattrs(node).map_err(|error| ("read the extended attributes of", error))?;
+    let target = match stat.kind {
+        Kind::Symlink => backing.readlink(node).map_err(|error| ("read the symlink", error))?,
+        _ => Vec::new(),
+    };
+    Ok(Object { stat, xattrs, target })
 }
 
 /// A path for people.

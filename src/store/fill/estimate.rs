@@ -26,8 +26,11 @@ pub fn estimate(source: &Site, target: &Site, progress: &Progress) -> Result<Est
     while let Some(path) = dirs.pop() {
         let Some(from) = open_own(source, &path)? else { continue };
         let to = target.backing.open_dir(&path).ok();
-        for entry in source.live_entries(&from, &path)? {
-            let stat = match source.backing.stat_at(&from, &entry.name) {
+        let entries = source.live_entries(&from, &path)?;
+        let mut there = to.as_ref().map(|to| target.stats(to, &entries));
+        for (stat, entry) in source.stats(&from, &entries).zip(&entries) {
+            let present = there.as_mut().and_then(|there| there.next()?.ok());
+            let stat = match stat {
                 Err(error) if is_other_mount(&error) => continue,
                 other => other.context("look at", source.at(&path.join(&entry.name)))?,
             };
@@ -36,8 +39,6 @@ pub fn estimate(source: &Site, target: &Site, progress: &Progress) -> Result<Est
             match stat.kind {
                 Kind::Dir => dirs.push(path.join(&entry.name)),
                 Kind::File if stat.nlink <= 1 || linked.insert(stat.ino) => {
-                    let present =
-                        to.as_ref().and_then(|to| target.backing.stat_at(to, &entry.name).ok());
                     let kept = present.is_some_and(|present| {
                         (present.kind, present.size, present.mtime)
                             == (stat.kind, stat.size, stat.mtime)

@@ -155,7 +155,8 @@ impl Import<'_> {
                 }
                 other => {
                     other.context("look at", self.site.at(&path.join(&name)))?;
-                    self.take_entry(&dir, &handle, name, Some((file, row.kind)))?;
+                    let found = self.site.object(&handle, &path, &name);
+                    self.take_entry(&dir, name, found, Some((file, row.kind)))?;
                     // A file that was emptied took the place of another, which moves these times.
                     self.take_attributes(&path, parent)?;
                 }
