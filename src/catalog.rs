@@ -53,7 +53,7 @@ mod wal;
 mod xattr;
 
 pub use self::actor::Actor;
-pub use self::attach::{Differing, Joining};
+pub use self::attach::{Comparing, Differing, Joining};
 pub use self::audit::Audit;
 pub use self::copy::Original;
 pub use self::failure::Failure;

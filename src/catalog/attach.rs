@@ -9,9 +9,9 @@
 //! replica whole.
 
 use std::collections::VecDeque;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rusqlite::Connection;
 use rusqlite::backup::{Backup, StepResult};
@@ -20,14 +20,15 @@ use rustix::io::Errno;
 use super::apply::{Committed, apply};
 use super::commit::Writer;
 use super::copy::{BACKUP_PAGES, new_beside, put_in_place};
-use super::database::{self, Place};
+use super::database::{self, Db, Place};
 use super::open::finish;
 use super::overlay::Batch;
-use super::schema::{Use, connect, name_damage, read_head, read_head_only};
+use super::schema::{Use, connect, name_damage, read_head, read_head_only, while_alive};
 use super::{Catalog, Durability, Shared};
 use crate::error::{Error, IoContext, Result};
+use crate::sys::device::Alive;
 use crate::sys::patience::Patience;
-use crate::sys::sqlite::with_patience;
+use crate::sys::sqlite::with_patience_but_on;
 use crate::types::{Kind, NodeId, ReplicaId};
 
 /// Changes kept for a copy in the making: some 100 MB. A copy that cannot keep up within them is
@@ -90,26 +91,12 @@ pub struct Differing {
 }
 
 impl Catalog {
-    /// What the live tree has otherwise than the catalog in `older`, an earlier one of this store
-    /// that nobody writes. No read of either is waited for longer than `timeout`.
-    pub fn differing(&self, older: &Path, timeout: Duration) -> Result<Differing> {
+    /// To compare the live tree with that of the catalog in `older`, an earlier one of this store
+    /// that nobody writes.
+    pub fn comparing(&self, older: &Path) -> Result<Comparing> {
         self.flush(Durability::Written)?;
-        // The older one's own: it must not cost those in use their place.
-        let patience = Arc::new(Patience::new(timeout));
-        let mut failure = None;
-        let found = self.shared.read(|db| {
-            let mut found = Differing::default();
-            let ask = || database::attach(db, older, || collect_differing(db, &mut found));
-            with_patience(&patience, ask).map(|()| found).map_err(|error| {
-                failure = Some(error);
-                rusqlite::Error::QueryReturnedNoRows
-            })
-        });
-        match failure {
-            None => found,
-            Some(_) if patience.is_over() => Err(Errno::TIMEDOUT).context("read", older),
-            Some(error) => Err(name_damage(older, error)),
-        }
+        let (own, patience) = self.shared.readers.chosen().ok_or(Errno::IO)?;
+        Ok(Comparing { own, older: older.to_path_buf(), patience })
     }
 
     /// Replaces the catalog in `to`, which is not open, by a copy of the present one, while that
@@ -157,6 +144,46 @@ impl Catalog {
         joining.catch_up()?;
         Ok(joining)
     }
+}
+
+/// What compares two catalogs, by whatever thread.
+pub struct Comparing {
+    own: PathBuf,
+    older: PathBuf,
+    /// For the own one.
+    patience: Arc<Patience>,
+}
+
+impl Comparing {
+    /// What the live tree has otherwise. Bounded by whoever looks after the disk of the older one:
+    /// what is read of the other is waited for no longer than a query would. Neither is taken to be
+    /// at fault for what is wrong with the other.
+    pub fn run(self, alive: &Alive) -> Result<Differing> {
+        let mut found = Differing::default();
+        let mut is_own = false;
+        let mut db = connect(&self.own, Use::Read)?;
+        let ask = |db: &mut Db| {
+            database::attach(db, &self.older, || {
+                collect_differing(db, &mut found).inspect_err(|_| is_own = is_whole(db, "old"))
+            })
+        };
+        let device = std::fs::metadata(&self.older).context("look at", &self.older)?.dev();
+        let ask = || while_alive(&mut db, alive, ask);
+        let compared = with_patience_but_on(device, &self.patience, ask);
+        match compared {
+            Ok(()) => Ok(found),
+            Err(_) if self.patience.is_over() => Err(Errno::TIMEDOUT).context("read", self.own),
+            Err(error) if is_own => Err(name_damage(&self.own, error)),
+            Err(error) => Err(name_damage(&self.older, error)),
+        }
+    }
+}
+
+/// Whether one of the databases of a connection is a sound one.
+fn is_whole(db: &Connection, name: &str) -> bool {
+    let check = format!("PRAGMA {name}.quick_check(1)");
+    let found = db.query_row(&check, [], |row| row.get::<_, String>(0));
+    found.is_ok_and(|found| found == "ok")
 }
 
 fn collect_differing(db: &Connection, found: &mut Differing) -> rusqlite::Result<()> {

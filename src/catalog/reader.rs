@@ -94,6 +94,12 @@ impl Readers {
         quick.next().or_else(|| there().map(|(id, _)| id).next())
     }
 
+    /// The file of the one that is to be asked, and how long it is waited for.
+    pub fn chosen(&self) -> Option<(PathBuf, Arc<Patience>)> {
+        let id = self.choose()?;
+        Some((self.file(id)?, self.patience[id].clone()))
+    }
+
     /// Notes that a query begins; to be ended by [`Readers::end`].
     fn begin(&self, id: ReplicaId) -> Instant {
         let now = Instant::now();

@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use rusqlite::ffi;
+use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::patience::Patience;
@@ -98,19 +99,40 @@ unsafe extern "C" fn open_alone(
 
 thread_local! {
     /// How long this thread waits for reads of a file; `None` for ever.
-    static PATIENCE: RefCell<Option<Arc<Patience>>> = const { RefCell::new(None) };
+    static PATIENCE: RefCell<Option<Bound>> = const { RefCell::new(None) };
+}
+
+/// How long reads of files are waited for.
+#[derive(Clone)]
+struct Bound {
+    patience: Arc<Patience>,
+    /// But for those on this device.
+    but_on: Option<u64>,
 }
 
 /// Does something in which no read by SQLite is waited for longer than `patience` allows.
 pub fn with_patience<T>(patience: &Arc<Patience>, work: impl FnOnce() -> T) -> T {
+    bounded(Bound { patience: patience.clone(), but_on: None }, work)
+}
+
+/// Likewise, where somebody else bounds what is read from one device.
+pub fn with_patience_but_on<T>(
+    device: u64,
+    patience: &Arc<Patience>,
+    work: impl FnOnce() -> T,
+) -> T {
+    bounded(Bound { patience: patience.clone(), but_on: Some(device) }, work)
+}
+
+fn bounded<T>(bound: Bound, work: impl FnOnce() -> T) -> T {
     /// Puts back what was, also where the work panics.
-    struct Before(Option<Arc<Patience>>);
+    struct Before(Option<Bound>);
     impl Drop for Before {
         fn drop(&mut self) {
             PATIENCE.set(self.0.take());
         }
     }
-    let _before = Before(PATIENCE.replace(Some(patience.clone())));
+    let _before = Before(PATIENCE.replace(Some(bound)));
     work()
 }
 
@@ -126,8 +148,9 @@ unsafe extern "C" fn patient_pread(
         unsafe { *libc::__errno_location() = errno.raw_os_error() };
         -1
     };
-    PATIENCE.with_borrow(|patience| {
-        let Some(patience) = patience else {
+    PATIENCE.with_borrow(|bound| {
+        let bound = bound.as_ref().filter(|bound| bound.but_on.is_none_or(|on| !is_on(fd, on)));
+        let Some(Bound { patience, .. }) = bound else {
             // SAFETY: the caller's own call, as it is.
             return unsafe { libc::pread(fd, buffer, count, offset) };
         };
@@ -164,6 +187,15 @@ unsafe extern "C" fn patient_pread(
             None => fail(Errno::TIMEDOUT),
         }
     })
+}
+
+/// Whether a file is on a device, as far as that is known without asking it.
+fn is_on(fd: c_int, device: u64) -> bool {
+    // SAFETY: whoever reads from it has it open.
+    let file = unsafe { BorrowedFd::borrow_raw(fd) };
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let found = rustix::fs::statx(file, c"", flags, StatxFlags::empty());
+    found.is_ok_and(|found| rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor) == device)
 }
 
 /// Whether a file is on a filesystem without a disk.

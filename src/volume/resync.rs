@@ -42,6 +42,7 @@ use crate::replica::health::State;
 use crate::replica::intent::DirtySet;
 use crate::store::fill::history::{Seen, seen_by};
 use crate::store::{Arrival, Fork};
+use crate::sys::device::Alive;
 use crate::types::ReplicaId;
 
 use super::Volume;
@@ -285,14 +286,15 @@ impl Volume {
         // Nobody is slowed down for a resync that there is no longer.
         self.resyncs.brake.release();
         let fault = || Fault::new("resync", Errno::TIMEDOUT);
-        for id in hung.into_iter().filter(|id| self.replicas().get(*id).guard().give_up()) {
-            if self.replicas().is_online(id) {
-                self.replicas().eject(id, fault());
-            }
-            for (id, _) in &running {
-                self.replicas().resync_failed(*id, fault());
-                self.put_off(*id, &Errno::TIMEDOUT.into());
-            }
+        let gave_up = |id: &ReplicaId| self.replicas().get(*id).guard().give_up();
+        let hung: Vec<ReplicaId> = hung.into_iter().filter(gave_up).collect();
+        for id in hung.iter().filter(|id| self.replicas().is_online(**id)) {
+            self.replicas().eject(*id, fault());
+        }
+        // Once, whether it hangs on one side or on both.
+        for (id, _) in running.iter().filter(|_| !hung.is_empty()) {
+            self.replicas().resync_failed(*id, fault());
+            self.put_off(*id, &Errno::TIMEDOUT.into());
         }
     }
 
@@ -408,7 +410,9 @@ impl Volume {
         if let (Some(doubtful), true) = (&arrival.doubtful, own.is_some()) {
             // But for what is doubtful its catalog tells its tree exactly: only that, and where the
             // store's differs, is to be looked at.
-            let found = self.catalog().differing(&file, self.options.call_timeout)?;
+            let comparing = self.catalog().comparing(&file)?;
+            let compare = move |alive: &Alive| comparing.run(alive);
+            let found = target.within_alive("compare the catalog in", compare)?;
             places.all_done();
             progress.begin("", (found.files.len() + found.dirs.len()) as u64, found.bytes);
             touched.files.extend(found.files);

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
+use crate::sys::device::Alive;
 
 fn third() -> ReplicaId {
     ReplicaId::all().nth(2).unwrap()
@@ -78,4 +79,36 @@ fn a_copy_that_is_stopped_leaves_the_old_catalog_and_the_next_one_succeeds() {
     add(&catalog, 1_000_000);
     catalog.close().unwrap();
     assert!(Catalog::inspect(&scratch.files[2]).unwrap().sequence > before.sequence);
+}
+
+#[test]
+fn what_is_wrong_with_one_of_two_compared_catalogs_is_told_of_that_one() {
+    for bad in [0, 1] {
+        let scratch = Scratch::new(2);
+        let both = scratch.files.iter().cloned().map(Some).collect();
+        let catalog = Catalog::open(ReplicaMap::new(both), true).unwrap();
+        catalog.push(vec![Change::NodePut(dir(1))]).unwrap();
+        (2..2_000).for_each(|id| add(&catalog, id));
+        catalog.close().unwrap();
+        let first = || ReplicaMap::new(vec![Some(scratch.files[0].clone())]);
+        let compare = |catalog: &Catalog| {
+            catalog.comparing(&scratch.files[1]).unwrap().run(&Alive::default())
+        };
+        let catalog = Catalog::open(first(), true).unwrap();
+        assert_eq!(compare(&catalog).unwrap(), Differing::default());
+        catalog.close().unwrap();
+        let root: u32 = rusqlite::Connection::open(&scratch.files[bad])
+            .unwrap()
+            .query_row("SELECT rootpage FROM sqlite_master WHERE name = 'node'", [], |row| {
+                row.get(0)
+            })
+            .unwrap();
+        let file = std::fs::File::options().write(true).open(&scratch.files[bad]).unwrap();
+        let at = u64::from(root - 1) * 4096;
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 4096], at).unwrap();
+        let catalog = Catalog::open(first(), true).unwrap();
+        let error = compare(&catalog).unwrap_err();
+        let Error::Damaged { what, .. } = &error else { panic!("{error}") };
+        assert!(what.contains(&*scratch.files[bad].to_string_lossy()), "{what}");
+    }
 }
