@@ -20,7 +20,8 @@ pub mod ranges;
 mod shared;
 pub mod undo;
 
-use std::num::NonZeroUsize;
+use std::collections::HashMap;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -59,6 +60,8 @@ const COPY_BYTES: u64 = 1 << 20;
 /// So few bytes are in the kernel's cache, mostly, and where their holes are is not: they are read
 /// before that is asked, for only zeros can be one.
 const PEEK_BYTES: u64 = 64 << 10;
+/// So many small ranges or more are read together.
+const READ_TOGETHER: usize = 8;
 /// Before-images are appended so many bytes at a time: what is held in memory meanwhile.
 const APPEND_BYTES: u64 = 8 << 20;
 
@@ -128,17 +131,21 @@ impl History {
         replicas: &ReplicaSet,
         catalog: &Catalog,
         of: (NodeId, ContentId),
-        file: &Handles,
+        file: &Arc<Handles>,
         ranges: &[ByteRange],
     ) -> Result<()> {
         let _pin = self.undo.pin();
+        let mut read = match ranges.len() >= READ_TOGETHER {
+            true => read_together(replicas, file, ranges)?,
+            false => HashMap::new(),
+        };
         let mut rows = Vec::new();
         let (mut images, mut bytes) = (Vec::new(), 0);
         for range in ranges {
             let mut at = range.start;
             while at < range.end {
                 let piece = ByteRange { start: at, end: range.end.min(at + COPY_BYTES) };
-                let image = read_image(replicas, file, piece, range.end)?;
+                let image = read_image(replicas, file, piece, range.end, read.remove(&at))?;
                 match &image {
                     Image::Bytes(_, data) => {
                         at += data.len() as u64;
@@ -401,13 +408,43 @@ fn is_uncommitted(catalog: &Catalog, node: NodeId, content: ContentId) -> Result
     Ok(catalog.node(node)?.is_some_and(|row| content > row.content))
 }
 
+/// Reads small ranges, by where they begin, all at the same time: one after the other each would
+/// wait for the disk.
+fn read_together(
+    replicas: &ReplicaSet,
+    file: &Arc<Handles>,
+    ranges: &[ByteRange],
+) -> Result<HashMap<u64, Vec<u8>>> {
+    let small = |range: &&ByteRange| (1..=PEEK_BYTES).contains(&range.len());
+    let mut ranges: Vec<ByteRange> = ranges.iter().filter(small).copied().collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    let file = file.clone();
+    replicas.read_whole("read", move |id, b| {
+        let file = file.get(id)?;
+        let place = |range: &ByteRange| Some((range.start, NonZeroU64::new(range.len())?));
+        b.will_need(file, &ranges.iter().filter_map(place).collect::<Vec<_>>());
+        let read = |range: &ByteRange| Ok((range.start, read_padded(b, file, *range)?));
+        ranges.iter().map(read).collect()
+    })
+}
+
+/// Reads a range. A file that is shorter than its sealed size was damaged behind our back; what is
+/// missing reads as zeros, as it would from the live file.
+fn read_padded(b: &dyn Backing, file: &Handle, range: ByteRange) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![0; range.len() as usize];
+    let read = b.read_at(file, &mut bytes, range.start)?;
+    bytes[read..].fill(0);
+    Ok(bytes)
+}
+
 /// Reads what a file has in `piece`, or from its start on as far as there is data; or the hole that
-/// begins there, which may be longer: up to `limit`.
+/// begins there, which may be longer: up to `limit`. `known` is what was read of it before.
 fn read_image(
     replicas: &ReplicaSet,
     file: &Handles,
     piece: ByteRange,
     limit: u64,
+    known: Option<Vec<u8>>,
 ) -> Result<Image> {
     let ByteRange { start, mut end } = piece;
     // One image of a hole, however long: a file can be one of exabytes.
@@ -420,11 +457,11 @@ fn read_image(
         }
         end = end.min(to);
     }
-    let mut bytes = vec![0; (end - start) as usize];
-    // A file that is shorter than its sealed size was damaged behind our back; what is missing
-    // reads as zeros, as it would from the live file.
-    let read = replicas.read("read", |id, b| b.read_at(file.get(id)?, &mut bytes, start))?;
-    bytes[read..].fill(0);
+    let range = ByteRange { start, end };
+    let mut bytes = match known {
+        Some(bytes) => bytes,
+        None => replicas.read("read", |id, b| read_padded(b, file.get(id)?, range))?,
+    };
     let is_zero = |block: &[u8]| block.iter().all(|&byte| byte == 0);
     if is_small && bytes.chunks(BLOCK_BYTES as usize).any(is_zero) {
         let (data, to) = run()?;

@@ -1,10 +1,10 @@
 //! The undo log: before-images, appended to segments that are equal on every replica.
 //!
-//! What is appended goes past the page cache, in whole blocks: it is synced at once and read seldom,
-//! and a copy to new pages of the cache takes several times as long as the disks do. The last block
-//! is written again with what is added to it; what it had is the same, so that a torn write of it
-//! loses nothing. Behind small appends some blocks of zeros are written ahead, over which the next
-//! ones go: a sync of them has no metadata to write, and takes half as long.
+//! What is appended goes past the page cache, in whole blocks: it is synced at once and read
+//! seldom, and a copy to new pages of the cache takes several times as long as the disks do. The
+//! last block is written again with what is added to it; what it had is the same, so that a torn
+//! write of it loses nothing. Behind small appends some blocks of zeros are written ahead, over
+//! which the next ones go: a sync of them has no metadata to write, and takes half as long.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -11,6 +11,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -273,6 +274,9 @@ pub trait Backing: Send + Sync {
     /// Drops what memory holds of a file's clean pages, so that what is read next comes from the
     /// device. A backing that cannot reads from where it will.
     fn forget_cached(&self, _file: &Handle) {}
+    /// Begins to read what will be read soon, each by its offset and length, all at the same time.
+    /// A backing that cannot reads it when it is asked to.
+    fn will_need(&self, file: &Handle, ranges: &[(u64, NonZeroU64)]);
     /// Writes all of `data`; on an error an unknown part of it is written.
     fn write_at(&self, file: &Handle, data: &[u8], offset: u64) -> io::Result<()>;
     /// Sets the size of a file that is open for writing.

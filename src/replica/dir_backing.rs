@@ -11,6 +11,7 @@
 use std::ffi::OsStr;
 use std::io;
 use std::mem::MaybeUninit;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -28,6 +29,7 @@ use crate::error::{IoContext, Result};
 use crate::sys::{self, device::Device};
 use crate::types::{EntryName, Kind, RelPath, Xattrs};
 
+mod direct;
 mod kind;
 mod stat;
 mod xattrs;
@@ -207,20 +209,6 @@ fn become_creator(by: Creds, mode: u32) -> io::Result<()> {
     if mode & 0o2000 != 0 { sys::regain_fsetid() } else { Ok(()) }
 }
 
-fn is_invalid(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EINVAL)
-}
-
-/// Has the page cache in between again; `false` if it was.
-fn give_up_direct(file: BorrowedFd<'_>) -> io::Result<bool> {
-    let flags = rustix::fs::fcntl_getfl(file)?;
-    if !flags.contains(OFlags::DIRECT) {
-        return Ok(false);
-    }
-    rustix::fs::fcntl_setfl(file, flags - OFlags::DIRECT)?;
-    Ok(true)
-}
-
 impl Backing for DirBacking {
     fn open_dir(&self, path: &RelPath) -> io::Result<Handle> {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
@@ -257,7 +245,7 @@ impl Backing for DirBacking {
         };
         let file = match self.open_content(dir.as_fd(), name.as_os_str(), flags) {
             // Not every filesystem can.
-            Err(error) if access == Access::Direct && is_invalid(&error) => {
+            Err(error) if access == Access::Direct && direct::is_invalid(&error) => {
                 return self.open_file(dir, name, Access::ReadWrite);
             }
             Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
@@ -451,10 +439,17 @@ impl Backing for DirBacking {
         let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
     }
 
+    fn will_need(&self, file: &Handle, ranges: &[(u64, NonZeroU64)]) {
+        for &(offset, length) in ranges {
+            // Advice again.
+            let _ = rustix::fs::fadvise(file, offset, Some(length), rustix::fs::Advice::WillNeed);
+        }
+    }
+
     fn write_at(&self, file: &Handle, data: &[u8], offset: u64) -> io::Result<()> {
         match sys::write_all_at(file.as_fd(), data, offset) {
             // Its blocks are larger than any we know, or it cannot after all.
-            Err(error) if is_invalid(&error) && give_up_direct(file.as_fd())? => {
+            Err(error) if direct::is_invalid(&error) && direct::give_up(file.as_fd())? => {
                 sys::write_all_at(file.as_fd(), data, offset)
             }
             answer => answer,

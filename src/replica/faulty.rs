@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -160,6 +161,11 @@ impl Backing for Faulty {
     fn forget_cached(&self, file: &Handle) {
         let _ = self.decide(Call { op: "forget_cached", name: None, offset: 0, len: 0 });
         self.inner.forget_cached(file);
+    }
+
+    fn will_need(&self, file: &Handle, ranges: &[(u64, NonZeroU64)]) {
+        let _ = self.decide(Call { op: "will_need", name: None, offset: 0, len: 0 });
+        self.inner.will_need(file, ranges);
     }
 
     fn path_of(&self, object: &Handle) -> Option<RelPath> {

@@ -30,6 +30,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -382,6 +383,14 @@ impl Backing for Guarded {
         // Where that hangs, so does what is read next.
         let _ = self.call("forget_cached", (None, None), move |inner| {
             inner.forget_cached(&file);
+            Ok(())
+        });
+    }
+
+    fn will_need(&self, file: &Handle, ranges: &[(u64, NonZeroU64)]) {
+        let (file, ranges) = (file.clone(), ranges.to_vec());
+        let _ = self.call("will_need", (None, None), move |inner| {
+            inner.will_need(&file, &ranges);
             Ok(())
         });
     }

@@ -435,3 +435,23 @@ fn what_cannot_go_past_the_page_cache_goes_through_it() {
     assert_eq!(backing.read_at(&read, &mut bytes, 0).expect("read"), 8);
     assert_eq!(bytes, [0, 0, 0, 1, 1, 1, 1, 1, 9, 9]);
 }
+
+#[test]
+fn what_will_be_needed_is_in_memory_soon() {
+    let rig = rig();
+    let file = rig.file("f");
+    rig.backing.write_at(&file, &[1; 1 << 20], 0).expect("write");
+    rig.backing.sync(&file, true).expect("sync");
+    rig.backing.forget_cached(&file);
+    let mut bytes = [0; 4096];
+    let places = [0, 64 << 10, 512 << 10, 1 << 40];
+    let length = NonZeroU64::new(4096).expect("not zero");
+    rig.backing.will_need(&file, &places.map(|at| (at, length)));
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    for at in &places[..3] {
+        while rig.backing.read_at_hand(&file, &mut bytes, *at) != Some(4096) {
+            assert!(std::time::Instant::now() < deadline, "nothing of it at {at}");
+            std::thread::yield_now();
+        }
+    }
+}

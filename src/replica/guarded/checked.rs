@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -137,6 +138,12 @@ impl Backing for Checked {
     fn forget_cached(&self, file: &Handle) {
         if file.check(&self.keeper).is_ok() {
             self.inner.forget_cached(file);
+        }
+    }
+
+    fn will_need(&self, file: &Handle, ranges: &[(u64, NonZeroU64)]) {
+        if file.check(&self.keeper).is_ok() {
+            self.inner.will_need(file, ranges);
         }
     }
 
