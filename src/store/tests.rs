@@ -14,6 +14,7 @@ use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath};
 
 mod bounded;
 mod crash;
+mod frozen;
 mod lost;
 mod refusals;
 mod regain;

@@ -5,10 +5,10 @@ use std::process::Command;
 use super::*;
 
 /// A mounted image; unmounted when dropped.
-struct Image(PathBuf);
+pub(super) struct Image(PathBuf);
 
 impl Image {
-    fn new(bench: &Bench, megabytes: u64) -> Option<Image> {
+    pub(super) fn new(bench: &Bench, megabytes: u64) -> Option<Image> {
         let (file, dir) = (bench.path("image"), bench.path("small"));
         fs::File::create(&file).unwrap().set_len(megabytes << 20).unwrap();
         fs::create_dir(&dir).unwrap();
