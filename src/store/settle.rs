@@ -22,7 +22,9 @@ use super::{CATALOG_FILE, Member, OpenOptions, Recover, fill, import, regain, re
 use crate::catalog::{Catalog, Durability, Failure, Head};
 use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
+use crate::history;
 use crate::progress::Progress;
+use crate::replica::ReplicaSet;
 use crate::replica::intent::{self, Past};
 use crate::types::{Generation, ReplicaMap, Timestamp};
 
@@ -337,6 +339,10 @@ fn take_in(
         let bounds = bounds.as_ref();
         if let Some(recover) = recover {
             let from = bounds.map_or(0, Bounds::undo_from);
+            // All of these catalogs get the rows.
+            let replicas = which.iter().map(|&index| members[index].as_replica());
+            let replicas = ReplicaSet::new(replicas.collect::<Result<Vec<_>>>()?);
+            history::undo::complete(&replicas, from)?;
             recover(&replica_set(std::slice::from_ref(member))?, &catalog, from)?;
         }
         let files = bounds.map_or_else(Vec::new, Bounds::files);

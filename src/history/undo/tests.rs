@@ -174,3 +174,38 @@ proptest! {
         prop_assert!(decode(&bytes).is_none());
     }
 }
+
+/// The catalogs of both get the rows of what one has at once: killed then, the next mount went on
+/// with the one that lacked the record.
+#[test]
+fn a_record_that_one_replica_has_alone_is_given_to_the_others() {
+    let (dirs, replicas) = replicas(3);
+    let log = UndoLog::open(&replicas).expect("it opens");
+    let of = (NodeId(7), ContentId(9));
+    let mut rows = Vec::new();
+    for number in 0..4 {
+        let image = Image::Bytes(number * 5000, vec![number as u8 + 1; 5000]);
+        rows.extend(log.append(&replicas, of, &[image]).expect("it appends"));
+    }
+    log.sync(&replicas).expect("it syncs");
+    let paths: Vec<_> = dirs
+        .iter()
+        .map(|dir| dir.path().join(".rearview/undo").join("0000000000000001.seg"))
+        .collect();
+    let whole = std::fs::read(&paths[0]).expect("it is there");
+    let start = |row: &UndoRow| row.at.expect("bytes have a place").offset as usize;
+    // One ends within the last record, one has garbage in the second, and one has no file.
+    let mut torn = whole.clone();
+    torn[start(&rows[1]) + 100..][..512].fill(0xaa);
+    std::fs::write(&paths[0], torn).expect("it can be written");
+    let short = &whole[..start(&rows[3]) + 17];
+    std::fs::write(&paths[1], short).expect("it can be written");
+    std::fs::remove_file(&paths[2]).expect("it can be removed");
+    complete(&replicas, 2).expect("it has nothing to do");
+    assert!(!paths[2].exists());
+    complete(&replicas, 1).expect("it completes");
+    for path in &paths {
+        let bytes = std::fs::read(path).expect("it is there");
+        assert_eq!(missing(&bytes, &rows), [], "{}", path.display());
+    }
+}
