@@ -451,8 +451,12 @@ impl Volume {
         state.stamp = self.nodes.next_stamp();
         let changes = vec![crate::catalog::Change::ContentPreserved { id: content, cloned: false }];
         self.catalog().push(changes)?;
+        let made = Arc::new(Handles::from(made));
+        // Recovery tells files apart by their births.
+        let born = replicas.read("stat", |id, b| b.stat(made.get(id)?))?.btime;
         let open = state.open.as_mut().expect("as above");
-        open.write = Some(Arc::new(Handles::from(made)));
+        open.sealed.btime = born;
+        open.write = Some(made);
         open.saved.insert(whole);
         Ok(true)
     }

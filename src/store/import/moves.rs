@@ -142,6 +142,7 @@ impl Import<'_> {
         );
         if let Some(bounds) = &self.bounds {
             let lost = self.lost_births(files, origins)?;
+            let sure: HashSet<usize> = pairs.found.keys().copied().collect();
             let file_birth = |file: &Deferred| born(file.stat.btime).filter(|_| !file.is_own());
             let lost_birth = |origin: &Origin| lost.get(&origin.row.id).copied();
             pairs.find(
@@ -149,6 +150,7 @@ impl Import<'_> {
                 |origin| Some((lost_birth(origin)?, origin.row.size)),
             );
             pairs.find(|_, file| file_birth(file), lost_birth);
+            self.drop_impossible(&sure, &mut pairs)?;
             self.pair_unmoved(bounds, &has_lost, &mut pairs)?;
             let missed = |origin: &Origin| origin.missing.map(|_| MoveKey::of_row(&origin.row));
             let strangers = self.strangers(files)?;
@@ -165,6 +167,32 @@ impl Import<'_> {
             over != Some(origins[origin].row.id)
         });
         Ok(found)
+    }
+
+    /// Takes back pairs that are not `sure` and would leave nothing of a node whose name the file
+    /// has. A replica that was filled, or a file that was healed, has births of its own, which can
+    /// be those of others.
+    fn drop_impossible(&self, sure: &HashSet<usize>, pairs: &mut Pairs<'_>) -> Result<()> {
+        loop {
+            let node_of = |origin: usize| pairs.origins[origin].row.id;
+            let moved: HashSet<NodeId> = pairs.found.values().map(|&one| node_of(one)).collect();
+            let mut wrong = None;
+            for (&file, _) in pairs.found.iter().filter(|(file, _)| !sure.contains(file)) {
+                if let Some(row) = &pairs.files[file].over
+                    && row.content != ContentId::EMPTY
+                    && !moved.contains(&row.id)
+                    && !self.claimed.contains(row.id)
+                    && !self.is_preserved(row)?
+                {
+                    wrong = Some(file);
+                    break;
+                }
+            }
+            match wrong {
+                Some(file) => pairs.found.remove(&file),
+                None => return Ok(()),
+            };
+        }
     }
 
     /// When the nodes were born that have no file, or another one, under their names: those that

@@ -239,3 +239,27 @@ fn a_file_whose_recorded_rename_the_disk_lost_is_the_one_it_was() {
         }
     }
 }
+
+/// A file has the birth that is recorded for another, and not its own: so births are where a file
+/// was made anew. It was taken for the other, and of its own versions nothing was left.
+#[test]
+fn a_file_under_its_name_is_not_taken_for_another_of_its_birth() {
+    let dying = Dying::new(Births::Recorded, &[100, 80]);
+    let store = dying.bench.open(&["a", "b"]).unwrap();
+    let own = &dying.nodes[0];
+    let btime = Timestamp { secs: own.btime.secs - 1, ..own.btime };
+    store.catalog.push(vec![Change::NodePut(NodeRow { btime, ..own.clone() })]).unwrap();
+    store.catalog.flush(Durability::Durable).unwrap();
+    for dir in ["one", "two"] {
+        intend(&store, &[Dirty::Dir(id_of(&store.catalog, dir))]);
+    }
+    dying.nodes.iter().for_each(|row| intend(&store, &[Dirty::File(row.id)]));
+    drop(store);
+    dying.on_each(|root| {
+        fs::write(root.join("one/0"), [b'n'; 130]).unwrap();
+        fs::remove_file(root.join("one/1")).unwrap();
+    });
+    dying.make("two/1", 120);
+    let store = dying.recover(&[]);
+    assert!(dying.is_at(&store, 0, "one/0"));
+}
