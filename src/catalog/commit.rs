@@ -513,6 +513,8 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
         }
         committed => committed?,
     };
+    // Not only before: a WAL that was emptied in between holds this one.
+    writer.dirty = true;
     writer.note_pages(plan.batch.count);
     writer.look_for_room();
     Ok(committed)

@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, unbounded};
 use parking_lot::Mutex;
 
 use crate::sys::device::{Alive, Device, Signs};
@@ -27,17 +27,10 @@ pub(super) struct Lanes {
 /// Work that is under way.
 pub(super) struct Turn<T> {
     answer: Receiver<T>,
-    begun: Instant,
+    /// When it has to have ended, or to show that it goes on.
+    deadline: Instant,
     /// A sync takes as long as there is data.
-    device: Option<Device>,
-    alive: Alive,
-}
-
-impl<T> Turn<T> {
-    /// The answer, if the work has ended by now.
-    pub(super) fn ended(&self) -> Option<T> {
-        self.answer.try_recv().ok()
-    }
+    signs: Signs,
 }
 
 impl Lanes {
@@ -88,23 +81,47 @@ impl Lanes {
         if let Some(give) = &*thread {
             let _ = give.send(work);
         }
-        Turn { answer, begun: Instant::now(), device, alive }
+        let deadline = Instant::now() + self.timeout();
+        Turn { answer, deadline, signs: Signs::new(device, alive) }
+    }
+
+    fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed))
+    }
+
+    /// The answer, if the work has ended by now: as [`Lanes::wait`] has it. `None` if it goes on.
+    pub(super) fn ended<T>(&self, replica: ReplicaId, turn: &mut Turn<T>) -> Option<Option<T>> {
+        match turn.answer.try_recv() {
+            Ok(answer) => return Some(Some(answer)),
+            Err(TryRecvError::Empty) if Instant::now() < turn.deadline => return None,
+            Err(TryRecvError::Empty) if turn.signs.goes_on() => {
+                turn.deadline = Instant::now() + self.timeout();
+                return None;
+            }
+            Err(_) => {}
+        }
+        self.leave(replica);
+        Some(None)
+    }
+
+    /// Leaves a thread to what it does, for good.
+    pub(super) fn leave(&self, replica: ReplicaId) {
+        *self.threads[replica].lock() = None;
     }
 
     /// Waits for work; `None` if it hangs or could not be done at all. Then the next work of this
     /// replica gets a thread of its own.
-    pub(super) fn wait<T>(&self, replica: ReplicaId, turn: Turn<T>) -> Option<T> {
-        let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
-        let mut signs = Signs::new(turn.device, turn.alive);
-        let mut deadline = turn.begun + timeout;
+    pub(super) fn wait<T>(&self, replica: ReplicaId, mut turn: Turn<T>) -> Option<T> {
         loop {
-            match turn.answer.recv_deadline(deadline) {
+            match turn.answer.recv_deadline(turn.deadline) {
                 Ok(answer) => return Some(answer),
-                Err(RecvTimeoutError::Timeout) if signs.goes_on() => deadline += timeout,
+                Err(RecvTimeoutError::Timeout) if turn.signs.goes_on() => {
+                    turn.deadline += self.timeout();
+                }
                 Err(_) => break,
             }
         }
-        *self.threads[replica].lock() = None;
+        self.leave(replica);
         None
     }
 
@@ -134,6 +151,15 @@ mod tests {
         assert_eq!(lanes.wait(id, waits), None, "it is behind the one that hangs");
         let next = lanes.begin(id, None, || 2);
         assert_eq!(lanes.wait(id, next), Some(2));
+        let (_kept, never) = unbounded::<()>();
+        let mut hung = lanes.begin(id, None, move || _ = never.recv());
+        assert!(lanes.ended(id, &mut hung).is_none(), "it has time");
+        let is_given_up = || matches!(lanes.ended(id, &mut hung), Some(None));
+        assert!(std::iter::repeat_with(is_given_up).any(|is_given_up| is_given_up));
+        let mut next = lanes.begin(id, None, || 3);
+        let answer =
+            std::iter::repeat_with(|| lanes.ended(id, &mut next)).find_map(|answer| answer);
+        assert_eq!(answer, Some(Some(3)));
         go_on.send(()).expect("it hangs");
         end.recv_timeout(Duration::from_secs(20)).expect("it goes on in its thread");
     }

@@ -60,17 +60,29 @@ impl Copies {
         (writer.in_wal, writer.copying) = (0, true);
         writer.copies += 1;
         let file = writer.db.file().to_path_buf();
-        if self.running[id].is_none() {
-            let copy = move || copy(&file).map_err(|error| Failure::from(&error));
-            self.running[id] = Some(self.lanes.begin(id, writer.device, copy));
+        if self.running[id].take().is_some() {
+            // Of a catalog that was taken out meanwhile: it may hang.
+            self.lanes.leave(id);
         }
+        let copy = move || copy(&file).map_err(|error| Failure::from(&error));
+        self.running[id] = Some(self.lanes.begin(id, writer.device, copy));
     }
 
-    /// What came of a copy that has ended by now.
-    fn ended(&mut self, id: ReplicaId) -> Option<Result<(), Failure>> {
-        let outcome = self.running[id].as_ref()?.ended()?;
+    /// What came of the copy for a writer, if it has ended by now.
+    fn ended(&mut self, id: ReplicaId, writer: &Writer) -> Option<Result<(), Failure>> {
+        if !writer.copying {
+            return None;
+        }
+        let outcome = match &mut self.running[id] {
+            Some(turn) => self.lanes.ended(id, turn)?,
+            None => Some(Ok(())),
+        };
         self.running[id] = None;
-        Some(outcome)
+        // It hangs, or there was no thread for it. What is wrong with the disk a commit finds.
+        Some(outcome.unwrap_or_else(|| {
+            log::warn!("the WAL of replica {} is copied later", id.index());
+            Ok(())
+        }))
     }
 
     /// Waits for the copies that run: nothing else may have the databases open when they close.
@@ -89,7 +101,14 @@ fn copy(file: &std::path::Path) -> crate::error::Result<()> {
     // Where processors are few a commit of some rows would wait for its turn as long as a copy of
     // megabytes takes.
     crate::sys::give_way();
-    let db = connect(file, Use::Write)?;
+    let db = match connect(file, Use::Write) {
+        Ok(db) => db,
+        // For want of descriptors, perhaps. What is wrong with the file itself a commit finds.
+        Err(error) => {
+            log::warn!("a WAL is copied later: {error}");
+            return Ok(());
+        }
+    };
     db.busy_timeout(Duration::ZERO)?;
     checkpoint(&db, "PASSIVE")?;
     Ok(())
@@ -148,7 +167,7 @@ impl Shared {
         let mut turns = Vec::new();
         for id in writers.ids() {
             let Some(writer) = &mut writers[id] else { continue };
-            let ended = copies.ended(id);
+            let ended = copies.ended(id, writer);
             writer.copying &= ended.is_none();
             let is_little = writer.in_wal <= REST_PAGES_MAX || writer.copies >= COPIES_MAX;
             let is_due = writer.in_wal >= WAL_PAGES_MAX || (idle && writer.dirty);
@@ -162,10 +181,10 @@ impl Shared {
                 // The rest of it.
                 Some(Ok(())) if is_little && !idle => Step::Copy("PASSIVE"),
                 _ if idle && writer.dirty && is_little => Step::Copy("TRUNCATE"),
-                Some(Ok(())) => Step::Begin,
+                Some(Ok(())) if writer.dirty => Step::Begin,
                 None if is_due => Step::Begin,
-                None if writer.sums.as_ref().is_some_and(Sums::has_copied) => Step::Sum,
-                None => continue,
+                _ if writer.sums.as_ref().is_some_and(Sums::has_copied) => Step::Sum,
+                _ => continue,
             };
             if matches!(step, Step::Begin) {
                 copies.begin(id, writer);
