@@ -60,8 +60,10 @@ const COPY_BYTES: u64 = 1 << 20;
 /// So few bytes are in the kernel's cache, mostly, and where their holes are is not: they are read
 /// before that is asked, for only zeros can be one.
 const PEEK_BYTES: u64 = 64 << 10;
-/// So many small ranges or more are read together.
-const READ_TOGETHER: usize = 8;
+/// So many small ranges are read together: at most 8 MiB, and in far less time than a call may take.
+const READ_TOGETHER: usize = 128;
+/// Fewer are not worth it.
+const READ_TOGETHER_MIN: usize = 8;
 /// Before-images are appended so many bytes at a time: what is held in memory meanwhile.
 const APPEND_BYTES: u64 = 8 << 20;
 
@@ -135,13 +137,15 @@ impl History {
         ranges: &[ByteRange],
     ) -> Result<()> {
         let _pin = self.undo.pin();
-        let mut read = match ranges.len() >= READ_TOGETHER {
-            true => read_together(replicas, file, ranges)?,
-            false => HashMap::new(),
-        };
         let mut rows = Vec::new();
         let (mut images, mut bytes) = (Vec::new(), 0);
-        for range in ranges {
+        let mut read = HashMap::new();
+        for (index, range) in ranges.iter().enumerate() {
+            if index % READ_TOGETHER == 0 {
+                let some = &ranges[index..ranges.len().min(index + READ_TOGETHER)];
+                // Where one of them cannot be read, each is, from wherever it can.
+                read = read_together(replicas, file, some).unwrap_or_default();
+            }
             let mut at = range.start;
             while at < range.end {
                 let piece = ByteRange { start: at, end: range.end.min(at + COPY_BYTES) };
@@ -417,6 +421,9 @@ fn read_together(
 ) -> Result<HashMap<u64, Vec<u8>>> {
     let small = |range: &&ByteRange| (1..=PEEK_BYTES).contains(&range.len());
     let mut ranges: Vec<ByteRange> = ranges.iter().filter(small).copied().collect();
+    if ranges.len() < READ_TOGETHER_MIN {
+        return Ok(HashMap::new());
+    }
     ranges.sort_unstable_by_key(|range| range.start);
     let file = file.clone();
     replicas.read_whole("read", move |id, b| {

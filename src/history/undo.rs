@@ -260,8 +260,10 @@ impl UndoLog {
                 end = (end + image.record_bytes()).next_multiple_of(RECORD_ALIGN);
             }
             let start = tail.end - tail.end % BLOCK;
-            let mut until = end.next_multiple_of(BLOCK);
-            if until > tail.written && until - start < AHEAD_BYTES {
+            let least = end.next_multiple_of(BLOCK);
+            let mut until = least;
+            if until > tail.written && until - start < AHEAD_BYTES && replicas.has_room(AHEAD_BYTES)
+            {
                 until = (until + AHEAD_BYTES).min(SEGMENT_BYTES_MAX.max(until));
             }
             let mut bytes = Buffer::aligned((until - start) as usize);
@@ -299,13 +301,27 @@ impl UndoLog {
         let dir = replicas.private(PrivateDir::Undo)?;
         let name = segment_name(tail.segment);
         let files = replicas.apply("create", |id, b| {
-            b.create(dir.get(id)?, &name, 0o600, super::OWN)?;
+            match b.create(dir.get(id)?, &name, 0o600, super::OWN) {
+                // Of a try that ended before the file could be opened, for want of descriptors.
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                made => _ = made?,
+            }
             let file = b.open_file(dir.get(id)?, &name, Access::Direct)?;
+            if b.stat(&file)?.size > 0 {
+                return Err(std::io::ErrorKind::AlreadyExists.into());
+            }
             // The name must be there when its records are looked for after a power cut.
             b.sync(dir.get(id)?, false)?;
             Ok(file)
-        })?;
-        tail.files = Some(Arc::new(Handles::from(files)));
+        });
+        match files {
+            Ok(files) => tail.files = Some(Arc::new(Handles::from(files))),
+            Err(error) => {
+                // What there is of it is in nobody's way: the next one has another name.
+                tail.go_on();
+                return Err(error);
+            }
+        }
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use rustix::fs::OFlags;
 
 /// Whether that is how a filesystem says that it cannot.
 pub(super) fn is_invalid(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EINVAL)
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS))
 }
 
 /// Has the page cache in between again; `false` if it was.
