@@ -60,7 +60,7 @@ const COPY_BYTES: u64 = 1 << 20;
 /// So few bytes are in the kernel's cache, mostly, and where their holes are is not: they are read
 /// before that is asked, for only zeros can be one.
 const PEEK_BYTES: u64 = 64 << 10;
-/// So many small ranges are read together: at most 8 MiB, and in far less time than a call may take.
+/// So many small ranges are read together: at most 8 MiB, in far less time than a call may take.
 const READ_TOGETHER: usize = 128;
 /// Fewer are not worth it.
 const READ_TOGETHER_MIN: usize = 8;
