@@ -451,12 +451,9 @@ impl Volume {
         state.stamp = self.nodes.next_stamp();
         let changes = vec![crate::catalog::Change::ContentPreserved { id: content, cloned: false }];
         self.catalog().push(changes)?;
-        let made = Arc::new(Handles::from(made));
-        // Recovery tells files apart by their births.
-        let born = replicas.read("stat", |id, b| b.stat(made.get(id)?))?.btime;
+        // The node keeps its birth: what lived long is kept longer after its deletion.
         let open = state.open.as_mut().expect("as above");
-        open.sealed.btime = born;
-        open.write = Some(made);
+        open.write = Some(Arc::new(Handles::from(made)));
         open.saved.insert(whole);
         Ok(true)
     }
