@@ -502,7 +502,6 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
         writer.db.execute_batch(&format!("PRAGMA synchronous = {level}"))?;
         writer.full = durable;
     }
-    writer.dirty = true;
     writer.written += plan.batch.count;
     let committed = match apply(&mut writer.db, plan) {
         // A full disk, and nothing of it was done. The WAL is by far the larger part of what is
@@ -513,7 +512,7 @@ fn write_one(writer: &mut Writer, plan: &Plan<'_>, durable: bool) -> rusqlite::R
         }
         committed => committed?,
     };
-    // Not only before: a WAL that was emptied in between holds this one.
+    // After all else: a WAL that was emptied in between holds this commit.
     writer.dirty = true;
     writer.note_pages(plan.batch.count);
     writer.look_for_room();

@@ -33,6 +33,14 @@ pub(super) struct Turn<T> {
     signs: Signs,
 }
 
+impl<T> Turn<T> {
+    /// Whether it may take longer, as its deadline has come.
+    fn goes_on(&mut self, timeout: Duration) -> bool {
+        self.deadline = Instant::now() + timeout;
+        self.signs.goes_on()
+    }
+}
+
 impl Lanes {
     pub(super) fn new() -> Lanes {
         Lanes {
@@ -94,10 +102,7 @@ impl Lanes {
         match turn.answer.try_recv() {
             Ok(answer) => return Some(Some(answer)),
             Err(TryRecvError::Empty) if Instant::now() < turn.deadline => return None,
-            Err(TryRecvError::Empty) if turn.signs.goes_on() => {
-                turn.deadline = Instant::now() + self.timeout();
-                return None;
-            }
+            Err(TryRecvError::Empty) if turn.goes_on(self.timeout()) => return None,
             Err(_) => {}
         }
         self.leave(replica);
@@ -115,9 +120,7 @@ impl Lanes {
         loop {
             match turn.answer.recv_deadline(turn.deadline) {
                 Ok(answer) => return Some(answer),
-                Err(RecvTimeoutError::Timeout) if turn.signs.goes_on() => {
-                    turn.deadline += self.timeout();
-                }
+                Err(RecvTimeoutError::Timeout) if turn.goes_on(self.timeout()) => {}
                 Err(_) => break,
             }
         }

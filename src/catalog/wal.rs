@@ -55,7 +55,7 @@ impl Copies {
         self.lanes.set_timeout(timeout);
     }
 
-    /// Begins to copy a replica's WAL, unless that runs already.
+    /// Begins to copy a replica's WAL, of which no copy runs.
     fn begin(&mut self, id: ReplicaId, writer: &mut Writer) {
         (writer.in_wal, writer.copying) = (0, true);
         writer.copies += 1;

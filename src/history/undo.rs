@@ -76,6 +76,17 @@ struct Tail {
 }
 
 impl Tail {
+    /// Ends the open segment. Its last records must not be forgotten by later group syncs of the
+    /// next one, so it stays the open one until they are durable: where there is none, nothing is
+    /// left to sync.
+    fn end_segment(&mut self, replicas: &ReplicaSet) -> Result<()> {
+        if let Some(full) = &self.files {
+            replicas.sync(full, true)?;
+            self.go_on();
+        }
+        Ok(())
+    }
+
     /// The next record is the first one of the next segment.
     fn go_on(&mut self) {
         *self = Tail { segment: self.segment + 1, position: self.position, ..Tail::default() };
@@ -141,12 +152,7 @@ impl UndoLog {
 
     /// Ends the open segment, so that it can be packed. Later appends begin a new one.
     pub fn rotate(&self, replicas: &ReplicaSet) -> Result<()> {
-        let mut tail = self.tail.lock();
-        if let Some(full) = &tail.files {
-            replicas.sync(full, true)?;
-            tail.go_on();
-        }
-        Ok(())
+        self.tail.lock().end_segment(replicas)
     }
 
     /// A replica joined, and has the open segment: it is opened there too. Nobody appends.
@@ -260,8 +266,7 @@ impl UndoLog {
                 end = (end + image.record_bytes()).next_multiple_of(RECORD_ALIGN);
             }
             let start = tail.end - tail.end % BLOCK;
-            let least = end.next_multiple_of(BLOCK);
-            let mut until = least;
+            let mut until = end.next_multiple_of(BLOCK);
             if until > tail.written && until - start < AHEAD_BYTES && replicas.has_room(AHEAD_BYTES)
             {
                 until = (until + AHEAD_BYTES).min(SEGMENT_BYTES_MAX.max(until));
@@ -292,12 +297,7 @@ impl UndoLog {
     }
 
     fn begin_segment(&self, replicas: &ReplicaSet, tail: &mut Tail) -> Result<()> {
-        if let Some(full) = &tail.files {
-            // Its last records must not be forgotten by later group syncs of the next segment. It
-            // stays the open one until then: where there is none, nothing is left to sync.
-            replicas.sync(full, true)?;
-            tail.go_on();
-        }
+        tail.end_segment(replicas)?;
         let dir = replicas.private(PrivateDir::Undo)?;
         let name = segment_name(tail.segment);
         let files = replicas.apply("create", |id, b| {
