@@ -131,6 +131,19 @@ impl Writer {
         Ok(copied)
     }
 
+    /// Brings an idle catalog to rest, a step at a time. The WAL is emptied last: where it is empty
+    /// the database is whole, and any bit of it that turns from then on is known to have turned.
+    fn rest(&mut self) -> rusqlite::Result<()> {
+        if self.copy_wal("PASSIVE", Duration::ZERO)? != Copied::Whole {
+            return Ok(());
+        }
+        self.with_sums(Sums::sum_some);
+        if !self.sums.as_ref().is_some_and(Sums::has_copied) {
+            self.copy_wal("TRUNCATE", Duration::ZERO)?;
+        }
+        Ok(())
+    }
+
     /// Notes the pages that a commit of so many changes has put into the WAL.
     pub fn note_pages(&mut self, changes: usize) {
         let (quiet, mut pages) = (!self.copying, changes);
@@ -180,7 +193,7 @@ impl Shared {
                 _ if writer.dirty && writer.is_short_of_room => Step::Copy("TRUNCATE"),
                 // The rest of it.
                 Some(Ok(())) if is_little && !idle => Step::Copy("PASSIVE"),
-                _ if idle && writer.dirty && is_little => Step::Copy("TRUNCATE"),
+                _ if idle && writer.dirty && is_little => Step::Empty,
                 Some(Ok(())) if writer.dirty => Step::Begin,
                 None if is_due => Step::Begin,
                 _ if writer.sums.as_ref().is_some_and(Sums::has_copied) => Step::Sum,
@@ -195,6 +208,7 @@ impl Shared {
             let work = move || {
                 let done = match step {
                     Step::Copy(how) => writer.copy_wal(how, Duration::ZERO).map(|_| ()),
+                    Step::Empty => writer.rest(),
                     _ => {
                         writer.with_sums(Sums::sum_some);
                         Ok(())
@@ -219,9 +233,9 @@ impl Shared {
             let writer = writer.as_ref()?;
             match () {
                 () if writer.copying => Some(COPY_LOOK),
+                () if writer.sums.as_ref().is_some_and(Sums::has_copied) => Some(Duration::ZERO),
                 // A reader is in the way.
-                () if writer.dirty => Some(IDLE),
-                () => writer.sums.as_ref()?.has_copied().then_some(Duration::ZERO),
+                () => writer.dirty.then_some(IDLE),
             }
         });
         left.min()
@@ -234,6 +248,8 @@ enum Step {
     Begin,
     /// Copies it.
     Copy(&'static str),
+    /// Copies it, takes sums and empties it.
+    Empty,
     /// Takes sums of pages that it was copied into.
     Sum,
 }
