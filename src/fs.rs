@@ -387,6 +387,19 @@ impl Filesystem {
         Ok(self.keep_open(Opened::File { node, writable, readable }))
     }
 
+    /// Whether what is written to an open file is better not kept by the kernel as well: for a
+    /// program that only writes it would be copied once more, into pages that are taken from other
+    /// files. Who has a file open for both may store to a map of it, and a page of a map that goes
+    /// back while a part of it is written past it has the old bytes of that part: so not then.
+    pub fn writes_past_cache(&self, fh: Fh) -> bool {
+        match self.opened(fh).as_deref() {
+            Ok(Opened::File { node, writable: true, readable: false }) => {
+                self.volume.writers(node) == 1
+            }
+            _ => false,
+        }
+    }
+
     /// Ends an open.
     pub fn release(&self, fh: Fh) -> Result<()> {
         let opened = self.opened.lock().remove(&fh.0);

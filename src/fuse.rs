@@ -32,7 +32,7 @@ use session::{apart, guarded};
 
 use convert::{
     answer_empty, answer_entry, answer_lookup, answer_xattr, attr, caller, errno, file_type, name,
-    set_time, ttl,
+    open_flags, set_time, ttl,
 };
 
 /// Requests the kernel may have under way in the background; more than its default of 12, above
@@ -256,7 +256,7 @@ impl fuser::Filesystem for Fuse {
             let wish = Wish::from_flags(flags.0);
             match self.fs.open(ino.0, wish, &caller(req, 0)) {
                 Ok(fh) => {
-                    let mut answer = FopenFlags::FOPEN_KEEP_CACHE;
+                    let mut answer = open_flags(&self.fs, fh);
                     if !wish.writable {
                         // Its close changes nothing: the kernel need not ask.
                         answer |= FopenFlags::FOPEN_NOFLUSH;
@@ -289,7 +289,7 @@ impl fuser::Filesystem for Fuse {
                     &attr(&found.stat),
                     Generation(0),
                     FileHandle(fh.0),
-                    FopenFlags::FOPEN_KEEP_CACHE,
+                    open_flags(&self.fs, fh),
                 ),
                 Err(error) => reply.error(errno(&error)),
             }

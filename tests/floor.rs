@@ -245,14 +245,17 @@ impl fuser::Filesystem for Memory {
         name: &OsStr,
         mode: u32,
         umask: u32,
-        _flags: i32,
+        flags: i32,
         reply: ReplyCreate,
     ) {
         let what = (FileType::RegularFile, mode & !umask);
         match self.0.lock().make((parent, name), what, &[], req) {
             Ok(attr) => {
-                let flags = FopenFlags::FOPEN_KEEP_CACHE;
-                reply.created(&TTL, &attr, Generation(0), FileHandle(1), flags);
+                let mut answer = FopenFlags::FOPEN_KEEP_CACHE;
+                if flags & libc::O_ACCMODE == libc::O_WRONLY {
+                    answer |= FopenFlags::FOPEN_DIRECT_IO;
+                }
+                reply.created(&TTL, &attr, Generation(0), FileHandle(1), answer);
             }
             Err(errno) => reply.error(errno),
         }
@@ -289,8 +292,10 @@ impl fuser::Filesystem for Memory {
 
     fn open(&self, _req: &Request, _ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let mut answer = FopenFlags::FOPEN_KEEP_CACHE;
-        if flags.0 & libc::O_ACCMODE == libc::O_RDONLY {
-            answer |= FopenFlags::FOPEN_NOFLUSH;
+        match flags.0 & libc::O_ACCMODE {
+            libc::O_RDONLY => answer |= FopenFlags::FOPEN_NOFLUSH,
+            libc::O_WRONLY => answer |= FopenFlags::FOPEN_DIRECT_IO,
+            _ => {}
         }
         reply.opened(FileHandle(1), answer);
     }

@@ -48,6 +48,90 @@ os.close(fd)
     store.finish();
 }
 
+/// A program that only writes does so past the page cache that readers have filled.
+#[test]
+fn readers_and_maps_see_what_a_program_writes_that_only_writes() {
+    need(&["python3"]);
+    let store = Mounted::new();
+    python(
+        &store.mnt,
+        r#"
+import mmap, os, random
+pages, chance = 40, random.Random(20261126)
+expected = bytearray(chance.randbytes(pages * 4096 + 77))
+writer = os.open("file", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+assert os.write(writer, expected) == len(expected)
+reader = os.open("file", os.O_RDONLY)
+shown = mmap.mmap(reader, pages * 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+assert shown[:] == expected[:pages * 4096]
+for number in range(300):
+    at, size = chance.randrange(pages * 4096), chance.choice((1, 100, 4096, 9000, 70000))
+    bytes_ = chance.randbytes(size)
+    if number % 50 == 49:
+        # Others open and close it meanwhile, for writing and for both.
+        os.close(os.open("file", chance.choice((os.O_WRONLY, os.O_RDWR))))
+        os.close(writer)
+        writer = os.open("file", os.O_WRONLY)
+    assert os.pwrite(writer, bytes_, at) == size
+    expected[len(expected):at] = bytes(max(0, at - len(expected)))
+    expected[at:at + size] = bytes_
+    assert shown[:] == expected[:pages * 4096], number
+    assert os.pread(reader, size + 10, at) == expected[at:at + size + 10], number
+    assert os.fstat(reader).st_size == len(expected), number
+appender = os.open("file", os.O_WRONLY | os.O_APPEND)
+for number in range(20):
+    os.write(appender, b"%d\n" % number)
+    expected += b"%d\n" % number
+    assert os.pread(reader, 100, len(expected) - 100) == expected[-100:], number
+os.ftruncate(writer, 5000)
+os.pwrite(writer, b"end", 6000)
+expected[5000:] = bytes(1000) + b"end"
+assert os.pread(reader, 10000, 0) == expected
+open("expected", "wb").write(expected)
+"#,
+    );
+    let bytes = fs::read(store.path("file")).unwrap();
+    assert!(bytes == fs::read(store.path("expected")).unwrap(), "they differ");
+    store.finish();
+}
+
+#[test]
+fn stores_to_a_map_take_nothing_from_a_program_that_only_writes() {
+    need(&["python3"]);
+    let store = Mounted::new();
+    python(
+        &store.mnt,
+        r#"
+import mmap, os, random
+pages, chance = 16, random.Random(20261126)
+with open("shared", "wb") as f: f.write(bytes(pages * 4096))
+mapped, done = os.pipe(), os.pipe()
+pid = os.fork()
+if pid == 0:
+    m = mmap.mmap(os.open("shared", os.O_RDWR), 0, mmap.MAP_SHARED)
+    os.set_blocking(done[0], False)
+    os.write(mapped[1], b"m")
+    while True:
+        for at in range(0, len(m), 4096): m[at] = (m[at] + 1) % 256
+        try: os._exit(0 if os.read(done[0], 1) == b"d" else 1)
+        except BlockingIOError: pass
+assert os.read(mapped[0], 1) == b"m"
+writer = os.open("shared", os.O_WRONLY)
+expected = bytearray(pages * 4096)
+for _ in range(3000):
+    at, bytes_ = chance.randrange(pages) * 4096 + 100, chance.randbytes(50)
+    assert os.pwrite(writer, bytes_, at) == 50
+    expected[at:at + 50] = bytes_
+os.write(done[1], b"d")
+assert os.waitpid(pid, 0)[1] == 0
+found = bytearray(open("shared", "rb").read())
+for at in range(0, len(found), 4096): found[at] = 0
+assert found == expected
+"#,
+    );
+    store.finish();
+}
+
 #[test]
 fn fcntl_locks_exclude_other_processes_by_range() {
     need(&["python3"]);

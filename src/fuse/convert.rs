@@ -5,12 +5,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    Errno, FileAttr, FileType, Generation, INodeNo, ReplyEmpty, ReplyEntry, ReplyXattr, Request,
-    TimeOrNow,
+    Errno, FileAttr, FileType, FopenFlags, Generation, INodeNo, ReplyEmpty, ReplyEntry, ReplyXattr,
+    Request, TimeOrNow,
 };
 
 use crate::error::{Error, Result};
-use crate::fs::{Found, Keep, Line};
+use crate::fs::{Fh, Filesystem, Found, Keep, Line};
 use crate::past::Past;
 use crate::past::ino::is_settled;
 use crate::replica::backing::{Creds, SetTime, Stat};
@@ -48,6 +48,15 @@ pub(super) fn ttl(keep: Keep) -> Duration {
         Keep::Always => TTL_ALWAYS,
         Keep::WhileMounted => TTL_MOUNTED,
         Keep::Never => Duration::ZERO,
+    }
+}
+
+/// How the kernel is to treat an open file: what it has of the content stays good, for nothing
+/// changes it but what the kernel itself sends.
+pub(super) fn open_flags(fs: &Filesystem, fh: Fh) -> FopenFlags {
+    match fs.writes_past_cache(fh) {
+        true => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_DIRECT_IO,
+        false => FopenFlags::FOPEN_KEEP_CACHE,
     }
 }
 

@@ -64,6 +64,11 @@ impl Volume {
         Ok(())
     }
 
+    /// How often a file is open for writing.
+    pub fn writers(&self, node: &Node) -> u32 {
+        self.lock(node).open.as_ref().map_or(0, |open| open.writers)
+    }
+
     /// Makes sure that the open state of a file is there, with what the catalog knows of it.
     pub(super) fn open_state(&self, node: &Node, state: &mut State) -> Result<()> {
         if state.open.is_none() {
