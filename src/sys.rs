@@ -15,7 +15,7 @@
 
 use std::cell::Cell;
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
 use rustix::fs::Mode;
@@ -222,6 +222,21 @@ pub fn write_all_at(file: impl AsFd, data: &[u8], offset: u64) -> io::Result<()>
         }
     }
     Ok(())
+}
+
+/// Has a descriptor lead to what another one does, at once for all who use it.
+pub fn replace_fd(fd: BorrowedFd<'_>, by: OwnedFd) -> io::Result<()> {
+    loop {
+        // SAFETY: both are open. The first stays so, and its owner closes it as before; calls that
+        // are under way on what it led to hold that themselves.
+        if unsafe { libc::dup3(by.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) } >= 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
 }
 
 /// Writes back a file's dirty pages and waits for them (`sync_file_range(2)` with all three flags).

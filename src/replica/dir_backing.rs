@@ -34,6 +34,7 @@ mod kind;
 mod stat;
 mod xattrs;
 
+use direct::Direct;
 use kind::FsKind;
 use stat::{stat_fd, stat_path};
 
@@ -60,6 +61,7 @@ pub struct DirBacking {
     widening: Mutex<()>,
     kind: FsKind,
     device: Option<Device>,
+    direct: Direct,
 }
 
 impl DirBacking {
@@ -76,6 +78,7 @@ impl DirBacking {
             kind: FsKind::of(&sync_fd).context(action, path)?,
             device: Device::of(&sync_fd),
             sync_fd,
+            direct: Direct::default(),
         })
     }
 
@@ -241,11 +244,12 @@ impl Backing for DirBacking {
         let flags = match access {
             Access::Read => OFlags::RDONLY,
             Access::ReadWrite => OFlags::RDWR,
-            Access::Direct => OFlags::RDWR | OFlags::DIRECT,
+            Access::Direct => OFlags::RDWR | self.direct.flag(),
         };
         let file = match self.open_content(dir.as_fd(), name.as_os_str(), flags) {
             // Not every filesystem can.
-            Err(error) if access == Access::Direct && direct::is_invalid(&error) => {
+            Err(error) if flags.contains(OFlags::DIRECT) && direct::is_invalid(&error) => {
+                self.direct.give_up();
                 return self.open_file(dir, name, Access::ReadWrite);
             }
             Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
@@ -448,9 +452,8 @@ impl Backing for DirBacking {
 
     fn write_at(&self, file: &Handle, data: &[u8], offset: u64) -> io::Result<()> {
         match sys::write_all_at(file.as_fd(), data, offset) {
-            // Its blocks are larger than any we know, or it cannot after all.
-            Err(error) if direct::is_invalid(&error) && direct::give_up(file.as_fd())? => {
-                sys::write_all_at(file.as_fd(), data, offset)
+            Err(error) if direct::is_invalid(&error) && direct::is_on(file.as_fd())? => {
+                self.write_buffered(file.as_fd(), data, offset)
             }
             answer => answer,
         }

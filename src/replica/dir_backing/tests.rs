@@ -455,3 +455,5 @@ fn what_will_be_needed_is_in_memory_soon() {
         }
     }
 }
+
+mod refusing;
