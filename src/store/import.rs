@@ -27,16 +27,18 @@ use crate::progress::Progress;
 use crate::replica::backing::Stat;
 use crate::store::bounds::Bounds;
 use crate::store::idset::IdSet;
-use crate::store::site::{Object, Site, is_other_mount, own_name};
+use crate::store::site::{Object, Site, is_other_mount};
 use crate::types::{ContentId, EntryName, Kind, NodeId, RelPath, Timestamp, XattrSetId};
 
 mod bounded;
 mod excluded;
 mod lost;
+mod missing;
 mod moves;
 mod report;
 mod rescue;
 
+use missing::Missing;
 pub use report::{ImportReport, count_words};
 
 /// Changes in one push: enough to make a batch worth its commit, little enough to hold.
@@ -44,9 +46,6 @@ const PUSH_CHANGES: usize = 1000;
 /// The most files kept in memory only because their birth is not the recorded one. On a copy that
 /// is so for all files, and tells nothing.
 const STRANGERS_MAX: usize = 10_000;
-/// What the name of a node begins with that lost its own to another.
-const PARKED: &str = ".rearview-parked-";
-
 /// Makes the catalog's live tree equal to the one on `source`. The changes are pushed, not flushed.
 /// `peers` are other replicas of the store, which may still have what was changed on `source`;
 /// `exclude` tells, with the rules that lie in the tree, what gets no history. `within`: nothing
@@ -110,15 +109,6 @@ struct LinkKey {
     ino: u64,
     ctime: Timestamp,
     size: u64,
-}
-
-/// A name in the catalog with nothing on the backing.
-struct Missing {
-    dir: RelPath,
-    parent: NodeId,
-    name: EntryName,
-    node: NodeId,
-    kind: Kind,
 }
 
 /// A file that may turn out to be a renamed one.
@@ -188,8 +178,8 @@ struct Import<'a> {
     strays: HashSet<NodeId>,
     /// Directories that got their nodes before they were met.
     newborn: HashMap<RelPath, NodeId>,
-    /// Nodes whose name means something else, and what it was.
-    parked: HashMap<NodeId, EntryName>,
+    /// By directory and name what was parked there, and the name that it had.
+    parked: HashMap<(NodeId, EntryName), EntryName>,
     /// Directories whose entries were read.
     read: IdSet,
     report: ImportReport,
@@ -262,7 +252,7 @@ impl Import<'_> {
             self.take_entry(dir, entry.name.clone(), found, known)?;
         }
         for (name, (node, kind)) in known {
-            if self.parked.contains_key(&node) && name.as_bytes().starts_with(PARKED.as_bytes()) {
+            if self.parked.contains_key(&(dir.node, name.clone())) {
                 // It was noted when it was parked.
                 continue;
             }
@@ -339,7 +329,7 @@ impl Import<'_> {
             && (kind != Kind::Symlink
                 || self.catalog.symlink_target(node)?.as_deref() == Some(&object.target[..]))
         {
-            let doubt = self.doubt(&row, stat, link_key.is_some())?;
+            let doubt = self.doubt(&row, stat)?;
             if doubt != Doubt::None {
                 // Perhaps another file was renamed over it.
                 let xattrs = self.catalog.intern_xattrs(&object.xattrs)?;
@@ -404,15 +394,15 @@ impl Import<'_> {
     }
 
     /// What speaks against an object's being the node that has its name.
-    fn doubt(&mut self, row: &NodeRow, stat: &Stat, linked: bool) -> Result<Doubt> {
+    fn doubt(&mut self, row: &NodeRow, stat: &Stat) -> Result<Doubt> {
         if row.kind != Kind::File {
             return Ok(Doubt::None);
         }
-        if self.is_preserved(row)? || !linked && content_differs(row, stat) {
+        if content_differs(row, stat) || self.is_preserved(row)? {
             return Ok(Doubt::Changed);
         }
         let differ = moves::born_together(row, stat) == Some(false);
-        if differ && !linked && row.size > 0 && self.strangers < STRANGERS_MAX {
+        if differ && row.size > 0 && self.strangers < STRANGERS_MAX {
             self.strangers += 1;
             return Ok(Doubt::Born);
         }
@@ -423,34 +413,6 @@ impl Import<'_> {
     /// or cloned before it was overwritten.
     fn is_preserved(&self, row: &NodeRow) -> Result<bool> {
         Ok(row.content != ContentId::EMPTY && self.catalog.sources(row.id, row.content)?.is_whole())
-    }
-
-    /// Frees a name that means something else on the backing than in the catalog.
-    fn replace(
-        &mut self,
-        dir: &Pending,
-        name: &EntryName,
-        known: Option<(NodeId, Kind)>,
-    ) -> Result<()> {
-        let Some((node, kind)) = known else { return Ok(()) };
-        let (dir_path, name) = (dir.path.clone(), name.clone());
-        self.park(Missing { dir: dir_path, parent: dir.node, name, node, kind })
-    }
-
-    /// Takes its name from a node that may lie elsewhere. Until that is known it has a name that
-    /// nothing on a backing has, and that history does not show, so that it and all below it are
-    /// never without one.
-    fn park(&mut self, gone: Missing) -> Result<()> {
-        let (parent, name, node) = (gone.parent, gone.name.clone(), gone.node);
-        let mut all = self.with_descendants(gone)?;
-        let parked = own_name(&format!("{PARKED}{:x}", node.0));
-        self.changes.push(Change::EntryRemove { parent, name: name.clone() });
-        self.changes.push(Change::EntryUnversioned { parent, name: parked.clone(), node });
-        self.push()?;
-        all[0].name = parked;
-        self.parked.insert(node, name);
-        self.missing.extend(all.into_iter().map(Some));
-        Ok(())
     }
 
     /// Records a node's present state if the catalog has another.
@@ -517,54 +479,6 @@ impl Import<'_> {
             false => Change::EntryAdd { parent, name, node },
         });
         self.report.added += 1;
-    }
-
-    /// A name with all that the catalog has below it, parents first.
-    fn with_descendants(&mut self, missing: Missing) -> Result<Vec<Missing>> {
-        let mut all = vec![missing];
-        let mut next = 0;
-        while let Some(Missing { dir, name, node, kind, .. }) = all.get(next) {
-            next += 1;
-            if *kind == Kind::Dir {
-                let (dir, parent) = (dir.join(name), *node);
-                for entry in self.catalog.list(parent)? {
-                    let (dir, name) = (dir.clone(), entry.name);
-                    all.push(Missing { dir, parent, name, node: entry.node, kind: entry.kind });
-                }
-            }
-        }
-        Ok(all)
-    }
-
-    /// Removes one name, and the node with its last one.
-    fn drop_name(
-        &mut self,
-        parent: NodeId,
-        name: &EntryName,
-        node: NodeId,
-        dir: &RelPath,
-    ) -> Result<()> {
-        // `names` sees what was pushed: with nothing waiting its answer is exact.
-        self.push()?;
-        let last = self.catalog.names(node)?.len() <= 1;
-        self.changes.push(Change::EntryRemove { parent, name: name.clone() });
-        let shown = self.parked.get(&node).cloned();
-        let name = shown.as_ref().unwrap_or(name);
-        self.report.removed += 1;
-        if last {
-            if let Some(row) = self.catalog.node(node)?
-                && row.kind == Kind::File
-                && row.content != ContentId::EMPTY
-                && !self.catalog.sources(node, row.content)?.is_whole()
-                && !self.rescue(&row, dir, name)?
-            {
-                self.report.lost.push(dir.join(name));
-            }
-            self.changes.push(Change::NodeGone(node));
-        } else {
-            self.hide_unnamed(parent, name, node)?;
-        }
-        Ok(())
     }
 
     fn push(&mut self) -> Result<()> {

@@ -9,10 +9,11 @@
 //! that cannot be those which had their names, by its size, or because it can be no other
 //! ([`super::lost`]).
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 
-use super::{Deferred, Doubt, Import, PUSH_CHANGES, content_differs};
+use super::{Deferred, Doubt, Import, Missing, PUSH_CHANGES, content_differs};
 use crate::catalog::{Change, NodeRow};
 use crate::error::Result;
 use crate::replica::backing::Stat;
@@ -56,6 +57,16 @@ impl Deferred {
     pub(super) fn is_own(&self) -> bool {
         self.over.as_ref().and_then(|row| born_together(row, &self.stat)) == Some(true)
     }
+
+    /// How much speaks for its being the node that had its name.
+    fn likeness(&self) -> u8 {
+        match &self.over {
+            Some(_) if self.is_own() => 3,
+            Some(row) if MoveKey::of_row(row) == MoveKey::of(&self.stat) => 2,
+            Some(row) if row.content != ContentId::EMPTY => 1,
+            _ => 0,
+        }
+    }
 }
 
 /// Whether an object was born when a node was; `None` where that is not known.
@@ -67,7 +78,9 @@ pub(super) fn born_together(row: &NodeRow, stat: &Stat) -> Option<bool> {
 impl Import<'_> {
     /// Gives every deferred file its node.
     pub(super) fn settle_deferred(&mut self) -> Result<()> {
-        let files = self.take_other_links()?;
+        let mut files = self.take_other_links()?;
+        // Of several names of one file the surest tells which one it is.
+        files.sort_by_key(|file| Reverse(file.likeness()));
         let mut origins = self.origins(&files)?;
         let moves = self.pairs(&files, &origins)?;
         let moved: HashSet<NodeId> = moves.values().map(|&index| origins[index].row.id).collect();
@@ -153,7 +166,7 @@ impl Import<'_> {
             self.drop_impossible(&sure, &mut pairs)?;
             self.pair_unmoved(bounds, &has_lost, &mut pairs)?;
             let missed = |origin: &Origin| origin.missing.map(|_| MoveKey::of_row(&origin.row));
-            let strangers = self.strangers(files)?;
+            let strangers = self.strangers(&pairs)?;
             pairs.find(
                 |index, file| key(file).filter(|_| strangers[index]).map(MoveKey::of_written),
                 |origin| missed(origin).map(MoveKey::of_written),
@@ -228,38 +241,48 @@ impl Import<'_> {
 
     /// Which files need not be the ones that had their names: none had it, or that one was empty,
     /// or was preserved, or was met under another name, or may be the one under another name.
-    fn strangers(&self, files: &[Deferred]) -> Result<Vec<bool>> {
+    fn strangers(&self, pairs: &Pairs<'_>) -> Result<Vec<bool>> {
         let mut claims: HashMap<NodeId, u32> = HashMap::new();
-        let rows = files.iter().filter_map(|file| file.over.as_ref());
+        let files = pairs.files.iter().enumerate();
+        let first_names = files.filter(|(index, _)| !pairs.links.contains(index));
+        let rows = first_names.filter_map(|(_, file)| file.over.as_ref());
         rows.for_each(|row| *claims.entry(row.id).or_default() += 1);
         let is_stranger = |file: &Deferred| match &file.over {
             Some(_) if file.is_own() => Ok(false),
             Some(row) => Ok(row.content == ContentId::EMPTY
-                || claims[&row.id] > 1
+                || claims.get(&row.id).is_some_and(|&count| count > 1)
                 || self.claimed.contains(row.id)
                 || self.is_preserved(row)?),
             None => Ok(true),
         };
-        files.iter().map(is_stranger).collect()
+        pairs.files.iter().map(is_stranger).collect()
     }
 
     /// Of the deferred files, takes those that turned out to be further names of an object that
     /// has its node; returns the others.
     fn take_other_links(&mut self) -> Result<Vec<Deferred>> {
         let mut rest = Vec::new();
-        for file in std::mem::take(&mut self.deferred) {
+        for mut file in std::mem::take(&mut self.deferred) {
             let linked = file.link_key.and_then(|key| self.links.get(&key).copied());
-            match linked {
-                Some(node) => self.take_link(file, node)?,
-                None => rest.push(file),
+            let Some(node) = linked else {
+                rest.push(file);
+                continue;
+            };
+            if let Some(over) = file.over.take_if(|over| over.id != node) {
+                // It may lie under another name.
+                let (dir, parent, name) = (file.dir.clone(), file.parent, file.name.clone());
+                self.park(Missing { dir, parent, name, node: over.id, kind: over.kind })?;
             }
+            self.take_link(file, node)?;
         }
         Ok(rest)
     }
 
     fn take_link(&mut self, file: Deferred, node: NodeId) -> Result<()> {
         if let Some(over) = &file.over {
-            if over.id == node {
+            self.push()?;
+            let known = self.catalog.lookup(file.parent, &file.name)?;
+            if over.id == node && known.is_some_and(|(known, _)| known == node) {
                 return Ok(());
             }
             self.drop_name(file.parent, &file.name, over.id, &file.dir)?;
@@ -332,11 +355,7 @@ impl Import<'_> {
             }
             // The node was met meanwhile under another name.
             Some(row) => {
-                self.push()?;
-                let known = self.catalog.lookup(file.parent, &file.name)?;
-                if known.is_some_and(|(node, _)| node == row.id) {
-                    self.drop_name(file.parent, &file.name, row.id, &file.dir)?;
-                }
+                self.drop_name(file.parent, &file.name, row.id, &file.dir)?;
                 self.add_node(place, &file.stat, file.xattrs, &[])
             }
             None => self.add_node(place, &file.stat, file.xattrs, &[]),

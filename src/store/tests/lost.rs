@@ -197,6 +197,99 @@ fn a_file_all_of_whose_names_are_new_is_the_one_it_was() {
     }
 }
 
+/// Writes a file that is born in another tick of the clock than one that is there.
+fn write_later(path: &Path, bytes: &[u8], than: &Path) {
+    let born = |path: &Path| fs::metadata(path).unwrap().created().ok();
+    write(path, bytes);
+    while born(path).is_some() && born(path) == born(than) {
+        fs::remove_file(path).unwrap();
+        write(path, bytes);
+    }
+}
+
+/// Exchanges two names on some of the replicas, whose directories are known to change.
+fn exchange(bench: &Bench, replicas: &[&str], one: &str, other: &str) {
+    let spare = bench.path("spare");
+    for root in bench.paths(replicas) {
+        fs::rename(root.join(one), &spare).unwrap();
+        fs::rename(root.join(other), root.join(one)).unwrap();
+        fs::rename(&spare, root.join(other)).unwrap();
+    }
+}
+
+/// Nothing of either was preserved, and the catalog did not know: the file was taken for the linked
+/// one and that for it. Of the names that the linked one has in one directory one was dropped
+/// twice, and the file was gone from the mount.
+#[test]
+fn a_file_that_changed_names_with_a_hard_linked_one_is_the_one_it_was() {
+    for size in [0, 200] {
+        for births in [true, false] {
+            for exchanged in [&["a"][..], &["a", "b"]] {
+                exchanged_with_a_link(size, births, exchanged);
+            }
+        }
+    }
+}
+
+/// A file of so many bytes and one of three names of another are exchanged on some replicas.
+fn exchanged_with_a_link(size: usize, births: bool, exchanged: &[&str]) {
+    let bench = Bench::new();
+    let at = |path: &str| bench.path("a").join(path);
+    write(&at("one/linked"), &[b'l'; 100]);
+    write_later(&at("two/file"), &vec![b'f'; size], &at("one/linked"));
+    ["two/p", "two/q"].iter().for_each(|p| fs::hard_link(at("one/linked"), at(p)).unwrap());
+    let store = opened(&bench);
+    let [linked, file] = ["two/p", "two/file"].map(|path| id_of(&store.catalog, path));
+    let dirs = ["one", "two"].map(|dir| Dirty::Dir(id_of(&store.catalog, dir)));
+    intend(&store, &dirs);
+    drop(store);
+    exchange(&bench, exchanged, "one/linked", "two/file");
+    // The replica that was filled has births of its own.
+    let opened = if births { &["a", "b"][..] } else { &["b"] };
+    let store = bench.open(opened).unwrap();
+    let told = format!("{size} bytes, by birth: {births}, exchanged on {exchanged:?}");
+    let is_exchanged = exchanged.contains(&opened[0]);
+    let names = if is_exchanged { ["two/file", "one/linked"] } else { ["one/linked", "two/file"] };
+    for path in [names[0], "two/p", "two/q"] {
+        assert_eq!(id_of(&store.catalog, path), linked, "{path}, {told}");
+    }
+    // Of an empty one that was moved nothing is left but its name.
+    assert!(size == 0 || id_of(&store.catalog, names[1]) == file, "{told}");
+    opened.iter().for_each(|name| assert_recorded(&store.catalog, &bench.path(name)));
+}
+
+/// Of each a version showed the bytes of the other.
+#[test]
+fn hard_linked_files_that_changed_names_are_the_ones_they_were() {
+    for all in [false, true] {
+        for births in [true, false] {
+            let bench = Bench::new();
+            let at = |path: &str| bench.path("a").join(path);
+            write(&at("one/x"), &[b'x'; 100]);
+            write_later(&at("two/y"), &[b'y'; 80], &at("one/x"));
+            fs::hard_link(at("one/x"), at("one/x2")).unwrap();
+            fs::hard_link(at("two/y"), at("one/y2")).unwrap();
+            let store = opened(&bench);
+            let [x, y] = ["one/x", "two/y"].map(|path| id_of(&store.catalog, path));
+            let dirs = ["one", "two"].map(|dir| Dirty::Dir(id_of(&store.catalog, dir)));
+            intend(&store, &dirs);
+            drop(store);
+            exchange(&bench, &["a", "b"], "one/x", "two/y");
+            if all {
+                exchange(&bench, &["a", "b"], "one/x2", "one/y2");
+            }
+            let opened = if births { &["a", "b"][..] } else { &["b"] };
+            let store = bench.open(opened).unwrap();
+            let (x2, y2) = if all { (y, x) } else { (x, y) };
+            for (path, node) in [("one/x", y), ("two/y", x), ("one/x2", x2), ("one/y2", y2)] {
+                let found = id_of(&store.catalog, path);
+                assert_eq!(found, node, "{path}, all: {all}, by birth: {births}");
+            }
+            opened.iter().for_each(|name| assert_recorded(&store.catalog, &bench.path(name)));
+        }
+    }
+}
+
 /// A disk that kept the catalog, and not the rename that it tells of, as btrfs does: under the new
 /// name lies what had it before.
 #[test]
