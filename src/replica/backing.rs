@@ -14,10 +14,12 @@ use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
 use crate::sys::device::Device;
+use crate::sys::patience;
 use rustix::fs::{Timespec, UTIME_NOW, UTIME_OMIT};
 
 pub use crate::types::Creds;
@@ -32,6 +34,9 @@ pub struct Handle {
     keeper: Option<Arc<Keeper>>,
 }
 
+/// How long it is waited for that a backing is closed, which nobody uses any more.
+pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Where the descriptors of one opening of a backing go to be closed: closing one can hang like any
 /// other call, so the owner of a handle must not do it.
 #[derive(Debug, Default)]
@@ -43,6 +48,16 @@ impl Keeper {
     /// What was left to be closed since the last call.
     pub fn take(&self) -> Vec<OwnedFd> {
         std::mem::take(&mut *self.left.lock())
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        let left = self.take();
+        if !left.is_empty() {
+            // Whoever lets go of the last handle must not hang either.
+            patience::within(CLOSE_TIMEOUT, move || drop(left));
+        }
     }
 }
 

@@ -17,21 +17,20 @@ use rustix::io::Errno;
 use super::checked::Checked;
 use super::directly::OwnCalls;
 use super::flag::Flag;
-use crate::replica::backing::Backing;
-use crate::sys;
+use crate::replica::backing::{Backing, CLOSE_TIMEOUT};
 use crate::sys::device::Device;
+use crate::sys::{self, patience};
 
 /// The most threads of one replica: callers are fewer, unless calls hang.
 const WORKERS_MAX: usize = 256;
-/// How long the end of all idle workers is waited for: they only have to wake up.
-const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Work; it calls its argument when it is done, before it tells whoever waits.
 type Job = Box<dyn FnOnce(&dyn Fn()) + Send>;
 
 /// The workers of one opening of a backing. They end when it is dropped.
 pub(super) struct Workers {
-    shared: Arc<Shared>,
+    /// Always there but while it is dropped.
+    shared: Option<Arc<Shared>>,
     alive: Arc<Alive>,
 }
 
@@ -90,20 +89,20 @@ impl Workers {
             ended: AtomicBool::new(false),
             own_calls: OwnCalls::default(),
         };
-        Workers { shared: Arc::new(shared), alive: Arc::default() }
+        Workers { shared: Some(Arc::new(shared)), alive: Arc::default() }
     }
 
     /// The backing, for what is at hand.
     pub(super) fn inner(&self) -> &Checked {
-        &self.shared.inner
+        &self.shared().inner
     }
 
     pub(super) fn shared(&self) -> &Arc<Shared> {
-        &self.shared
+        self.shared.as_ref().expect("taken by drop alone")
     }
 
     pub(super) fn overdue_count(&self) -> usize {
-        self.shared.overdue_count()
+        self.shared().overdue_count()
     }
 
     /// Hands a call to a worker. What cannot be begun is answered at once.
@@ -111,12 +110,12 @@ impl Workers {
         &self,
         call: impl FnOnce(&dyn Backing) -> io::Result<T> + Send + 'static,
     ) -> Pending<T> {
-        let pending = Pending { call: Arc::new(Call::new()), shared: self.shared.clone() };
+        let pending = Pending { call: Arc::new(Call::new()), shared: self.shared().clone() };
         if self.overdue_count() > 0 {
             pending.call.finish(Err(Errno::TIMEDOUT.into()));
             return pending;
         }
-        let (own, shared) = (pending.call.clone(), self.shared.clone());
+        let (own, shared) = (pending.call.clone(), self.shared().clone());
         let job: Job = Box::new(move |done| {
             let answer = shared.run(call);
             done();
@@ -138,8 +137,8 @@ impl Workers {
         call: impl FnOnce(&dyn Backing) -> io::Result<T>,
     ) -> io::Result<T> {
         self.on_record(op, None, |_| {
-            let answer = self.shared.run(call);
-            self.shared.close_left();
+            let answer = self.shared().run(call);
+            self.shared().close_left();
             answer
         })
     }
@@ -155,13 +154,13 @@ impl Workers {
         if self.overdue_count() > 0 {
             return Err(Errno::TIMEDOUT.into());
         }
-        let calls = &self.shared.own_calls;
+        let calls = &self.shared().own_calls;
         let number = calls.begin(op, watched);
         // A panic ends the call as well: on record for ever, it would count as hanging.
         let answer = catch_unwind(AssertUnwindSafe(|| work(&|| calls.renew(number))));
         let in_time = calls.end(number);
         if !in_time {
-            self.shared.returned();
+            self.shared().returned();
         }
         let answer = answer.unwrap_or_else(|panic| resume_unwind(panic));
         if in_time { answer } else { Err(Errno::TIMEDOUT.into()) }
@@ -169,7 +168,7 @@ impl Workers {
 
     /// Hands work to a worker.
     pub(super) fn give(&self, job: Job) -> io::Result<()> {
-        let idle = self.shared.idle.lock().pop();
+        let idle = self.shared().idle.lock().pop();
         let Some(worker) = idle else { return self.start(job) };
         *worker.job.lock() = Some(job);
         worker.call();
@@ -183,7 +182,7 @@ impl Workers {
             return Err(Errno::TIMEDOUT.into());
         }
         let worker = Arc::new(Worker { job: Mutex::new(Some(job)), ..Worker::default() });
-        let (shared, alive) = (self.shared.clone(), self.alive.clone());
+        let (shared, alive) = (self.shared().clone(), self.alive.clone());
         let run = move || {
             shared.work(&worker);
             drop((worker, shared));
@@ -200,16 +199,21 @@ impl Workers {
 impl Drop for Workers {
     /// Returns when the threads are gone and the backing is closed, but for those that hang.
     fn drop(&mut self) {
-        self.shared.ended.store(true, Ordering::SeqCst);
-        let idle = std::mem::take(&mut *self.shared.idle.lock());
+        let Some(shared) = self.shared.take() else { return };
+        shared.ended.store(true, Ordering::SeqCst);
+        let idle = std::mem::take(&mut *shared.idle.lock());
         idle.iter().for_each(|worker| worker.call());
-        let deadline = Instant::now() + END_TIMEOUT;
+        // They only have to wake up.
+        let deadline = Instant::now() + CLOSE_TIMEOUT;
         let mut count = self.alive.count.lock();
-        while *count > self.overdue_count() {
+        while *count > shared.overdue_count() {
             if self.alive.ended.wait_until(&mut count, deadline).timed_out() {
                 break;
             }
         }
+        drop(count);
+        // The last to let go of it closes it.
+        patience::within(CLOSE_TIMEOUT, move || drop(shared));
     }
 }
 
