@@ -14,13 +14,15 @@
 //! that hangs. The descriptor may be closed meanwhile: a read that is under way holds the file
 //! itself, and one that then begins reads something else for nobody.
 //!
+//! **No disk that hangs holds up the databases on another** (`common`).
+//!
 //! **The index of the WAL lies in memory of our own** as long as a writer has the database open. In
 //! a mapped file, as SQLite has it by itself, a store into a page that a dead disk cannot take ends
 //! the process with SIGBUS. So files are opened as by SQLite's VFS `unix-excl`: connections of one
 //! process share the index, and no other process gets in meanwhile. Where only readers have it
 //! open, the file is mapped: they are commands on a store that is not mounted, and die alone.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -31,6 +33,8 @@ use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::patience::Patience;
+
+mod common;
 
 /// What SQLite knows it by.
 const NAME: &CStr = c"rearview";
@@ -49,7 +53,7 @@ fn register() -> bool {
     // SAFETY: what `sqlite3_vfs_find` gives is valid for the life of the process and is only read.
     // The copy is leaked, so it is valid as long, and is written by nobody but SQLite from here on.
     // Its other functions take what they need (`pAppData`) from the structure that they are given,
-    // which the copy has as well. SQLite casts what it is given for `pread` back to that type.
+    // which the copy has as well. `pread` is of the type that SQLite casts it back to.
     unsafe {
         if ffi::sqlite3_initialize() != ffi::SQLITE_OK {
             return false;
@@ -60,9 +64,7 @@ fn register() -> bool {
         }
         let own = Box::leak(Box::new(*unix));
         let pread: unsafe extern "C" fn(c_int, *mut c_void, usize, i64) -> isize = patient_pread;
-        let pread = std::mem::transmute::<*const (), unsafe extern "C" fn()>(pread as *const ());
-        let set = own.xSetSystemCall;
-        if set.is_none_or(|set| set(own, c"pread".as_ptr(), Some(pread)) != ffi::SQLITE_OK) {
+        if !replace_call(own, c"pread", pread as *const ()) || !common::prepare(own) {
             return false;
         }
         own.pNext = std::ptr::null_mut();
@@ -78,6 +80,19 @@ fn register() -> bool {
     }
 }
 
+/// Has SQLite make a system call by another function.
+///
+/// # Safety
+/// `vfs` is a copy of SQLite's own for Unix, and `call` of the type of that system call.
+unsafe fn replace_call(vfs: &mut ffi::sqlite3_vfs, name: &CStr, call: *const ()) -> bool {
+    // SAFETY: SQLite casts it back to the type that it has by the caller's promise.
+    unsafe {
+        let call = std::mem::transmute::<*const (), unsafe extern "C" fn()>(call);
+        let set = vfs.xSetSystemCall;
+        set.is_some_and(|set| set(vfs, name.as_ptr(), Some(call)) == ffi::SQLITE_OK)
+    }
+}
+
 /// Opens a file for this process alone.
 unsafe extern "C" fn open_alone(
     _: *mut ffi::sqlite3_vfs,
@@ -90,9 +105,13 @@ unsafe extern "C" fn open_alone(
     // SAFETY: it was stored before the VFS that this belongs to was registered, is never freed, and
     // its functions are SQLite's own; the rest is passed on as SQLite gave it.
     unsafe {
-        match alone.as_ref().and_then(|vfs| vfs.xOpen) {
-            Some(open) => open(alone, name, file, flags, flags_out),
-            None => ffi::SQLITE_CANTOPEN,
+        let Some(open) = alone.as_ref().and_then(|vfs| vfs.xOpen) else {
+            return ffi::SQLITE_CANTOPEN;
+        };
+        let open = || open(alone, name, file, flags, flags_out);
+        match flags & ffi::SQLITE_OPEN_MAIN_DB {
+            0 => open(),
+            _ => common::open_database(open, name, file),
         }
     }
 }
@@ -108,11 +127,13 @@ struct Bound {
     patience: Arc<Patience>,
     /// But for those on this device.
     but_on: Option<u64>,
+    /// Whether another device is memory.
+    in_memory: Cell<Option<(u64, bool)>>,
 }
 
 /// Does something in which no read by SQLite is waited for longer than `patience` allows.
 pub fn with_patience<T>(patience: &Arc<Patience>, work: impl FnOnce() -> T) -> T {
-    bounded(Bound { patience: patience.clone(), but_on: None }, work)
+    bounded(Bound { patience: patience.clone(), but_on: None, in_memory: Cell::default() }, work)
 }
 
 /// Likewise, where somebody else bounds what is read from one device.
@@ -121,7 +142,10 @@ pub fn with_patience_but_on<T>(
     patience: &Arc<Patience>,
     work: impl FnOnce() -> T,
 ) -> T {
-    bounded(Bound { patience: patience.clone(), but_on: Some(device) }, work)
+    bounded(
+        Bound { patience: patience.clone(), but_on: Some(device), in_memory: Cell::default() },
+        work,
+    )
 }
 
 fn bounded<T>(bound: Bound, work: impl FnOnce() -> T) -> T {
@@ -149,8 +173,8 @@ unsafe extern "C" fn patient_pread(
         -1
     };
     PATIENCE.with_borrow(|bound| {
-        let bound = bound.as_ref().filter(|bound| bound.but_on.is_none_or(|on| !is_on(fd, on)));
-        let Some(Bound { patience, .. }) = bound else {
+        let is_bound = |bound: &&Bound| bound.but_on.is_none_or(|on| device_of(fd) != Some(on));
+        let Some(Bound { patience, in_memory, .. }) = bound.as_ref().filter(is_bound) else {
             // SAFETY: the caller's own call, as it is.
             return unsafe { libc::pread(fd, buffer, count, offset) };
         };
@@ -160,7 +184,9 @@ unsafe extern "C" fn patient_pread(
         if cached >= 0 {
             return cached;
         }
-        if is_in_memory(fd) {
+        // Said by whatever does not know that question.
+        let is_untold = std::io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP);
+        if is_untold && is_in_memory(fd, patience, in_memory) {
             // SAFETY: as above.
             return unsafe { libc::pread(fd, buffer, count, offset) };
         }
@@ -189,21 +215,31 @@ unsafe extern "C" fn patient_pread(
     })
 }
 
-/// Whether a file is on a device, as far as that is known without asking it.
-fn is_on(fd: c_int, device: u64) -> bool {
+/// The device that a file is on, as far as that is known without asking it.
+fn device_of(fd: c_int) -> Option<u64> {
     // SAFETY: whoever reads from it has it open.
     let file = unsafe { BorrowedFd::borrow_raw(fd) };
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    let found = rustix::fs::statx(file, c"", flags, StatxFlags::empty());
-    found.is_ok_and(|found| rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor) == device)
+    let found = rustix::fs::statx(file, c"", flags, StatxFlags::empty()).ok()?;
+    Some(rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor))
 }
 
-/// Whether a file is on a filesystem without a disk.
-fn is_in_memory(fd: c_int) -> bool {
+/// Whether a file is on a filesystem without a disk; `known` is the last answer, and for which
+/// device. To ask may hang as well.
+fn is_in_memory(fd: c_int, patience: &Patience, known: &Cell<Option<(u64, bool)>>) -> bool {
     const TMPFS: u32 = 0x0102_1994;
-    // SAFETY: whoever reads from it has it open.
-    let file = unsafe { BorrowedFd::borrow_raw(fd) };
-    rustix::fs::fstatfs(file).is_ok_and(|kind| kind.f_type as u32 == TMPFS)
+    let Some(device) = device_of(fd) else { return false };
+    if let Some((_, answer)) = known.get().filter(|(of, _)| *of == device) {
+        return answer;
+    }
+    let ask = move || {
+        // SAFETY: whoever reads from it has it open. If it was closed meanwhile, nobody waits.
+        let file = unsafe { BorrowedFd::borrow_raw(fd) };
+        rustix::fs::fstatfs(file).is_ok_and(|kind| kind.f_type as u32 == TMPFS)
+    };
+    let answer = patience.call(ask);
+    known.set(answer.map(|answer| (device, answer)));
+    answer.unwrap_or(false)
 }
 
 /// The path itself.
