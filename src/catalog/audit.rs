@@ -10,9 +10,12 @@ use rusqlite::{Connection, params};
 
 use super::packed::recipe_parts;
 use super::query::sources;
-use super::schema::{Use, connect, name_damage, read_head, refuse_old, undo_row, unsigned};
+use super::schema::{
+    Use, connect, name_damage, read_head, refuse_old, undo_row, unsigned, while_alive,
+};
 use super::{Base, Catalog, NEVER};
 use crate::error::Result;
+use crate::sys::device::Alive;
 use crate::types::{ChunkId, ContentId, NodeId};
 
 /// The most findings of one kind that are told one by one.
@@ -219,18 +222,23 @@ const LEFTOVERS: [(&str, &str); 3] = [
 impl Catalog {
     /// Checks the catalog in `file`. Fails only if it cannot be read at all.
     pub fn audit(file: &Path) -> Result<Audit> {
-        let db = connect(file, Use::Read)?;
+        Catalog::audit_alive(file, &Alive::default())
+    }
+
+    /// As [`Catalog::audit`], which takes long.
+    pub fn audit_alive(file: &Path, alive: &Alive) -> Result<Audit> {
+        let mut db = connect(file, Use::Read)?;
         refuse_old(&db, file)?;
         let mut audit = Audit::default();
-        let found = (|| {
+        let found = while_alive(&mut db, alive, |db| {
             db.execute_batch("BEGIN")?;
-            audit.pages(&db)?;
+            audit.pages(db)?;
             // What is built on damaged pages says nothing.
             if audit.flaws.is_empty() {
-                audit.tables(&db)?;
+                audit.tables(db)?;
             }
             Ok(())
-        })();
+        });
         match found {
             Ok(()) => Ok(audit),
             Err(error) if audit.flaws.is_empty() => Err(name_damage(file, error)),
@@ -243,8 +251,13 @@ impl Catalog {
 
     /// A hash over all rows of each table, by its name: equal catalogs have equal ones.
     pub fn table_hashes(file: &Path) -> Result<Vec<(String, [u8; 32])>> {
-        let db = connect(file, Use::Read)?;
-        hash_tables(&db).map_err(|error| name_damage(file, error))
+        Catalog::table_hashes_alive(file, &Alive::default())
+    }
+
+    /// As [`Catalog::table_hashes`], which takes long.
+    pub fn table_hashes_alive(file: &Path, alive: &Alive) -> Result<Vec<(String, [u8; 32])>> {
+        let mut db = connect(file, Use::Read)?;
+        while_alive(&mut db, alive, |db| hash_tables(db)).map_err(|error| name_damage(file, error))
     }
 }
 
