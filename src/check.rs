@@ -10,17 +10,21 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::digest::first_half;
 use crate::catalog::{Catalog, Head};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+use crate::replica::guarded::CALL_TIMEOUT;
 use crate::store::lock::{Owner, StoreLock, acquire};
 use crate::store::marker::{CleanMark, Marker, PeerState, Phase};
 use crate::store::site::Site;
-use crate::store::{CATALOG_FILE, inspect};
+use crate::store::{CATALOG_FILE, inspect_within};
+use crate::sys::device::Alive;
 use crate::types::{ContentId, NodeId};
 
 mod history;
@@ -37,6 +41,14 @@ pub struct CheckOptions {
     /// Read every byte: live files against their digests, preserved files and packs against theirs.
     /// Otherwise sizes, times and names count.
     pub read_data: bool,
+    /// How long a disk may take to answer; `None` for as long as in a mount.
+    pub call_timeout: Option<Duration>,
+}
+
+impl CheckOptions {
+    fn timeout(&self) -> Duration {
+        self.call_timeout.unwrap_or(CALL_TIMEOUT)
+    }
 }
 
 /// One finding.
@@ -61,6 +73,9 @@ pub struct CheckReport {
     pub damage: Vec<Finding>,
     /// What nothing uses.
     pub leftovers: Vec<Finding>,
+    /// Backings that did not answer in time: what was not looked at there may be anything.
+    #[serde(default)]
+    pub silent: Vec<Finding>,
     /// How many live objects were looked at, on all replicas.
     pub objects: u64,
     /// How many files of history.
@@ -72,6 +87,18 @@ pub struct CheckReport {
 impl CheckReport {
     fn damage(&mut self, place: impl AsRef<Path>, what: impl Into<String>) {
         self.damage.push(finding(place.as_ref(), what.into()));
+    }
+
+    /// Goes on without a backing that hangs.
+    fn unless_it_hangs<T>(&mut self, backing: &Path, looked: Result<T>) -> Result<Option<T>> {
+        match looked {
+            Err(error) if error.to_errno() == Errno::TIMEDOUT => {
+                let what = format!("it does not answer, and was not checked to the end: {error}");
+                self.silent.push(finding(backing, what));
+                Ok(None)
+            }
+            other => other.map(Some),
+        }
     }
 
     fn leftover(&mut self, place: impl AsRef<Path>, what: impl Into<String>) {
@@ -95,6 +122,15 @@ impl Member {
     fn catalog_file(&self) -> PathBuf {
         self.site.private_path(CATALOG_FILE)
     }
+
+    /// Looks at its catalog.
+    fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Path, &Alive) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let file = self.catalog_file();
+        self.site.within_alive("check the catalog in", move |alive| look(&file, alive))
+    }
 }
 
 /// What the replicas are compared by: what the first one had.
@@ -107,19 +143,24 @@ struct Common {
 }
 
 /// Checks the store in these backings. `NoStore` where there is none, `InUse` while it is mounted.
+/// One whose disk hangs is left out; an error if all do.
 pub fn check(
     backings: &[PathBuf],
     options: CheckOptions,
     progress: &Progress,
 ) -> Result<CheckReport> {
-    let members = open(backings)?;
     let mut report = CheckReport::default();
+    let members = open(backings, options.timeout(), |path, opened| {
+        // Somebody has to answer.
+        let is_last = report.silent.len() + 1 == backings.len();
+        if is_last { opened.map(Some) } else { report.unless_it_hangs(path, opened) }
+    })?;
     let mut heads: Vec<(usize, Head)> = Vec::new();
     let mut common = Common::default();
     for (index, member) in members.iter().enumerate() {
-        if let Some(head) = check_catalog(member, &mut report)? {
-            heads.push((index, head));
-        }
+        let checked = check_catalog(member, &mut report);
+        let head = report.unless_it_hangs(&member.site.path, checked)?;
+        heads.extend(head.flatten().map(|head| (index, head)));
     }
     check_members(&members, &heads, &mut report)?;
     for &(index, _) in &heads {
@@ -129,11 +170,23 @@ pub fn check(
             report.damage(&member.site.path, what);
             continue;
         }
-        let catalog = Catalog::open_read_only(&member.catalog_file())?;
-        tree::check(&member.site, &catalog, options, &mut common, &mut report, progress)?;
-        history::check(member, &catalog, options, &mut common, &mut report, progress)?;
+        let checked = check_files(member, options, &mut common, &mut report, progress);
+        report.unless_it_hangs(&member.site.path, checked)?;
     }
     Ok(report)
+}
+
+/// A replica's files against its catalog.
+fn check_files(
+    member: &Member,
+    options: CheckOptions,
+    common: &mut Common,
+    report: &mut CheckReport,
+    progress: &Progress,
+) -> Result<()> {
+    let catalog = member.site.open_catalog()?;
+    tree::check(&member.site, &catalog, options, common, report, progress)?;
+    history::check(member, &catalog, options, common, report, progress)
 }
 
 /// Checks what can be checked of a store that is mounted: each catalog by itself. The rest is the
@@ -149,16 +202,16 @@ pub fn check_catalogs(files: &[PathBuf]) -> CheckReport {
     report
 }
 
-/// Locks the backings and reads their markers.
-fn open(backings: &[PathBuf]) -> Result<Vec<Member>> {
+/// Locks the backings and reads their markers. `judge` may leave one out.
+fn open(
+    backings: &[PathBuf],
+    timeout: Duration,
+    mut judge: impl FnMut(&Path, Result<Member>) -> Result<Option<Member>>,
+) -> Result<Vec<Member>> {
     let mut members: Vec<Member> = Vec::new();
     for path in backings {
-        let path = inspect(path)?.path;
-        let site = Site::open(&path)?;
-        let lock = acquire(&site, &Owner::this(None))?;
-        let Some(marker) = Marker::read(&site)? else {
-            return Err(Error::NoStore(format!("{} holds no store", path.display())));
-        };
+        let Some(member) = judge(path, open_one(path, timeout))? else { continue };
+        let (path, marker) = (&member.site.path, &member.marker);
         if let Some(first) = members.first()
             && first.marker.store != marker.store
         {
@@ -168,9 +221,19 @@ fn open(backings: &[PathBuf]) -> Result<Vec<Member>> {
                 path.display()
             )));
         }
-        members.push(Member { site, marker, _lock: lock });
+        members.push(member);
     }
     Ok(members)
+}
+
+fn open_one(path: &Path, timeout: Duration) -> Result<Member> {
+    let path = inspect_within(path, timeout)?.path;
+    let site = Site::open_in_time(&path, timeout)?;
+    let lock = acquire(&site, &Owner::this(None))?;
+    let Some(marker) = Marker::read(&site)? else {
+        return Err(Error::NoStore(format!("{} holds no store", path.display())));
+    };
+    Ok(Member { site, marker, _lock: lock })
 }
 
 /// A replica's catalog by itself; its head if it is sound enough to go on with.
@@ -180,9 +243,11 @@ fn check_catalog(member: &Member, report: &mut CheckReport) -> Result<Option<Hea
         report.damage(&member.site.path, "it is no whole copy yet: its filling was interrupted");
         return Ok(None);
     }
-    let audited = Catalog::inspect(&file).and_then(|head| Ok((head, Catalog::audit(&file)?)));
+    let audited = member
+        .look(|file, alive| Ok((Catalog::inspect(file)?, Catalog::audit_alive(file, alive)?)));
     let (head, audit) = match audited {
         Ok(both) => both,
+        Err(error) if error.to_errno() == Errno::TIMEDOUT => return Err(error),
         Err(error) => {
             report.damage(&file, error.to_string());
             return Ok(None);
@@ -226,8 +291,12 @@ fn check_members(
             report.damage(&file, "it differs from the other replicas' catalogs");
             continue;
         }
-        let own = Catalog::table_hashes(&file)?;
-        let others = Catalog::table_hashes(&members[*first].catalog_file())?;
+        let mut hashes = |member: &Member| {
+            let hashes = member.look(Catalog::table_hashes_alive);
+            report.unless_it_hangs(&member.site.path, hashes)
+        };
+        let (own, others) = (hashes(&members[*index])?, hashes(&members[*first])?);
+        let (Some(own), Some(others)) = (own, others) else { continue };
         for (one, other) in own.iter().zip(&others).filter(|(one, other)| one != other) {
             let what =
                 format!("the table '{}' differs from '{}' of another replica", one.0, other.0);

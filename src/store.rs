@@ -63,7 +63,7 @@ mod tests;
 pub use between::Between;
 pub use fill::FillReport;
 pub use import::{ImportReport, row_of};
-pub use inspect::{StoreInfo, inspect};
+pub use inspect::{StoreInfo, inspect, inspect_within, open_catalog};
 pub use join::{Arrival, Fork};
 pub use lock::Owner;
 pub use settle::import_tree;

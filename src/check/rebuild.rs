@@ -34,6 +34,7 @@ use crate::history::packs::{pack_dir, parse_pack_name};
 use crate::history::{parse_preserved_name, preserved_dir};
 use crate::progress::Progress;
 use crate::replica::backing::{Access, RenameMode};
+use crate::replica::guarded::CALL_TIMEOUT;
 use crate::store::marker::{CleanMark, Phase};
 use crate::store::site::{own_name, private};
 use crate::store::{CATALOG_FILE, import_tree};
@@ -61,7 +62,7 @@ pub struct RebuildReport {
 
 /// Makes a new catalog on the first of these backings. All of their old catalogs are set aside.
 pub fn rebuild(backings: &[PathBuf], progress: &Progress) -> Result<RebuildReport> {
-    let mut members = open(backings)?;
+    let mut members = open(backings, CALL_TIMEOUT, |_, opened| opened.map(Some))?;
     let time = Timestamp::now().as_nanos();
     for member in &mut members {
         // From here on until the end no catalog is believed.

@@ -19,8 +19,8 @@ Examples:
   rearview check --read-data --repair /a /b
   rearview check --rebuild-catalog /a /b
 
-Exit code 21 when damage is found and not repaired. A mounted store is looked at, and healed, by
-'rearview scrub start --all'.";
+Exit code 21 when damage is found and not repaired, 3 when a disk did not answer. A mounted store
+is looked at, and healed, by 'rearview scrub start --all'.";
 
 /// Arguments of `check`.
 #[derive(Clone, Debug, Args)]
@@ -63,7 +63,7 @@ pub fn check(args: &CheckArgs) -> Result<Exit> {
         }
         return Ok(exit_of(&report));
     }
-    let options = CheckOptions { read_data: args.read_data };
+    let options = CheckOptions { read_data: args.read_data, ..CheckOptions::default() };
     let progress = progress::on_terminal(Arc::default());
     if args.rebuild_catalog {
         let report = crate::check::rebuild(&args.backings, &progress)?;
@@ -89,7 +89,11 @@ pub fn check(args: &CheckArgs) -> Result<Exit> {
 }
 
 fn exit_of(report: &CheckReport) -> Exit {
-    if report.damage.is_empty() { Exit::Done } else { Exit::Damaged }
+    match (report.damage.is_empty(), report.silent.is_empty()) {
+        (false, _) => Exit::Damaged,
+        (true, false) => Exit::Incomplete,
+        (true, true) => Exit::Done,
+    }
 }
 
 fn rebuild_text(report: &RebuildReport) -> String {
@@ -116,6 +120,7 @@ fn report_text(report: &CheckReport) -> String {
     };
     list("damage", &report.damage);
     list("left over, harmless", &report.leftovers);
+    list("not checked", &report.silent);
     let verdict = match report.damage.len() {
         0 => "no damage found".to_string(),
         count => format!("damage found: {count}"),

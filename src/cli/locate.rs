@@ -3,17 +3,19 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+
 use crate::catalog::Catalog;
 use crate::control::{DaemonInfo, Request, Response, client};
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::mountpoint::table::{self, MountEntry};
 use crate::mountpoint::{self, show};
+use crate::replica::guarded::CALL_TIMEOUT;
+use crate::sys::patience;
 use crate::types::{PRIVATE_DIR, RelPath, escape};
 
 /// The file by which a backing is known.
 const MARKER: &str = "store.toml";
-/// The catalog in `.rearview`.
-const CATALOG: &str = "catalog.db";
 
 /// A store that a path leads to.
 #[derive(Clone, Debug)]
@@ -26,8 +28,15 @@ pub struct Located {
     pub path: RelPath,
 }
 
-/// Finds the store that `path` lies in. The path itself need not exist.
+/// Finds the store that `path` lies in. The path itself need not exist. `ETIMEDOUT` where a look at
+/// it hangs.
 pub fn locate(path: &Path) -> Result<Located> {
+    let own = path.to_path_buf();
+    let located = patience::within(CALL_TIMEOUT, move || look_for(&own));
+    located.unwrap_or_else(|| Err(Errno::TIMEDOUT).context("look at", path))
+}
+
+fn look_for(path: &Path) -> Result<Located> {
     let resolved = mountpoint::resolve(path)?;
     let table = table::read()?;
     if let Some(located) = locate_in(&table, &resolved)? {
@@ -123,13 +132,7 @@ impl Located {
 
     /// The catalog of an unmounted store.
     fn catalog(&self) -> Result<Catalog> {
-        // The marker tells first whether the store is of a format that we know.
-        crate::store::inspect(&self.first_backing())?;
-        let file = self.first_backing().join(PRIVATE_DIR).join(CATALOG);
-        if !file.exists() {
-            return Err(Error::NoStore(format!("there is no catalog at {}", show(&file))));
-        }
-        Catalog::open_read_only(&file)
+        crate::store::open_catalog(&self.first_backing())
     }
 
     /// The backing that errors and offline looks are about.

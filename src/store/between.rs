@@ -72,6 +72,13 @@ impl Site {
         Ok(Site { path: path.to_path_buf(), backing, guard: None })
     }
 
+    /// Opens the backing of a store that is looked at: no call on it takes longer than `timeout`.
+    pub(crate) fn open_in_time(path: &Path, timeout: Duration) -> Result<Site> {
+        let between = Between::default().with_timeout(timeout);
+        let (own, by) = (path.to_path_buf(), between.clone());
+        between.within(path, move || Site::open_between(&own, &by))
+    }
+
     /// Opens it for use. To be called by whoever may hang.
     pub(super) fn open_between(path: &Path, between: &Between) -> Result<Site> {
         let backing: Box<dyn Backing> = Box::new(DirBacking::open(path)?);

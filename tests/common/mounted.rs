@@ -223,7 +223,7 @@ impl Mounted {
     /// Fails unless the unmounted store holds what it promises: see `rearviewfs::check`.
     #[track_caller]
     pub fn assert_sound(&self) {
-        let options = CheckOptions { read_data: true };
+        let options = CheckOptions { read_data: true, ..CheckOptions::default() };
         let report = check(&self.backings, options, &Progress::silent()).expect("can be checked");
         assert!(report.damage.is_empty(), "damage: {:#?}", report.damage);
         assert!(report.leftovers.is_empty(), "left over: {:#?}", report.leftovers);

@@ -579,7 +579,7 @@ impl Driver {
         if let Some(first) = differences.first() {
             return Err(format!("the replicas differ: {first:?}"));
         }
-        let options = CheckOptions { read_data: true };
+        let options = CheckOptions { read_data: true, ..CheckOptions::default() };
         let report = check(paths, options, &Progress::silent()).or_else(fail("check"))?;
         match report.damage.first() {
             None => Ok(()),

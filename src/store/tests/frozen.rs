@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::space::Image;
 use super::*;
+use crate::check::{CheckOptions, check};
 use crate::store::site::Site;
 
 /// Short enough to wait for, long enough for a busy machine to do what does not hang.
@@ -86,4 +87,33 @@ fn a_catalog_that_hangs_while_it_is_opened_or_copied_to_is_named_in_time() {
     store.close().unwrap();
     drop(store);
     bench.assert_equal(&["a", "small"]);
+}
+
+#[test]
+fn a_check_goes_on_without_a_backing_that_hangs() {
+    let bench = Bench::new();
+    let Some(_image) = Image::new(&bench, 24) else { return };
+    write(&bench.path("a/f"), b"x");
+    bench.settle(&["a", "small"]);
+    let options = CheckOptions { call_timeout: Some(TIMEOUT), ..CheckOptions::default() };
+    let checked = |names: &[&str]| check(&bench.paths(names), options, &Progress::silent());
+    let hung = bench.path("small");
+    let frozen = Frozen::new(&hung);
+    hangs_at(&hung, || checked(&["small"]));
+    let begun = Instant::now();
+    let report = checked(&["a", "small"]).unwrap();
+    assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
+    assert_eq!(report.silent.len(), 1, "{report:#?}");
+    assert_eq!(report.silent[0].place, hung.to_string_lossy());
+    assert_eq!((report.damage.len(), report.objects), (0, 2), "{report:#?}");
+    drop(frozen);
+    let until = Instant::now() + BOUND;
+    let report = loop {
+        match checked(&["a", "small"]) {
+            Ok(report) if report.silent.is_empty() => break report,
+            other => assert!(Instant::now() < until, "{other:?}"),
+        }
+        std::thread::yield_now();
+    };
+    assert_eq!((report.damage.len(), report.objects), (0, 4), "{report:#?}");
 }

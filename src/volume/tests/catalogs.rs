@@ -360,6 +360,20 @@ fn a_disk_that_hangs_when_it_returns_is_brought_back_when_it_answers() {
     }
 }
 
+#[test]
+fn a_store_that_is_not_mounted_is_looked_at_in_time() {
+    let rig = Rig::new(false);
+    let look = |path: &Path| store::inspect_within(path, TIMEOUT).map(|info| info.clean);
+    rig.disk.signal(Signal::STOP);
+    let begun = Instant::now();
+    let error = look(&rig.disk.path()).unwrap_err();
+    assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
+    rig.disk.signal(Signal::CONT);
+    assert_eq!(error.to_errno(), Errno::TIMEDOUT);
+    assert!(error.to_string().contains(rig.disk.path().to_str().unwrap()), "{error}");
+    assert!(look(&rig.plain()).unwrap() && look(&rig.disk.path()).unwrap());
+}
+
 /// SQLite closes a database, and asks which one it opens, under a lock of the whole process. Here
 /// the databases have no WAL: it would be closed first, and hang without that lock.
 #[test]
