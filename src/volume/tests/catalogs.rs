@@ -26,7 +26,7 @@ use crate::store::{Between, Fork};
 use crate::sys::patience;
 
 /// Short enough to wait for, long enough for a busy machine to make a call that does not hang.
-const TIMEOUT: Duration = Duration::from_millis(500);
+const TIMEOUT: Duration = Duration::from_secs(1);
 /// What meets one that hangs has ended by then.
 const BOUND: Duration = Duration::from_secs(15);
 /// What nobody waits for as long.
@@ -182,6 +182,7 @@ fn open_in(paths: &[PathBuf], options: &OpenOptions) -> Result<Store> {
     store::open(paths, options, &recover, &Progress::silent())
 }
 
+/// For what is to hang.
 fn options() -> OpenOptions {
     OpenOptions { between: Between::default().with_timeout(TIMEOUT), ..OpenOptions::default() }
 }
@@ -205,7 +206,7 @@ impl Rig {
     fn new(disk_first: bool) -> Rig {
         let rig =
             Rig { disk: Disk::new(), plain: tempfile::tempdir_in("/dev/shm").unwrap(), disk_first };
-        let options = OpenOptions { init: true, ..options() };
+        let options = OpenOptions { init: true, ..OpenOptions::default() };
         let store = open_in(&rig.paths(), &options).unwrap();
         let volume = Volume::open(store, quiet()).unwrap();
         create(&volume, "before");
@@ -226,7 +227,8 @@ impl Rig {
 
     /// Changes something on one of the two alone.
     fn change_on(&self, path: &Path) {
-        let volume = Volume::open(open_in(&[path.into()], &options()).unwrap(), quiet()).unwrap();
+        let store = open_in(&[path.into()], &OpenOptions::default()).unwrap();
+        let volume = Volume::open(store, quiet()).unwrap();
         create(&volume, "alone");
         volume.close().unwrap();
     }
@@ -259,7 +261,7 @@ impl Rig {
 
     /// All is well again.
     fn is_sound(&self) {
-        let store = open_in(&self.paths(), &options()).unwrap();
+        let store = open_in(&self.paths(), &OpenOptions::default()).unwrap();
         assert_eq!(store.silent(), [] as [PathBuf; 0]);
         store.close().unwrap();
         let [a, b] = [self.plain(), self.disk.path()];
