@@ -58,6 +58,13 @@ impl Deferred {
         self.over.as_ref().and_then(|row| born_together(row, &self.stat)) == Some(true)
     }
 
+    /// Whether it was made when the empty node was that had its name, and was never read: the
+    /// access time tells it where births do not.
+    fn is_filled(&self) -> bool {
+        let is_node = |row: &NodeRow| row.size == 0 && row.mtime == self.stat.atime;
+        self.over.as_ref().is_some_and(is_node)
+    }
+
     /// How much speaks for its being the node that had its name.
     fn likeness(&self) -> u8 {
         match &self.over {
@@ -186,6 +193,9 @@ impl Import<'_> {
     /// has. A replica that was filled, or a file that was healed, has births of its own, which can
     /// be those of others.
     fn drop_impossible(&self, sure: &HashSet<usize>, pairs: &mut Pairs<'_>) -> Result<()> {
+        // A linked one may have another name by which it is known.
+        let own = pairs.files.iter().filter(|file| file.is_own());
+        let own: HashSet<NodeId> = own.filter_map(|file| Some(file.over.as_ref()?.id)).collect();
         loop {
             let node_of = |origin: usize| pairs.origins[origin].row.id;
             let moved: HashSet<NodeId> = pairs.found.values().map(|&one| node_of(one)).collect();
@@ -194,6 +204,7 @@ impl Import<'_> {
                 if let Some(row) = &pairs.files[file].over
                     && row.content != ContentId::EMPTY
                     && !moved.contains(&row.id)
+                    && !own.contains(&row.id)
                     && !self.claimed.contains(row.id)
                     && !self.is_preserved(row)?
                 {
@@ -248,7 +259,7 @@ impl Import<'_> {
         let rows = first_names.filter_map(|(_, file)| file.over.as_ref());
         rows.for_each(|row| *claims.entry(row.id).or_default() += 1);
         let is_stranger = |file: &Deferred| match &file.over {
-            Some(_) if file.is_own() => Ok(false),
+            Some(_) if file.is_own() || file.is_filled() => Ok(false),
             Some(row) => Ok(row.content == ContentId::EMPTY
                 || claims.get(&row.id).is_some_and(|&count| count > 1)
                 || self.claimed.contains(row.id)

@@ -290,6 +290,44 @@ fn hard_linked_files_that_changed_names_are_the_ones_they_were() {
     }
 }
 
+/// It had a name of a linked file, and it was feared that nothing would be left of that: the file
+/// was taken for a new one.
+#[test]
+fn a_file_written_to_under_a_name_of_a_linked_one_is_known_by_its_birth() {
+    let bench = Bench::new();
+    let at = |path: &str| bench.path("a").join(path);
+    write(&at("one/x"), &[b'x'; 50]);
+    write_later(&at("one/y"), &[b'y'; 50], &at("one/x"));
+    fs::hard_link(at("one/x"), at("one/x2")).unwrap();
+    let store = opened(&bench);
+    let [x, y] = ["one/x", "one/y"].map(|path| id_of(&store.catalog, path));
+    let dirs = ["one", "two"].map(|dir| Dirty::Dir(id_of(&store.catalog, dir)));
+    intend(&store, &dirs);
+    intend(&store, &[Dirty::File(x), Dirty::File(y)]);
+    drop(store);
+    fs::write(at("one/x"), [b'x'; 90]).unwrap();
+    fs::write(at("one/y"), [b'y'; 90]).unwrap();
+    exchange(&bench, &["a"], "one/x", "one/y");
+    fs::hard_link(at("one/x"), at("two/y2")).unwrap();
+    let store = bench.open(&["a", "b"]).unwrap();
+    for (path, node) in [("one/x", y), ("two/y2", y), ("one/y", x), ("one/x2", x)] {
+        assert_eq!(id_of(&store.catalog, path), node, "{path}");
+    }
+    assert_recorded(&store.catalog, &bench.path("b"));
+}
+
+/// Another is written to and renamed in the same breath: where births are unknown, either could
+/// have been it, and its content was gone.
+#[test]
+fn an_empty_file_that_is_written_to_is_known_by_its_access_time() {
+    let dying = Dying::new(Births::Unknown, &[100, 0]);
+    dying.write_and_rename(0, 120);
+    dying.on_each(|root| fs::write(root.join("one/1"), [b'n'; 200]).unwrap());
+    let store = dying.recover(&[]);
+    assert!(dying.is_at(&store, 0, "two/0") && dying.is_at(&store, 1, "one/1"));
+    assert_recorded(&store.catalog, &dying.bench.path("b"));
+}
+
 /// A disk that kept the catalog, and not the rename that it tells of, as btrfs does: under the new
 /// name lies what had it before.
 #[test]
