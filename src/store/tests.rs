@@ -18,6 +18,7 @@ mod frozen;
 mod lost;
 mod refusals;
 mod regain;
+mod shuffled;
 mod silent;
 mod space;
 mod unclean;
