@@ -44,7 +44,7 @@ fn hanging(bad: PathBuf, op: Option<&'static str>) -> (OpenOptions, Sender<()>) 
 fn a_backing_that_hangs_is_left_out_in_time_and_taken_in_when_it_answers() {
     for op in [None, Some("read_at"), Some("mkdir"), Some("sync"), Some("write_at")] {
         for bad in ["a", "b"] {
-            let bench = Bench::new();
+            let bench = Bench::in_memory();
             write(&bench.path("a/file"), b"content");
             bench.settle(&["a", "b"]);
             let (options, go_on) = hanging(bench.path(bad), op);
@@ -77,7 +77,7 @@ fn a_backing_that_hangs_is_left_out_in_time_and_taken_in_when_it_answers() {
 
 #[test]
 fn no_store_is_made_without_a_backing_that_hangs() {
-    let bench = Bench::new();
+    let bench = Bench::in_memory();
     write(&bench.path("a/file"), b"content");
     fs::create_dir(bench.path("b")).unwrap();
     let (options, _go_on) = hanging(bench.path("b"), None);
@@ -91,7 +91,7 @@ fn no_store_is_made_without_a_backing_that_hangs() {
 
 #[test]
 fn what_is_known_not_to_answer_is_not_looked_at() {
-    let bench = Bench::new();
+    let bench = Bench::in_memory();
     bench.settle(&["a", "b"]);
     let (options, _go_on) = hanging(bench.path("b"), None);
     let options = OpenOptions { silent: bench.paths(&["b"]), ..options };
@@ -132,7 +132,7 @@ fn hangs_anywhere(bad: &str, prepare: impl Fn(&Bench) + Sync) {
     const POINTS: u64 = 12;
     let paths = |bench: &Bench| bench.paths(&["a", "b"]);
     let all = {
-        let bench = Bench::new();
+        let bench = Bench::in_memory();
         prepare(&bench);
         let (options, count, _go_on) = hanging_from(bench.path(bad), u64::MAX);
         let store = open_with(&paths(&bench), &options, &Progress::silent()).unwrap();
@@ -140,7 +140,7 @@ fn hangs_anywhere(bad: &str, prepare: impl Fn(&Bench) + Sync) {
         count.load(Ordering::SeqCst)
     };
     let try_at = |number: u64| {
-        let bench = Bench::new();
+        let bench = Bench::in_memory();
         prepare(&bench);
         let (options, _, go_on) = hanging_from(bench.path(bad), number);
         let begun = Instant::now();
