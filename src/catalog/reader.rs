@@ -83,9 +83,11 @@ impl Readers {
         self.replaced.load(Ordering::Acquire) != since
     }
 
-    /// Which replica is to be asked.
-    fn choose(&self) -> Option<ReplicaId> {
-        let there = || self.gone.iter().filter(|(_, gone)| !gone.load(Ordering::Acquire));
+    /// Which replica is to be asked, of those that are not in `but`.
+    fn choose(&self, but: &[ReplicaId]) -> Option<ReplicaId> {
+        let is_there =
+            |id: ReplicaId, gone: &AtomicBool| !gone.load(Ordering::Acquire) && !but.contains(&id);
+        let there = || self.gone.iter().filter(|(id, gone)| is_there(*id, gone));
         let is_slow = |id: ReplicaId| {
             let running = self.running[id].lock();
             running.iter().min().is_some_and(|begun| begun.elapsed() >= SLOW)
@@ -96,7 +98,7 @@ impl Readers {
 
     /// The file of the one that is to be asked, and how long it is waited for.
     pub fn chosen(&self) -> Option<(PathBuf, Arc<Patience>)> {
-        let id = self.choose()?;
+        let id = self.choose(&[])?;
         Some((self.file(id)?, self.patience[id].clone()))
     }
 
@@ -153,14 +155,15 @@ impl Shared {
         &self,
         mut query: impl FnMut(&Connection, &dyn Fn()) -> rusqlite::Result<T>,
     ) -> Result<T> {
+        let (mut unopened, mut why) = (Vec::new(), None);
         loop {
             let taken_at = self.readers.replaced.load(Ordering::Acquire);
-            let Some(id) = self.readers.choose() else {
-                return Err(Error::Damaged {
+            let Some(id) = self.readers.choose(&unopened) else {
+                return Err(why.unwrap_or_else(|| Error::Damaged {
                     what: "the catalog".into(),
                     detail: "no replica's copy can be read".into(),
                     remedy: "Repair the disks, then unmount and mount again",
-                });
+                }));
             };
             let patience = &self.readers.patience[id];
             let begun = Cell::new(self.readers.begin(id));
@@ -172,7 +175,13 @@ impl Shared {
             self.readers.end(id, begun.get());
             let others = !self.read_only && self.others_than(id);
             let (outcome, db) = match asked {
-                Some(asked) => asked?,
+                Some(Ok(asked)) => asked,
+                // Its disk is bad, or descriptors are short: which one the next commit finds.
+                Some(Err(error)) => {
+                    unopened.push(id);
+                    why = Some(error);
+                    continue;
+                }
                 None if others => {
                     self.detach(id, Some(Failure::Hangs));
                     continue;
@@ -288,15 +297,38 @@ mod tests {
     use super::*;
     use crate::catalog::Catalog;
 
-    #[test]
-    fn behind_a_query_that_hangs_another_replica_answers() {
-        let dir = tempfile::tempdir().unwrap();
-        let files = [0, 1].map(|index| dir.path().join(format!("{index}.db")));
+    fn two(dir: &std::path::Path) -> (Catalog, [PathBuf; 2]) {
+        let files = [0, 1].map(|index| dir.join(format!("{index}.db")));
         Catalog::create(&files[0], uuid::Uuid::nil()).unwrap();
         Catalog::copy(&files[0], &files[1]).unwrap();
         let map = ReplicaMap::new(files.iter().cloned().map(Some).collect());
-        let catalog = Catalog::open(map, true).unwrap();
-        let asked = || catalog.shared.readers.choose().unwrap().index();
+        (Catalog::open(map, true).unwrap(), files)
+    }
+
+    #[test]
+    fn where_a_catalog_cannot_be_opened_once_more_another_replica_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let (catalog, files) = two(dir.path());
+        catalog.shared.close_readers();
+        let aside = dir.path().join("aside");
+        std::fs::rename(&files[0], &aside).unwrap();
+        catalog.totals().unwrap();
+        let first = ReplicaId::all().next().unwrap();
+        assert!(!catalog.shared.is_detached(first), "its writer will tell");
+        std::fs::rename(&files[1], dir.path().join("aside too")).unwrap();
+        catalog.shared.close_readers();
+        catalog.totals().unwrap_err();
+        std::fs::rename(dir.path().join("aside too"), &files[1]).unwrap();
+        std::fs::rename(&aside, &files[0]).unwrap();
+        catalog.totals().unwrap();
+        catalog.close().unwrap();
+    }
+
+    #[test]
+    fn behind_a_query_that_hangs_another_replica_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let (catalog, _) = two(dir.path());
+        let asked = || catalog.shared.readers.choose(&[]).unwrap().index();
         let (go_on, resume) = unbounded::<()>();
         std::thread::scope(|scope| {
             let shared = &catalog.shared;
