@@ -312,10 +312,14 @@ impl Import<'_> {
     fn origins(&mut self, files: &[Deferred]) -> Result<Vec<Origin>> {
         self.push()?;
         let mut origins = Vec::new();
+        // One that lost a name and lies under another of its own was renamed nowhere.
+        let own = files.iter().filter(|file| file.is_own());
+        let own: HashSet<NodeId> = own.filter_map(|file| Some(file.over.as_ref()?.id)).collect();
         for (index, missing) in self.missing.iter().enumerate() {
             if let Some(missing) = missing
                 && missing.kind == Kind::File
                 && !self.claimed.contains(missing.node)
+                && !own.contains(&missing.node)
                 && let Some(row) = self.catalog.node(missing.node)?
                 && row.size > 0
                 && !self.is_preserved(&row)?
