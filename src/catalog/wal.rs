@@ -138,10 +138,15 @@ impl Writer {
             return Ok(());
         }
         self.with_sums(Sums::sum_some);
-        if !self.sums.as_ref().is_some_and(Sums::has_copied) {
+        if !self.has_copied() {
             self.copy_wal("TRUNCATE", Duration::ZERO)?;
         }
         Ok(())
+    }
+
+    /// Whether sums of pages have to be taken.
+    fn has_copied(&self) -> bool {
+        self.sums.as_ref().is_some_and(Sums::has_copied)
     }
 
     /// Notes the pages that a commit of so many changes has put into the WAL.
@@ -196,7 +201,7 @@ impl Shared {
                 _ if idle && writer.dirty && is_little => Step::Empty,
                 Some(Ok(())) if writer.dirty => Step::Begin,
                 None if is_due => Step::Begin,
-                _ if writer.sums.as_ref().is_some_and(Sums::has_copied) => Step::Sum,
+                _ if writer.has_copied() => Step::Sum,
                 _ => continue,
             };
             if matches!(step, Step::Begin) {
@@ -233,7 +238,7 @@ impl Shared {
             let writer = writer.as_ref()?;
             match () {
                 () if writer.copying => Some(COPY_LOOK),
-                () if writer.sums.as_ref().is_some_and(Sums::has_copied) => Some(Duration::ZERO),
+                () if writer.has_copied() => Some(Duration::ZERO),
                 // A reader is in the way.
                 () => writer.dirty.then_some(IDLE),
             }

@@ -76,6 +76,12 @@ impl Deferred {
     }
 }
 
+/// The nodes of which a name has a file that was born with them.
+fn unmoved(files: &[Deferred]) -> HashSet<NodeId> {
+    let own = files.iter().filter(|file| file.is_own());
+    own.filter_map(|file| Some(file.over.as_ref()?.id)).collect()
+}
+
 /// Whether an object was born when a node was; `None` where that is not known.
 pub(super) fn born_together(row: &NodeRow, stat: &Stat) -> Option<bool> {
     let is_known = |birth| birth != Timestamp::default();
@@ -194,8 +200,7 @@ impl Import<'_> {
     /// be those of others.
     fn drop_impossible(&self, sure: &HashSet<usize>, pairs: &mut Pairs<'_>) -> Result<()> {
         // A linked one may have another name by which it is known.
-        let own = pairs.files.iter().filter(|file| file.is_own());
-        let own: HashSet<NodeId> = own.filter_map(|file| Some(file.over.as_ref()?.id)).collect();
+        let own = unmoved(pairs.files);
         loop {
             let node_of = |origin: usize| pairs.origins[origin].row.id;
             let moved: HashSet<NodeId> = pairs.found.values().map(|&one| node_of(one)).collect();
@@ -313,8 +318,7 @@ impl Import<'_> {
         self.push()?;
         let mut origins = Vec::new();
         // One that lost a name and lies under another of its own was renamed nowhere.
-        let own = files.iter().filter(|file| file.is_own());
-        let own: HashSet<NodeId> = own.filter_map(|file| Some(file.over.as_ref()?.id)).collect();
+        let own = unmoved(files);
         for (index, missing) in self.missing.iter().enumerate() {
             if let Some(missing) = missing
                 && missing.kind == Kind::File
