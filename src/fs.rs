@@ -5,6 +5,7 @@
 //! the three operations on `.snapshots` that make, forget and rename a snapshot.
 
 mod barrier;
+mod habits;
 mod kernel;
 mod listing;
 
@@ -28,6 +29,7 @@ use crate::volume::{Caller, Changes, Newborn, Volume};
 pub use kernel::KernelCache;
 pub use listing::Line;
 
+use habits::Habits;
 use kernel::Forgetting;
 
 /// Where the directory of snapshots is listed; it can be entered by name all the same.
@@ -100,6 +102,7 @@ pub struct Filesystem {
     opened: Mutex<HashMap<u64, Arc<Opened>>>,
     next_handle: AtomicU64,
     forgetting: OnceLock<Arc<Forgetting>>,
+    habits: Habits,
 }
 
 fn read_only<T>() -> Result<T> {
@@ -122,6 +125,7 @@ impl Filesystem {
             opened: Mutex::default(),
             next_handle: AtomicU64::new(1),
             forgetting: OnceLock::new(),
+            habits: Habits::new(),
         }
     }
 

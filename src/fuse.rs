@@ -76,9 +76,12 @@ impl fuser::Filesystem for Fuse {
 
     fn destroy(&mut self) {}
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEntry) {
         guarded(|| {
             let found = name(entry).and_then(|entry| self.fs.lookup(parent.0, &entry));
+            if let Ok(found) = &found {
+                self.fs.looked_up(req.pid(), parent.0, found);
+            }
             answer_lookup(reply, parent, found);
         });
     }
@@ -389,7 +392,7 @@ impl fuser::Filesystem for Fuse {
 
     fn readdir(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -397,7 +400,9 @@ impl fuser::Filesystem for Fuse {
     ) {
         guarded(|| match self.fs.list(ino.0, Fh(fh.0), offset == 0) {
             Ok(lines) => {
-                for (index, line) in lines.iter().enumerate().skip(offset as usize) {
+                let offset = offset as usize;
+                let most = self.fs.lines_max(req.pid(), offset);
+                for (index, line) in lines.iter().enumerate().skip(offset).take(most) {
                     let next = index as u64 + 1;
                     let kind = file_type(line.kind);
                     if reply.add(INodeNo(line.ino), next, kind, OsStr::from_bytes(&line.name)) {
@@ -412,13 +417,13 @@ impl fuser::Filesystem for Fuse {
 
     fn readdirplus(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
         reply: ReplyDirectoryPlus,
     ) {
-        guarded(|| list_plus(&self.fs, ino, Fh(fh.0), offset as usize, reply));
+        guarded(|| list_plus(&self.fs, req.pid(), (ino, Fh(fh.0)), offset as usize, reply));
     }
 
     fn releasedir(

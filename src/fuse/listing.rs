@@ -8,27 +8,21 @@ use fuser::{Generation, INodeNo, ReplyDirectoryPlus};
 
 use super::convert::{attr, dot, errno, ttl};
 use crate::fs::{Fh, Filesystem, Found, Line};
-use crate::past::Past;
 
-/// Entries with attributes in the first answer of a past directory's listing: each costs queries,
-/// which a mere `ls` has no use for.
-const PLUS_FIRST_MAX: usize = 32;
 /// Entries that are looked up at once. An answer of 32 KiB holds some 190: those of the last ones
 /// that do not fit were looked up in vain.
 const PLUS_BATCH: usize = 64;
 
-/// How many entries an answer with attributes may have. The kernel begins every listing with such
-/// a request, whether somebody wants the attributes or not; if so, it goes on with them.
-fn plus_max(of: INodeNo, offset: usize, lines: usize) -> usize {
-    let begins = offset == 0 && Past::owns(of.0) && lines > PLUS_FIRST_MAX;
-    if begins { PLUS_FIRST_MAX } else { usize::MAX }
-}
+/// `.` and `..`, with which every listing begins: the kernel takes no attributes of them.
+const DOTS: usize = 2;
 
-/// Answers with the entries of a directory from `offset` on.
+/// Answers `thread` with the entries of a directory from `offset` on. The kernel begins every
+/// listing with such a request: of a thread that has no use for the attributes it is answered with
+/// the first two lines, and the kernel asks for the others without.
 pub(super) fn list_plus(
     fs: &Filesystem,
-    ino: INodeNo,
-    fh: Fh,
+    thread: u32,
+    (ino, fh): (INodeNo, Fh),
     offset: usize,
     mut reply: ReplyDirectoryPlus,
 ) {
@@ -36,7 +30,8 @@ pub(super) fn list_plus(
         Ok(lines) => lines,
         Err(error) => return reply.error(errno(&error)),
     };
-    let end = offset.saturating_add(plus_max(ino, offset, lines.len())).min(lines.len());
+    let begins = offset == 0 && !fs.is_to_have_attributes(thread, ino.0);
+    let end = if begins { DOTS.min(lines.len()) } else { lines.len() };
     let mut next = offset as u64;
     for part in lines[offset.min(end)..end].chunks(PLUS_BATCH) {
         let found = match fs.listed(ino.0, part) {
