@@ -130,6 +130,8 @@ class Place:
 
     def __enter__(self):
         owned = self.path / OWNED
+        if os.path.ismount(self.path):
+            raise Failure(f"{self.path} is a mount, which is not ours to end: name a folder in it")
         if self.path.exists() and any(self.path.iterdir()) and not owned.exists():
             raise Failure(f"{self.path} holds files that are not ours: name another --scratch")
         self.path.mkdir(parents=True, exist_ok=True)
