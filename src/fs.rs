@@ -88,6 +88,7 @@ enum Opened {
         node: Arc<Node>,
         writable: bool,
         readable: bool,
+        past_cache: bool,
     },
     /// The listing as it was when reading began: entries removed meanwhile do not shift the rest.
     Dir(Mutex<Option<Arc<Vec<Line>>>>),
@@ -268,8 +269,7 @@ impl Filesystem {
         let dir = self.live_dir(parent)?;
         self.check_name(name)?;
         let (node, stat) = self.volume.create(dir, name, mode, access.writable, caller)?;
-        let Wish { writable, readable, .. } = access;
-        Ok((found_live(stat), self.keep_open(Opened::File { node, writable, readable })))
+        Ok((found_live(stat), self.keep_file_open(node, access)))
     }
 
     /// Makes a directory, symlink or special file. In `.snapshots`, `mkdir` takes a snapshot.
@@ -386,22 +386,23 @@ impl Filesystem {
             return Ok(self.keep_open(Opened::Past));
         }
         let node = self.live(ino)?;
-        let Wish { writable, readable, truncate, .. } = wish;
-        self.volume.open_file(&node, writable, truncate, caller)?;
-        Ok(self.keep_open(Opened::File { node, writable, readable }))
+        self.volume.open_file(&node, wish.writable, wish.truncate, caller)?;
+        Ok(self.keep_file_open(node, wish))
     }
 
-    /// Whether what is written to an open file is better not kept by the kernel as well: for a
-    /// program that only writes it would be copied once more, into pages that are taken from other
-    /// files. Who has a file open for both may store to a map of it, and a page of a map that goes
-    /// back while a part of it is written past it has the old bytes of that part: so not then.
+    fn keep_file_open(&self, node: Arc<Node>, wish: Wish) -> Fh {
+        let Wish { writable, readable, .. } = wish;
+        // For a program that only writes it would be copied once more, into pages that are taken
+        // from other files. Who has a file open for both may store to a map of it, and a page of a
+        // map that goes back while a part of it is written past it has the old bytes of that part:
+        // so not then.
+        let past_cache = writable && !readable && self.volume.writers(&node) == 1;
+        self.keep_open(Opened::File { node, writable, readable, past_cache })
+    }
+
+    /// Whether what is written to an open file is better not kept by the kernel as well.
     pub fn writes_past_cache(&self, fh: Fh) -> bool {
-        match self.opened(fh).as_deref() {
-            Ok(Opened::File { node, writable: true, readable: false }) => {
-                self.volume.writers(node) == 1
-            }
-            _ => false,
-        }
+        matches!(self.opened(fh).as_deref(), Ok(Opened::File { past_cache: true, .. }))
     }
 
     /// Ends an open.
@@ -429,16 +430,25 @@ impl Filesystem {
         self.volume.read(&self.file(fh)?, offset, buffer)
     }
 
-    /// Writes all of `data`. `strip` tells that setuid and setgid must go.
+    /// Writes all of `data`.
     pub fn write(
         &self,
         fh: Fh,
         offset: u64,
         data: &[u8],
-        strip: bool,
+        how: Writing,
         caller: &Caller,
     ) -> Result<()> {
-        self.volume.write(&self.file(fh)?, offset, data, strip, caller)
+        let opened = self.opened(fh)?;
+        let Opened::File { node, past_cache, .. } = &*opened else {
+            return self.file(fh).map(|_| ());
+        };
+        self.volume.write(node, offset, data, how.strip, caller)?;
+        match how.sync {
+            // What goes by the kernel's cache it makes durable itself, with a request of its own.
+            Some(data_only) if *past_cache => self.volume.fsync(node, data_only),
+            _ => Ok(()),
+        }
     }
 
     /// Allocates, punches or zeroes.
@@ -497,6 +507,23 @@ pub struct Wish {
     pub truncate: bool,
     /// It is to be run.
     pub execute: bool,
+}
+
+/// How a write is meant.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Writing {
+    /// Setuid and setgid must go.
+    pub strip: bool,
+    /// It is to be durable when it is answered, and the metadata with it unless only the data is.
+    pub sync: Option<bool>,
+}
+
+impl Writing {
+    /// What the flags of `open(2)`, or of `pwritev2(2)` as the kernel tells them here, ask for.
+    pub fn from_flags(strip: bool, flags: i32) -> Writing {
+        let has = |all: i32| flags & all == all;
+        Writing { strip, sync: has(libc::O_DSYNC).then(|| !has(libc::O_SYNC)) }
+    }
 }
 
 /// What `execve(2)` opens a file with, in the kernel's own flags (`__FMODE_EXEC`).

@@ -20,7 +20,7 @@ use fuser::{
     ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use crate::fs::{Fh, Filesystem, Wish};
+use crate::fs::{Fh, Filesystem, Wish, Writing};
 use crate::past::Past;
 use crate::replica::backing::{RenameMode, Seek};
 use crate::types::Kind;
@@ -327,13 +327,14 @@ impl fuser::Filesystem for Fuse {
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         guarded(|| {
             let strip = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-            match self.fs.write(Fh(fh.0), offset, data, strip, &caller(req, 0)) {
+            let how = Writing::from_flags(strip, flags.0);
+            match self.fs.write(Fh(fh.0), offset, data, how, &caller(req, 0)) {
                 Ok(()) => reply.written(data.len() as u32),
                 Err(error) => reply.error(errno(&error)),
             }

@@ -4,12 +4,13 @@
 mod common;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io::{IoSlice, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 
+use common::disk::LoopFs;
 use common::run::python;
 use common::{Mounted, need};
 
@@ -129,6 +130,44 @@ for at in range(0, len(found), 4096): found[at] = 0
 assert found == expected
 "#,
     );
+    store.finish();
+}
+
+/// Who only writes does so past the kernel's cache, and the kernel asks for no sync then.
+#[test]
+fn a_synchronous_write_is_on_all_disks_when_it_returns() {
+    const BYTES: usize = 1 << 20;
+    need(&["mkfs.ext4"]);
+    let disks = [LoopFs::ext4(64), LoopFs::ext4(64)];
+    let store = Mounted::over(disks.iter().map(|disk| disk.root().join("backing")).collect());
+    let ways = [
+        (libc::O_SYNC, ReadWriteFlags::empty()),
+        (libc::O_DSYNC, ReadWriteFlags::empty()),
+        (libc::O_DSYNC | libc::O_APPEND, ReadWriteFlags::empty()),
+        (0, ReadWriteFlags::DSYNC),
+        (0, ReadWriteFlags::SYNC),
+    ];
+    for (number, (flags, each)) in ways.into_iter().enumerate() {
+        for reads in [false, true] {
+            let path = store.path(&format!("file{number}-{reads}"));
+            let mut options = OpenOptions::new();
+            options.read(reads).write(true).create(true).custom_flags(flags);
+            let file = options.open(&path).unwrap();
+            let before = disks.each_ref().map(|disk| {
+                rustix::fs::syncfs(File::open(disk.root()).unwrap()).unwrap();
+                disk.written()
+            });
+            let bytes = vec![number as u8 + 1; BYTES];
+            let wrote = rustix::io::pwritev2(&file, &[IoSlice::new(&bytes)], 0, each).unwrap();
+            // Before the close, with which a file's bytes may go out as well.
+            let after = disks.each_ref().map(LoopFs::written);
+            assert_eq!(wrote, BYTES);
+            for (before, after) in before.iter().zip(after) {
+                let written = after - before;
+                assert!(written >= BYTES as u64, "{flags:o} {each:?} {reads}: {written} bytes");
+            }
+        }
+    }
     store.finish();
 }
 

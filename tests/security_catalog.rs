@@ -19,7 +19,7 @@ use rusqlite::types::Value;
 use rearviewfs::control::server::Handler;
 use rearviewfs::control::service::Service;
 use rearviewfs::control::{DaemonInfo, Request};
-use rearviewfs::fs::{Filesystem, FsOptions, SnapDir, Wish};
+use rearviewfs::fs::{Filesystem, FsOptions, SnapDir, Wish, Writing};
 use rearviewfs::history::History;
 use rearviewfs::progress::Progress;
 use rearviewfs::replica::backing::RenameMode;
@@ -222,7 +222,7 @@ fn change(fs: &Filesystem) -> error::Result<()> {
     let wish = Wish { readable: true, writable: true, truncate: false, execute: false };
     let dir = dir.map_or(root, |dir| dir.stat.ino);
     if let Ok((_, fh)) = fs.create(dir, &name("file"), 0o644, wish, &caller) {
-        let _ = fs.write(fh, 0, b"new", false, &caller);
+        let _ = fs.write(fh, 0, b"new", Writing::default(), &caller);
         let _ = fs.fsync(fh, false);
         let _ = fs.release(fh);
     }
@@ -230,7 +230,7 @@ fn change(fs: &Filesystem) -> error::Result<()> {
     for file in ["f1", "f4"] {
         let Ok(found) = fs.lookup(a, &name(file)) else { continue };
         let Ok(fh) = fs.open(found.stat.ino, wish, &caller) else { continue };
-        let _ = fs.write(fh, 100, b"changed", false, &caller);
+        let _ = fs.write(fh, 100, b"changed", Writing::default(), &caller);
         let _ = fs.release(fh);
     }
     let d = fs.lookup(root, &name("d"))?.stat.ino;

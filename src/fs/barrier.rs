@@ -22,7 +22,7 @@ impl Filesystem {
             .lock()
             .values()
             .filter_map(|opened| match &**opened {
-                Opened::File { node, writable: true, readable: true } => Some(node.id),
+                Opened::File { node, writable: true, readable: true, .. } => Some(node.id),
                 _ => None,
             })
             .collect();

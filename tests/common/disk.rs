@@ -89,6 +89,15 @@ impl LoopFs {
         run(Command::new("mount").arg(&self.device).arg(&self.root)).ok();
     }
 
+    /// Bytes that were written to its device
+    /// ([statistics](https://docs.kernel.org/block/stat.html)).
+    pub fn written(&self) -> u64 {
+        let name = self.device.rsplit('/').next().expect("a name");
+        let text = std::fs::read_to_string(format!("/sys/block/{name}/stat")).expect("statistics");
+        let sectors = text.split_whitespace().nth(6).and_then(|word| word.parse::<u64>().ok());
+        512 * sectors.expect("sectors written")
+    }
+
     /// Remounts it read-only: the next write to it fails.
     #[track_caller]
     pub fn read_only(&self) {

@@ -9,7 +9,7 @@ use rearviewfs::catalog::{Catalog, Durability};
 use rearviewfs::check::{CheckOptions, check};
 use rearviewfs::error::Error;
 use rearviewfs::excludes::Patterns;
-use rearviewfs::fs::{Fh, Filesystem, FsOptions, SnapDir, Wish};
+use rearviewfs::fs::{Fh, Filesystem, FsOptions, SnapDir, Wish, Writing};
 use rearviewfs::history::History;
 use rearviewfs::progress::Progress;
 use rearviewfs::replica::backing::{Creds, SetTime};
@@ -275,7 +275,7 @@ impl Driver {
             Op::Write { offset, length, fill, .. } => {
                 let bytes = pattern(fill, length as usize);
                 self.with_open(node, READ_WRITE, |fs, fh| {
-                    fs.write(fh, u64::from(offset), &bytes, false, &caller())
+                    fs.write(fh, u64::from(offset), &bytes, Writing::default(), &caller())
                 })?;
                 self.reference.content(node, |content| put(content, offset as usize, &bytes));
             }

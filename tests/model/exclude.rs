@@ -1,5 +1,6 @@
 //! The operations on files that have no history.
 
+use rearviewfs::fs::Writing;
 use rearviewfs::replica::backing::RenameMode;
 
 use super::drive::{Driver, Outcome, READ_WRITE, caller, entry, fail};
@@ -20,7 +21,7 @@ impl Driver {
         let Some(node) = self.child(at, name) else { return Err(format!("{name} was not made")) };
         self.reference.nodes[node].excluded = true;
         let wish = rearviewfs::fs::Wish { truncate: true, ..READ_WRITE };
-        self.with_open(node, wish, |fs, fh| fs.write(fh, 0, bytes, false, &caller()))?;
+        self.with_open(node, wish, |fs, fh| fs.write(fh, 0, bytes, Writing::default(), &caller()))?;
         self.reference.content(node, |content| *content = bytes.to_vec());
         self.reference.seal(node);
         Ok(())
