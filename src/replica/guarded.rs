@@ -42,7 +42,7 @@ use super::backing::{
 };
 use super::health::Fault;
 use super::together::{Piece, write_pieces};
-use crate::sys::device::{Alive, Signs, TURNS, Watch};
+use crate::sys::device::{Alive, SOON, Signs, TURNS, Watch};
 use crate::types::{EntryName, Kind, RelPath, Xattrs};
 use checked::{Argument, Checked, On};
 use workers::{Pending, Workers};
@@ -218,6 +218,9 @@ impl Guarded {
         let alive = Alive::default();
         let mut signs = Signs::new(self.workers.inner().device(), alive.clone());
         let pending = self.workers.begin(move |inner| work(inner, &alive));
+        if !pending.ends_within(SOON) {
+            signs.begin();
+        }
         let answer = pending.wait_while(self.timeout(), u32::MAX, || signs.goes_on());
         answer.inspect_err(|error| note_timeout(&self.workers, op, (None, None), error))
     }
@@ -268,6 +271,9 @@ impl UnderWay {
     /// Waits for its end.
     pub fn wait(self) -> io::Result<()> {
         let mut watch = Watch::new(self.workers.inner().device());
+        if !self.pending.ends_within(SOON) {
+            watch.begin();
+        }
         let moving = || watch.has_moved();
         let answer = self.pending.wait_while(self.timeout, self.patience, moving);
         let on = (self.subject.as_ref(), None);

@@ -3,9 +3,12 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// How many times longer than a call may something takes at most that only its device speaks for.
 pub const TURNS: u32 = 20;
+/// What ends so soon needs no look at its device, which costs as much as a sync in memory does.
+pub const SOON: Duration = Duration::from_millis(10);
 
 /// A block device, as the kernel numbers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,20 +40,27 @@ impl Device {
 /// Looks at a device now and then.
 pub struct Watch {
     device: Option<Device>,
-    completed: Option<u64>,
+    /// What the last look saw, if there was one.
+    seen: Option<Option<u64>>,
 }
 
 impl Watch {
-    /// Begins to watch.
+    /// Of a device that was not looked at yet.
     pub fn new(device: Option<Device>) -> Watch {
-        Watch { device, completed: device.and_then(Device::completed) }
+        Watch { device, seen: None }
+    }
+
+    /// Takes the first look, unless that was done.
+    pub fn begin(&mut self) {
+        let device = self.device;
+        self.seen.get_or_insert_with(|| device.and_then(Device::completed));
     }
 
     /// Whether it has completed anything since the last look; `false` where that cannot be known.
     pub fn has_moved(&mut self) -> bool {
-        let before = self.completed;
-        self.completed = self.device.and_then(Device::completed);
-        self.completed.is_some() && self.completed != before
+        let now = self.device.and_then(Device::completed);
+        let before = self.seen.replace(now);
+        now.is_some() && before.is_some_and(|before| before != now)
     }
 }
 
@@ -73,9 +83,14 @@ pub struct Signs {
 }
 
 impl Signs {
-    /// Begins to look at the device, and at what the work shows by `alive`.
+    /// Of a device that was not looked at yet, and what the work shows by `alive`.
     pub fn new(device: Option<Device>, alive: Alive) -> Signs {
         Signs { watch: Watch::new(device), alive, turns: 1 }
+    }
+
+    /// Takes the first look at the device, unless that was done.
+    pub fn begin(&mut self) {
+        self.watch.begin();
     }
 
     /// Whether there was a sign since the last look, each time after as long as a call may take.

@@ -304,6 +304,11 @@ impl<T> Pending<T> {
         self.wait_while(timeout, 1, || false)
     }
 
+    /// Waits for so long; whether the answer is there.
+    pub(super) fn ends_within(&self, time: Duration) -> bool {
+        self.call.done.wait(Some(time))
+    }
+
     /// As [`Pending::wait`]; as long as `moving` says so it waits again, `turns` times in all.
     pub(super) fn wait_while(
         self,
