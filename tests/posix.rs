@@ -278,6 +278,61 @@ fn rm_rf_of_50_000_entries_leaves_none() {
     store.finish();
 }
 
+/// Threads that only list are given other answers than those that look at what they list.
+#[test]
+fn a_listing_is_whole_and_right_whoever_lists() {
+    let store = Mounted::new();
+    let sizes = [0, 1, 31, 32, 33, 1500];
+    for size in sizes {
+        let dir = store.path(&format!("dir{size}"));
+        fs::create_dir(&dir).unwrap();
+        for number in 0..size {
+            fs::write(dir.join(format!("file{number}")), vec![b'x'; number % 7]).unwrap();
+        }
+        fs::create_dir(dir.join("below")).unwrap();
+    }
+    store.snapshot("held");
+    let list = |root: &Path, size: usize, looks: bool| {
+        let (mut found, dir) = (Vec::new(), root.join(format!("dir{size}")));
+        // What the kernel has of a listing ends with the next change.
+        if *root == *store.mnt {
+            fs::remove_dir(dir.join("below")).unwrap();
+            fs::create_dir(dir.join("below")).unwrap();
+        }
+        for entry in fs::read_dir(dir).unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            let is_dir = name == "below";
+            assert_eq!(entry.file_type().unwrap().is_dir(), is_dir, "{name}");
+            if looks && !is_dir {
+                let number: usize = name.strip_prefix("file").unwrap().parse().unwrap();
+                assert_eq!(entry.metadata().unwrap().len(), number as u64 % 7, "{name}");
+            }
+            found.push(name);
+        }
+        let mut expected: Vec<String> = (0..size).map(|number| format!("file{number}")).collect();
+        expected.push("below".into());
+        found.sort();
+        expected.sort();
+        assert_eq!(found, expected, "of {size}, looks: {looks}");
+    };
+    for root in [store.mnt.clone(), store.past("held")] {
+        for manners in [[false, false], [true, true], [false, true]] {
+            for first in sizes {
+                // Each is a thread of its own, of which nothing is known.
+                std::thread::scope(|scope| {
+                    let (root, list) = (&root, &list);
+                    scope.spawn(move || {
+                        list(root, first, manners[0]);
+                        sizes.iter().for_each(|size| list(root, *size, manners[1]));
+                    });
+                });
+            }
+        }
+    }
+    store.finish();
+}
+
 #[test]
 fn a_listing_stays_whole_while_entries_are_removed() {
     let store = Mounted::new();
