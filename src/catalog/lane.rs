@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, unbounded};
 use parking_lot::Mutex;
 
-use crate::sys::device::{Alive, Device, SOON, Signs};
+use crate::sys::device::{Alive, Device, Signs};
 use crate::types::{ReplicaId, ReplicaMap};
 
 /// How long a database may take for a commit, unless told otherwise.
@@ -99,7 +99,6 @@ impl Lanes {
 
     /// The answer, if the work has ended by now: as [`Lanes::wait`] has it. `None` if it goes on.
     pub(super) fn ended<T>(&self, replica: ReplicaId, turn: &mut Turn<T>) -> Option<Option<T>> {
-        turn.signs.begin();
         match turn.answer.try_recv() {
             Ok(answer) => return Some(Some(answer)),
             Err(TryRecvError::Empty) if Instant::now() < turn.deadline => return None,
@@ -118,10 +117,6 @@ impl Lanes {
     /// Waits for work; `None` if it hangs or could not be done at all. Then the next work of this
     /// replica gets a thread of its own.
     pub(super) fn wait<T>(&self, replica: ReplicaId, mut turn: Turn<T>) -> Option<T> {
-        if let Ok(answer) = turn.answer.recv_timeout(SOON) {
-            return Some(answer);
-        }
-        turn.signs.begin();
         loop {
             match turn.answer.recv_deadline(turn.deadline) {
                 Ok(answer) => return Some(answer),
