@@ -130,7 +130,7 @@ class Place:
 
     def __enter__(self):
         owned = self.path / OWNED
-        if os.path.ismount(self.path):
+        if any(point == self.path for point, _, _ in mounts()):
             raise Failure(f"{self.path} is a mount, which is not ours to end: name a folder in it")
         if self.path.exists() and any(self.path.iterdir()) and not owned.exists():
             raise Failure(f"{self.path} holds files that are not ours: name another --scratch")
