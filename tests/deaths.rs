@@ -325,14 +325,14 @@ fn rename(scene: &Scene, from: (&str, &str), to: (&str, &str), mode: RenameMode)
     scene.volume.rename(old.id, &name(from.1), new.id, &name(to.1), mode, &caller())
 }
 
-fn with_open(
+fn with_open<T>(
     scene: &Scene,
     path: &str,
-    f: impl FnOnce(&Volume, &Arc<Node>) -> Result<()>,
+    f: impl FnOnce(&Volume, &Arc<Node>) -> Result<T>,
 ) -> Result<()> {
     let node = scene.node(path)?;
     scene.volume.open_file(&node, true, false, &caller())?;
-    f(&scene.volume, &node)
+    f(&scene.volume, &node).map(drop)
 }
 
 each_call! {

@@ -227,6 +227,7 @@ impl Volume {
             self.on_object("chown", node, &state, move |b, o| b.chown(o, uid, gid))?;
         }
         if let Some(mode) = changes.mode {
+            node.set_unprivileged(false);
             self.on_object("chmod", node, &state, move |b, o| b.chmod(o, mode & 0o7777))?;
         }
         if changes.atime.is_some() || changes.mtime.is_some() {
@@ -281,6 +282,20 @@ impl Volume {
         caller: &Caller,
     ) -> Result<()> {
         if caller.creds.uid == 0 { Ok(()) } else { self.strip_privileges(node, state) }
+    }
+
+    /// The mode of a node may change other than by an operation on it.
+    pub(super) fn doubt_privileges(&self, id: NodeId) {
+        if let Some(node) = self.nodes.get(id) {
+            node.set_unprivileged(false);
+            self.nodes.let_go(node);
+        }
+    }
+
+    /// Whether a write has setuid or setgid to take away.
+    pub(super) fn is_privileged(&self, node: &Arc<Node>, state: &State) -> Result<bool> {
+        let mode = self.stat_locked(node, state)?.mode;
+        Ok(Privileges::stripped(mode) != mode)
     }
 
     /// Removes setuid and setgid. Capabilities went with the backing's own write.

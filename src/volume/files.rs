@@ -1,6 +1,7 @@
 //! Content of live files: open, read, write, allocate, copy, make durable.
 
 mod by_hand;
+mod level;
 
 use std::sync::Arc;
 
@@ -48,6 +49,7 @@ impl Volume {
         let _intent = if truncate { Some(self.intend(&[dirty(node)])?) } else { None };
         let entries = if truncate { self.lock_parent(node)? } else { None };
         let mut state = self.lock(node);
+        node.set_unprivileged(false);
         self.open_state(node, &mut state)?;
         let access = if writable || truncate { Access::ReadWrite } else { Access::Read };
         self.open_handles(node, &mut state, access)?;
@@ -197,8 +199,8 @@ impl Volume {
         f(&b.open_file(dir.get(id)?, &name, Access::Read)?)
     }
 
-    /// Writes to a file that is open for writing; `strip` also takes its privileges away. It may be
-    /// [deferred](super::deferred).
+    /// Writes to a file that is open for writing; `strip` also takes its privileges away, and tells
+    /// whether it had any. It may be [deferred](super::deferred).
     pub fn write(
         &self,
         node: &Arc<Node>,
@@ -206,27 +208,33 @@ impl Volume {
         data: &[u8],
         strip: bool,
         caller: &Caller,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         if data.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         let _cut = self.begin_write(node);
         self.ensure_room(data.len() as u64)?;
         let mut intent = self.intend(&[dirty(node)])?;
+        let mut strip = strip && !node.is_unprivileged();
         if !strip {
             match self.defer_beside(node, (offset, data), intent, caller) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(false),
                 Err(own) => intent = own,
             }
         }
         let mut state = node.lock_as_is();
         self.writable(node, &mut state)?;
+        if strip && !self.is_privileged(node, &state)? {
+            // As nearly every file: the kernel asks for it with each write that is not root's.
+            node.set_unprivileged(true);
+            strip = false;
+        }
         let range = ByteRange::new(offset, data.len() as u64);
         let piece = Piece { offset, bytes: data.to_vec().into() };
         if !strip && self.is_to_be_deferred(node, &state, range) {
             self.mark_unsealed(node, &mut state, true, caller);
             self.defer(node, &mut state, piece, intent);
-            return Ok(());
+            return Ok(false);
         }
         self.carry_out(node, &mut state);
         let handles = self.before_change(node, &mut state, &[range])?;
@@ -236,44 +244,7 @@ impl Volume {
         if strip {
             self.strip_privileges(node, &mut state)?;
         }
-        Ok(())
-    }
-
-    /// Writes all pieces on every replica. Where that fails, the replicas have the same parts.
-    pub(super) fn write_all(&self, handles: &Arc<Handles>, pieces: &Arc<[Piece]>) -> Result<()> {
-        self.replicas().write(handles, pieces).or_else(|error| {
-            for piece in pieces.iter() {
-                self.level(handles, ByteRange::new(piece.offset, piece.bytes.len() as u64))?;
-            }
-            Err(error)
-        })
-    }
-
-    /// After a write that failed on the primary, as on a full disk, a part of the data may be there
-    /// and nowhere else: the others get the same bytes and size, so that the replicas stay equal.
-    fn level(&self, handles: &Handles, range: ByteRange) -> Result<()> {
-        let replicas = self.replicas();
-        let (size, bytes) = replicas.read("read", |id, b| {
-            let file = handles.get(id)?;
-            let size = b.stat(file)?.size;
-            let end = range.end.min(size).max(range.start);
-            let mut bytes = vec![0; (end - range.start) as usize];
-            let got = b.read_at(file, &mut bytes, range.start)?;
-            bytes.truncate(got);
-            Ok((size, bytes))
-        })?;
-        let mut first = true;
-        replicas.apply("level", |id, b| {
-            let file = handles.get(id)?;
-            if !std::mem::replace(&mut first, false) {
-                if !bytes.is_empty() {
-                    b.write_at(file, &bytes, range.start)?;
-                }
-                b.truncate(file, size)?;
-            }
-            Ok(())
-        })?;
-        Ok(())
+        Ok(strip)
     }
 
     /// Gets a file ready for a change of these ranges: open for writing everywhere, and what the

@@ -11,7 +11,7 @@ pub mod replaced;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -47,6 +47,9 @@ pub struct Node {
     /// A leaf lock: nothing but the catalog is asked under it.
     place: Mutex<Place>,
     state: Mutex<State>,
+    /// Its mode has neither setuid nor setgid that a write would have to take away. Cleared, under
+    /// the lock of the state, before it may get one.
+    unprivileged: AtomicBool,
     /// What was written to it and is not carried out yet; of a file that is open for writing.
     pub(super) deferred: Slot,
 }
@@ -175,6 +178,16 @@ impl Node {
         self.state.try_lock()
     }
 
+    /// Whether a write has no privileges to take away, as far as is known.
+    pub fn is_unprivileged(&self) -> bool {
+        self.unprivileged.load(Ordering::Relaxed)
+    }
+
+    /// Notes that, or that it is not known any more.
+    pub fn set_unprivileged(&self, known: bool) {
+        self.unprivileged.store(known, Ordering::Relaxed);
+    }
+
     /// Counts one more lookup by the kernel. The caller holds an `Arc` of the node.
     pub fn looked_up(&self) {
         self.lookups.fetch_add(1, Ordering::Relaxed);
@@ -254,6 +267,7 @@ impl Nodes {
                 open: None,
                 stamp: self.next_stamp(),
             }),
+            unprivileged: AtomicBool::new(false),
             deferred: Slot::default(),
         })
     }

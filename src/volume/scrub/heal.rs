@@ -297,6 +297,8 @@ impl Work<'_> {
                     keep_aspects(&mut wanted, object, &[Aspect::ModificationTime]);
                 }
             }
+            // It may be given setuid.
+            volume.doubt_privileges(standing.record.row.id);
             let set = (|| {
                 let node = match standing.path.split_last() {
                     Some((parent, name)) => b.open_node(&b.open_dir(&parent)?, name)?,

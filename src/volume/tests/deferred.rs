@@ -62,7 +62,7 @@ impl Bench {
 
     fn write(&self, block: usize, byte: u8) -> Result<()> {
         let offset = (block * BLOCK) as u64;
-        self.volume.write(&self.node, offset, &[byte; BLOCK], false, &CALLER)
+        self.volume.write(&self.node, offset, &[byte; BLOCK], false, &CALLER).map(drop)
     }
 
     /// What the live file reads as, the first byte of each block.
@@ -107,6 +107,26 @@ fn many_overwrites_wait_for_one_sync() {
         assert_eq!(bench.on_disk(index), [2, 1, 2, 2]);
     }
     assert_eq!(bench.past(sealed), [1, 1, 1, 1]);
+    bench.volume.release(&bench.node, true).unwrap();
+    bench.volume.close().unwrap();
+}
+
+#[test]
+fn a_write_that_takes_privileges_is_deferred_where_there_are_none() {
+    let bench = Bench::new();
+    let (volume, before) = (&bench.volume, bench.syncs.load(Ordering::SeqCst));
+    let write = |block: usize, byte: u8| {
+        let offset = (block * BLOCK) as u64;
+        volume.write(&bench.node, offset, &[byte; BLOCK], true, &CALLER).unwrap()
+    };
+    assert!(!write(0, 2) && !write(1, 2));
+    assert_eq!(bench.syncs.load(Ordering::SeqCst), before, "nobody waits");
+    let setuid = Changes { mode: Some(0o4755), ..Changes::default() };
+    volume.set_attributes(&bench.node, &setuid, &CALLER).unwrap();
+    assert!(write(2, 3));
+    assert_eq!(volume.stat(&bench.node).unwrap().mode & 0o7777, 0o755);
+    assert!(!write(3, 3));
+    assert_eq!(bench.live(), [2, 2, 3, 3]);
     bench.volume.release(&bench.node, true).unwrap();
     bench.volume.close().unwrap();
 }

@@ -185,7 +185,7 @@ const WORKS: &[Work] = &[
             let done = rig
                 .volume
                 .write(&node, 0, b"synced", false, &CALLER)
-                .and_then(|()| rig.volume.fsync(&node, false));
+                .and_then(|_| rig.volume.fsync(&node, false));
             rig.volume.release(&node, true)?;
             done
         },
