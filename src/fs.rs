@@ -29,7 +29,7 @@ use crate::volume::{Caller, Changes, Newborn, Volume};
 pub use kernel::KernelCache;
 pub use listing::Line;
 
-use habits::Habits;
+use habits::{Habits, Manner};
 use kernel::Forgetting;
 
 /// Where the directory of snapshots is listed; it can be entered by name all the same.
@@ -90,8 +90,13 @@ enum Opened {
         readable: bool,
         past_cache: bool,
     },
-    /// The listing as it was when reading began: entries removed meanwhile do not shift the rest.
-    Dir(Mutex<Option<Arc<Vec<Line>>>>),
+    Dir {
+        thread: u32,
+        manner: Manner,
+        /// The listing as it was when reading began: entries removed meanwhile do not shift the
+        /// rest.
+        lines: Mutex<Option<Arc<Vec<Line>>>>,
+    },
     Past,
 }
 
@@ -104,6 +109,8 @@ pub struct Filesystem {
     next_handle: AtomicU64,
     forgetting: OnceLock<Arc<Forgetting>>,
     habits: Habits,
+    /// Writes may go past the kernel's cache.
+    may_pass_cache: bool,
 }
 
 fn read_only<T>() -> Result<T> {
@@ -127,6 +134,7 @@ impl Filesystem {
             next_handle: AtomicU64::new(1),
             forgetting: OnceLock::new(),
             habits: Habits::new(),
+            may_pass_cache: crate::sys::kernel_version() >= PAST_CACHE_SINCE,
         }
     }
 
@@ -171,7 +179,7 @@ impl Filesystem {
         match &*self.opened(fh)? {
             Opened::File { node, .. } => Ok(node.clone()),
             Opened::Past => read_only(),
-            Opened::Dir(_) => Err(Error::Posix(Errno::ISDIR)),
+            Opened::Dir { .. } => Err(Error::Posix(Errno::ISDIR)),
         }
     }
 
@@ -395,8 +403,10 @@ impl Filesystem {
         // For a program that only writes it would be copied once more, into pages that are taken
         // from other files. Who has a file open for both may store to a map of it, and a page of a
         // map that goes back while a part of it is written past it has the old bytes of that part:
-        // so not then.
-        let past_cache = writable && !readable && self.volume.writers(&node) == 1;
+        // so not then. Nor where each write is to be durable: then the kernel holds the file's lock
+        // until it is, which it does not when it asks for that itself.
+        let only_writes = writable && !readable && !wish.synchronous;
+        let past_cache = self.may_pass_cache && only_writes && self.volume.writers(&node) == 1;
         self.keep_open(Opened::File { node, writable, readable, past_cache })
     }
 
@@ -439,14 +449,17 @@ impl Filesystem {
         how: Writing,
         caller: &Caller,
     ) -> Result<()> {
-        let opened = self.opened(fh)?;
-        let Opened::File { node, past_cache, .. } = &*opened else {
-            return self.file(fh).map(|_| ());
-        };
-        self.volume.write(node, offset, data, how.strip, caller)?;
+        let node = self.file(fh)?;
+        let has_lost_rights = self.volume.write(&node, offset, data, how.strip, caller)?;
+        if let (true, Some(forgetting)) = (has_lost_rights, self.forgetting.get()) {
+            // Past its cache the kernel would go on with the mode that it knows, and run it so.
+            forgetting.cache.forget_attributes(node.id.0);
+        }
         match how.sync {
-            // What goes by the kernel's cache it makes durable itself, with a request of its own.
-            Some(data_only) if *past_cache => self.volume.fsync(node, data_only),
+            // What goes through its cache the kernel makes durable by a request of its own.
+            Some(sync) if self.writes_past_cache(fh) => {
+                self.volume.fsync(&node, sync == WriteSync::Data)
+            }
             _ => Ok(()),
         }
     }
@@ -505,6 +518,8 @@ pub struct Wish {
     pub writable: bool,
     /// `O_TRUNC`.
     pub truncate: bool,
+    /// `O_SYNC` or `O_DSYNC`.
+    pub synchronous: bool,
     /// It is to be run.
     pub execute: bool,
 }
@@ -514,17 +529,35 @@ pub struct Wish {
 pub struct Writing {
     /// Setuid and setgid must go.
     pub strip: bool,
-    /// It is to be durable when it is answered, and the metadata with it unless only the data is.
-    pub sync: Option<bool>,
+    /// What is to be durable when it is answered.
+    pub sync: Option<WriteSync>,
+}
+
+/// What a write is to make durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteSync {
+    /// What reading it back needs.
+    Data,
+    /// The metadata as well.
+    All,
 }
 
 impl Writing {
     /// What the flags of `open(2)`, or of `pwritev2(2)` as the kernel tells them here, ask for.
     pub fn from_flags(strip: bool, flags: i32) -> Writing {
-        let has = |all: i32| flags & all == all;
-        Writing { strip, sync: has(libc::O_DSYNC).then(|| !has(libc::O_SYNC)) }
+        let sync = match flags & libc::O_SYNC {
+            // O_DSYNC is a part of it.
+            libc::O_SYNC => Some(WriteSync::All),
+            libc::O_DSYNC => Some(WriteSync::Data),
+            _ => None,
+        };
+        Writing { strip, sync }
     }
 }
+
+/// Kernels that drop what they have cached of a file also after a write past the cache: those
+/// before leave what somebody read meanwhile, and from 5.15 to 6.5 all that was read before.
+const PAST_CACHE_SINCE: (u32, u32, u32) = (6, 18, 20);
 
 /// What `execve(2)` opens a file with, in the kernel's own flags (`__FMODE_EXEC`).
 const FMODE_EXEC: i32 = 0x20;
@@ -537,6 +570,7 @@ impl Wish {
             readable: mode != libc::O_WRONLY,
             writable: mode != libc::O_RDONLY,
             truncate: flags & libc::O_TRUNC != 0,
+            synchronous: flags & libc::O_DSYNC != 0,
             execute: flags & FMODE_EXEC != 0,
         }
     }

@@ -41,6 +41,8 @@ const MAX_BACKGROUND: u16 = 512;
 
 /// Asks the kernel for what we want of it, where it has that.
 pub fn ask_kernel(config: &mut KernelConfig) {
+    // Not FUSE_ASYNC_DIO: the kernel answers such a write by libaio or io_uring before it is made
+    // durable, and drops what it has cached when it is sent, not when it is done.
     // Not FUSE_ATOMIC_O_TRUNC, though it saves a request: with it, open(O_RDONLY|O_TRUNC) of a
     // running program empties it before the kernel says ETXTBSY.
     let wanted = [
@@ -51,7 +53,6 @@ pub fn ask_kernel(config: &mut KernelConfig) {
         InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         InitFlags::FUSE_POSIX_ACL,
         InitFlags::FUSE_DONT_MASK,
-        InitFlags::FUSE_ASYNC_DIO,
         InitFlags::FUSE_EXPLICIT_INVAL_DATA,
         InitFlags::FUSE_NO_EXPORT_SUPPORT,
     ];
@@ -76,11 +77,11 @@ impl fuser::Filesystem for Fuse {
 
     fn destroy(&mut self) {}
 
-    fn lookup(&self, req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, _req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEntry) {
         guarded(|| {
             let found = name(entry).and_then(|entry| self.fs.lookup(parent.0, &entry));
             if let Ok(found) = &found {
-                self.fs.looked_up(req.pid(), parent.0, found);
+                self.fs.looked_up(parent.0, found);
             }
             answer_lookup(reply, parent, found);
         });
@@ -376,24 +377,24 @@ impl fuser::Filesystem for Fuse {
         guarded(|| answer_empty(reply, self.fs.fsync(Fh(fh.0), datasync)));
     }
 
-    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        guarded(|| match self.fs.open_dir(ino.0) {
-            Ok(fh) => {
-                // The listing of `.snapshots` changes without the kernel's doing.
-                let flags = if self.fs.keeps_listing(ino.0) {
-                    FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE
-                } else {
-                    FopenFlags::empty()
-                };
-                reply.opened(FileHandle(fh.0), flags);
+    fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        guarded(|| {
+            let fh = self.fs.open_dir(req.pid());
+            let mut flags = FopenFlags::empty();
+            // The listing of `.snapshots` changes without the kernel's doing.
+            if self.fs.keeps_listing(ino.0) {
+                flags |= FopenFlags::FOPEN_CACHE_DIR;
+                if !self.fs.is_listed_anew(ino.0, fh) {
+                    flags |= FopenFlags::FOPEN_KEEP_CACHE;
+                }
             }
-            Err(error) => reply.error(errno(&error)),
+            reply.opened(FileHandle(fh.0), flags);
         });
     }
 
     fn readdir(
         &self,
-        req: &Request,
+        _req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -402,7 +403,7 @@ impl fuser::Filesystem for Fuse {
         guarded(|| match self.fs.list(ino.0, Fh(fh.0), offset == 0) {
             Ok(lines) => {
                 let offset = offset as usize;
-                let most = self.fs.lines_max(req.pid(), offset);
+                let most = self.fs.lines_max(Fh(fh.0), offset);
                 for (index, line) in lines.iter().enumerate().skip(offset).take(most) {
                     let next = index as u64 + 1;
                     let kind = file_type(line.kind);
@@ -418,13 +419,13 @@ impl fuser::Filesystem for Fuse {
 
     fn readdirplus(
         &self,
-        req: &Request,
+        _req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
         reply: ReplyDirectoryPlus,
     ) {
-        guarded(|| list_plus(&self.fs, req.pid(), (ino, Fh(fh.0)), offset as usize, reply));
+        guarded(|| list_plus(&self.fs, ino, Fh(fh.0), offset as usize, reply));
     }
 
     fn releasedir(

@@ -28,6 +28,19 @@ pub mod device;
 pub mod patience;
 pub mod sqlite;
 
+/// The version of the running kernel (`uname(2)`); what cannot be read of it is 0.
+pub fn kernel_version() -> (u32, u32, u32) {
+    parse_version(&rustix::system::uname().release().to_string_lossy())
+}
+
+/// `6.18.44-fc-v657`, `6.1.0-18-amd64`, `6.19-rc3`.
+fn parse_version(release: &str) -> (u32, u32, u32) {
+    let numbers = release.split(|c: char| !c.is_ascii_digit() && c != '.').next();
+    let mut parts = numbers.unwrap_or_default().split('.').map(|part| part.parse().unwrap_or(0));
+    let mut next = || parts.next().unwrap_or(0);
+    (next(), next(), next())
+}
+
 /// What one thread is at present; the kernel's state, remembered.
 #[derive(Clone, Copy)]
 struct Identity {
@@ -311,6 +324,15 @@ mod tests {
             assume_daemon();
             assert_eq!(effective(), before);
         });
+    }
+
+    #[test]
+    fn versions_of_kernels_are_read_as_they_are_written() {
+        assert_eq!(parse_version("6.18.44-fc-v657"), (6, 18, 44));
+        assert_eq!(parse_version("6.1.0-18-amd64"), (6, 1, 0));
+        assert_eq!(parse_version("6.19-rc3"), (6, 19, 0));
+        assert_eq!((parse_version("5.15.0+"), parse_version("what")), ((5, 15, 0), (0, 0, 0)));
+        assert!(kernel_version() > (4, 0, 0));
     }
 
     #[test]

@@ -291,10 +291,10 @@ fn a_listing_is_whole_and_right_whoever_lists() {
         }
         fs::create_dir(dir.join("below")).unwrap();
     }
-    store.snapshot("held");
+    (0..3).for_each(|number| store.snapshot(&format!("held{number}")));
     let list = |root: &Path, size: usize, looks: bool| {
         let (mut found, dir) = (Vec::new(), root.join(format!("dir{size}")));
-        // What the kernel has of a listing ends with the next change.
+        // The kernel's own listing is dropped at the next change.
         if *root == *store.mnt {
             fs::remove_dir(dir.join("below")).unwrap();
             fs::create_dir(dir.join("below")).unwrap();
@@ -316,8 +316,9 @@ fn a_listing_is_whole_and_right_whoever_lists() {
         expected.sort();
         assert_eq!(found, expected, "of {size}, looks: {looks}");
     };
-    for root in [store.mnt.clone(), store.past("held")] {
-        for manners in [[false, false], [true, true], [false, true]] {
+    for (number, manners) in [[false, false], [true, true], [false, true]].iter().enumerate() {
+        // Of the past the kernel keeps its listing, so each snapshot is listed in one manner.
+        for root in [store.mnt.clone(), store.past(&format!("held{number}"))] {
             for first in sizes {
                 // Each is a thread of its own, of which nothing is known.
                 std::thread::scope(|scope| {
@@ -420,6 +421,31 @@ fn setgid_directories_umask_and_sticky_bits_behave() {
     shell(&store.mnt, "echo x > tool; chmod 6777 tool");
     user.shell(&format!("echo y >> {:?}", store.path("tool"))).ok();
     assert_eq!(fs::metadata(store.path("tool")).unwrap().mode() & 0o7777, 0o777);
+    store.finish();
+}
+
+/// The kernel must not run it by the mode that it had: nobody asks for the new one in between.
+#[test]
+fn a_setuid_program_that_another_writes_to_does_not_run_as_its_owner() {
+    need(&["python3"]);
+    let store = Mounted::new();
+    shell(&store.mnt, "cp /usr/bin/id id && cp /usr/bin/id gid && chmod 4777 id && chmod 2777 gid");
+    let user = ordinary_user();
+    let told = |program: &str, words: &str| {
+        format!(
+            "import os\nos.chdir({:?})\nfd = os.open('{program}', os.O_WRONLY)\n\
+             part = open('/usr/bin/id', 'rb').read(4096)\n\
+             for _ in range(2): assert os.pwrite(fd, part, 0) == 4096\nos.close(fd)\n\
+             os.execv('./{program}', ['id', '{words}'])",
+            store.mnt
+        )
+    };
+    for (program, words, own) in [("id", "-u", user.uid), ("gid", "-g", user.gid)] {
+        let run_it = || user.shell(&format!("{:?} {words}", store.path(program))).ok();
+        assert_eq!(run_it(), "0\n", "the mount has suid");
+        let mut python = user.command("python3");
+        assert_eq!(run(python.args(["-c", &told(program, words)])).ok(), format!("{own}\n"));
+    }
     store.finish();
 }
 

@@ -6,6 +6,7 @@ mod common;
 use std::fs::{self, File, OpenOptions};
 use std::io::{IoSlice, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
@@ -130,6 +131,53 @@ for at in range(0, len(found), 4096): found[at] = 0
 assert found == expected
 "#,
     );
+    store.finish();
+}
+
+/// What somebody reads while it is written past the kernel's cache must not stay in that.
+#[test]
+fn a_reader_beside_a_writer_leaves_nothing_old_in_the_cache() {
+    const PAGE: usize = 4096;
+    const PAGES: usize = 8;
+    let store = Mounted::new();
+    let path = store.path("log");
+    fs::write(&path, vec![0; PAGES * PAGE]).unwrap();
+    let (writer, done) =
+        (OpenOptions::new().write(true).open(&path).unwrap(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let (reader, mut page) = (File::open(&path).unwrap(), [0; 2 * PAGE]);
+                while !done.load(Ordering::Relaxed) {
+                    for number in 0..PAGES {
+                        reader.read_at(&mut page, (number * PAGE) as u64).unwrap();
+                    }
+                    let end = reader.metadata().unwrap().len();
+                    reader.read_at(&mut page, end - 100).unwrap();
+                }
+            });
+        }
+        let check = |at: u64, bytes: &[u8]| {
+            let mut found = vec![0; bytes.len()];
+            let reader = File::open(&path).unwrap();
+            reader.read_exact_at(&mut found, at).unwrap();
+            found == bytes
+        };
+        // Told after the others have ended: a panic here would leave them reading.
+        let mut old = None;
+        for number in 0..6000_usize {
+            let bytes = vec![number as u8 | 1; 300 + number % 3000];
+            let at = match number % 3 {
+                0 => fs::metadata(&path).unwrap().len(),
+                _ => (number % PAGES * PAGE + 100) as u64,
+            };
+            writer.write_all_at(&bytes, at).unwrap();
+            old = old.or((!check(at, &bytes)).then_some((number, at)));
+        }
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(old, None, "old bytes are shown after that write");
+    });
+    drop(writer);
     store.finish();
 }
 

@@ -176,7 +176,7 @@ impl Walk<'_> {
             Kind::Symlink => drop(fs.readlink(ino)),
             Kind::File => self.read(ino),
             Kind::Dir => {
-                let Ok(fh) = fs.open_dir(ino) else { return };
+                let fh = fs.open_dir(0);
                 let lines = fs.list(ino, fh, true);
                 fs.release_dir(fh);
                 for line in lines.iter().flat_map(|lines| lines.iter()) {
@@ -197,7 +197,13 @@ impl Walk<'_> {
     }
 
     fn read(&self, ino: u64) {
-        let wish = Wish { readable: true, writable: false, truncate: false, execute: false };
+        let wish = Wish {
+            readable: true,
+            writable: false,
+            truncate: false,
+            synchronous: false,
+            execute: false,
+        };
         let Ok(fh) = self.fs.open(ino, wish, &caller()) else { return };
         let mut buffer = vec![0; 64 << 10];
         for offset in [0, 4096, 60_000, 1 << 40, i64::MAX as u64 - 4096] {
@@ -219,7 +225,13 @@ fn name(text: &str) -> EntryName {
 fn change(fs: &Filesystem) -> error::Result<()> {
     let (root, caller) = (NodeId::ROOT.0, caller());
     let dir = fs.make(root, &name("new"), &Newborn::Dir, 0o755, &caller);
-    let wish = Wish { readable: true, writable: true, truncate: false, execute: false };
+    let wish = Wish {
+        readable: true,
+        writable: true,
+        truncate: false,
+        synchronous: false,
+        execute: false,
+    };
     let dir = dir.map_or(root, |dir| dir.stat.ino);
     if let Ok((_, fh)) = fs.create(dir, &name("file"), 0o644, wish, &caller) {
         let _ = fs.write(fh, 0, b"new", Writing::default(), &caller);

@@ -1,99 +1,129 @@
 //! Which threads look at what they list.
 //!
 //! The kernel begins every listing with a request for the entries and all their attributes, whoever
-//! lists. `ls -l` and backups want those, and would have to ask for each by itself; `find` by name,
-//! a shell that completes a word and what searches in files do not, and each attribute that nobody
-//! had in memory is a place on a disk to be read. So a thread that is not known gets no attributes
-//! with its first listing, and is known once it looks up a file in it. The kernel asks for the rest
-//! of a listing as it was used so far, so that even the first one of a long directory gets them.
+//! lists. `ls -l` and backups want those, and would have to ask for each by itself; `find` by name
+//! and a shell that completes a word do not, and each attribute that nobody had in memory is a
+//! place on a disk to be read. So a thread that is not known gets names alone with its first
+//! listing. It is known once somebody looks up a file that it was told of so: programs list in one
+//! thread and look in others. The kernel asks for the rest of a listing as it was used so far, so
+//! that even the first one of a long directory goes on with attributes.
+//!
+//! What the kernel keeps of a listing has no attributes where whoever it was made for had no use
+//! for them. For a thread that has, such a listing is made anew.
 
 use std::num::NonZeroUsize;
 
 use lru::LruCache;
 use parking_lot::Mutex;
 
-use super::{Filesystem, Found};
+use super::{Fh, Filesystem, Found, Opened};
+use crate::error::Result;
 use crate::types::Kind;
 
 /// Threads that are remembered.
-const THREADS: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
+const THREADS: NonZeroUsize = NonZeroUsize::new(1024).expect("more than 0");
+/// Directories of which names alone were told that are remembered.
+const BARE_DIRS: NonZeroUsize = NonZeroUsize::new(16 << 10).expect("more than 0");
 /// Entries that a thread which is not known gets with the first part of its first listing: if it
 /// looks at them it has asked for few of them by itself.
 const TRIAL_LINES: usize = 32;
 
+/// What a thread does with what it lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Manner {
+    /// It lists for the first time.
+    Unknown,
+    /// Nobody looked at what it had listed.
+    Passes,
+    /// Somebody looked up a file of which it had been told the name.
+    Looks,
+}
+
 /// What is known of threads.
 pub(super) struct Habits {
-    threads: Mutex<LruCache<u32, Habit>>,
+    known: Mutex<Known>,
 }
 
-struct Habit {
-    /// The directory whose listing it began last.
-    dir: u64,
-    manner: Manner,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Manner {
-    /// It has begun one listing.
-    Unknown,
-    /// It has begun others, and looked at nothing in those before.
-    Passes,
-    /// It has looked at a file that it had listed.
-    Looks,
+struct Known {
+    threads: LruCache<u32, Manner>,
+    /// Directories of which a thread was told the names alone when they were listed last.
+    bare: LruCache<u64, u32>,
 }
 
 impl Habits {
     pub(super) fn new() -> Habits {
-        Habits { threads: Mutex::new(LruCache::new(THREADS)) }
+        let known = Known { threads: LruCache::new(THREADS), bare: LruCache::new(BARE_DIRS) };
+        Habits { known: Mutex::new(known) }
     }
 
-    /// A thread begins to list a directory. Whether it is likely to look at what is in it.
-    fn begin(&self, thread: u32, dir: u64) -> bool {
-        let mut threads = self.threads.lock();
-        let Some(habit) = threads.get_mut(&thread) else {
-            threads.put(thread, Habit { dir, manner: Manner::Unknown });
-            return false;
+    /// A thread is about to list a directory. One that has no number in our eyes looks.
+    pub(super) fn open(&self, thread: u32) -> Manner {
+        if thread == 0 {
+            return Manner::Looks;
+        }
+        let threads = &mut self.known.lock().threads;
+        let Some(manner) = threads.get_mut(&thread) else {
+            threads.put(thread, Manner::Unknown);
+            return Manner::Unknown;
         };
-        if habit.manner == Manner::Unknown && habit.dir != dir {
-            habit.manner = Manner::Passes;
+        if *manner == Manner::Unknown {
+            *manner = Manner::Passes;
         }
-        habit.dir = dir;
-        habit.manner == Manner::Looks
+        *manner
     }
 
-    /// A thread looked up a file in a directory.
-    fn look(&self, thread: u32, dir: u64) {
-        let mut threads = self.threads.lock();
-        if let Some(habit) = threads.get_mut(&thread).filter(|habit| habit.dir == dir) {
-            habit.manner = Manner::Looks;
+    /// A listing begins for a thread, with the names alone or with all.
+    fn begin(&self, thread: u32, dir: u64, with_attributes: bool) {
+        let bare = &mut self.known.lock().bare;
+        match with_attributes {
+            true => _ = bare.pop(&dir),
+            false => _ = bare.put(dir, thread),
         }
     }
 
-    fn is_known(&self, thread: u32) -> bool {
-        let threads = self.threads.lock();
-        threads.peek(&thread).is_none_or(|habit| habit.manner != Manner::Unknown)
+    fn is_bare(&self, dir: u64) -> bool {
+        self.known.lock().bare.contains(&dir)
+    }
+
+    /// Somebody looked up a file in a directory.
+    fn look(&self, dir: u64) {
+        let Known { threads, bare } = &mut *self.known.lock();
+        if let Some(manner) = bare.peek(&dir).and_then(|thread| threads.get_mut(thread)) {
+            *manner = Manner::Looks;
+        }
     }
 }
 
 impl Filesystem {
-    /// Whether the thread that begins to list a directory is to be told the attributes of what is
-    /// in it as well. One that has no number in our eyes is.
-    pub fn is_to_have_attributes(&self, thread: u32, dir: u64) -> bool {
-        thread == 0 || self.habits.begin(thread, dir)
+    /// Whether the kernel has the names alone of an open directory, for a thread that wants more:
+    /// then it is to ask anew.
+    pub fn is_listed_anew(&self, ino: u64, fh: Fh) -> bool {
+        let opened = self.opened(fh);
+        let looks = matches!(opened.as_deref(), Ok(Opened::Dir { manner: Manner::Looks, .. }));
+        looks && self.habits.is_bare(ino)
     }
 
-    /// A thread looked up a name by itself. To descend into a directory is not to look at it: who
+    /// Begins a listing with `.` and `..`. Whether it is to go on with attributes.
+    pub fn begins_with_attributes(&self, ino: u64, fh: Fh) -> Result<bool> {
+        let Opened::Dir { thread, manner, .. } = &*self.opened(fh)? else { return Ok(true) };
+        let looks = *manner == Manner::Looks;
+        self.habits.begin(*thread, ino, looks);
+        Ok(looks)
+    }
+
+    /// Somebody looked up a name by itself. To descend into a directory is not to look at it: who
     /// lists it next needs nothing else of it.
-    pub fn looked_up(&self, thread: u32, dir: u64, found: &Found) {
+    pub fn looked_up(&self, dir: u64, found: &Found) {
         if found.stat.kind != Kind::Dir {
-            self.habits.look(thread, dir);
+            self.habits.look(dir);
         }
     }
 
     /// How many lines without attributes the next part of a listing may have, from `offset` on.
-    pub fn lines_max(&self, thread: u32, offset: usize) -> usize {
-        let is_trial = offset < TRIAL_LINES && !self.habits.is_known(thread);
-        if is_trial { TRIAL_LINES } else { usize::MAX }
+    pub fn lines_max(&self, fh: Fh, offset: usize) -> usize {
+        let opened = self.opened(fh);
+        let is_new = matches!(opened.as_deref(), Ok(Opened::Dir { manner: Manner::Unknown, .. }));
+        if is_new && offset < TRIAL_LINES { TRIAL_LINES } else { usize::MAX }
     }
 }
 
@@ -105,32 +135,39 @@ mod tests {
     const TWO: u64 = 11;
 
     #[test]
-    fn who_looks_at_a_listed_file_gets_attributes_from_then_on() {
+    fn whose_listed_files_are_looked_up_gets_attributes_from_then_on() {
         let habits = Habits::new();
-        assert!(!habits.begin(7, ONE) && !habits.is_known(7));
-        habits.look(7, TWO);
-        assert!(!habits.is_known(7), "that one it did not list");
-        habits.look(7, ONE);
-        assert!(habits.is_known(7) && habits.begin(7, TWO) && habits.begin(7, ONE));
-        assert!(!habits.begin(8, ONE), "another thread");
+        assert_eq!(habits.open(7), Manner::Unknown);
+        habits.begin(7, ONE, false);
+        habits.look(TWO);
+        assert_eq!(habits.open(7), Manner::Passes, "that one it did not list");
+        habits.look(ONE);
+        assert_eq!(habits.open(7), Manner::Looks);
+        assert_eq!(habits.open(8), Manner::Unknown, "another thread");
+        assert_eq!(habits.open(0), Manner::Looks, "no thread of ours");
     }
 
     #[test]
-    fn who_lists_on_and_on_is_known_too_and_may_look_later() {
+    fn a_listing_with_attributes_takes_the_place_of_one_without() {
         let habits = Habits::new();
-        habits.begin(7, ONE);
-        assert!(!habits.begin(7, ONE) && !habits.is_known(7), "rewound");
-        assert!(!habits.begin(7, TWO) && habits.is_known(7));
-        habits.look(7, TWO);
-        assert!(habits.begin(7, ONE));
+        habits.open(7);
+        habits.begin(7, ONE, false);
+        assert!(habits.is_bare(ONE) && !habits.is_bare(TWO));
+        habits.begin(8, ONE, true);
+        assert!(!habits.is_bare(ONE));
+        habits.look(ONE);
+        assert_eq!(habits.open(7), Manner::Passes, "that was not its listing");
     }
 
     #[test]
-    fn old_threads_are_forgotten() {
+    fn old_threads_and_directories_are_forgotten() {
         let habits = Habits::new();
-        (0..2 * THREADS.get() as u32).for_each(|thread| _ = habits.begin(thread, ONE));
-        assert_eq!(habits.threads.lock().len(), THREADS.get());
-        habits.look(0, ONE);
-        assert!(!habits.begin(0, TWO));
+        for number in 1..=u32::try_from(2 * BARE_DIRS.get()).unwrap() {
+            habits.open(number);
+            habits.begin(number, number.into(), false);
+        }
+        let known = habits.known.lock();
+        assert_eq!((known.threads.len(), known.bare.len()), (THREADS.get(), BARE_DIRS.get()));
+        assert!(!known.bare.contains(&1) && !known.threads.contains(&1));
     }
 }

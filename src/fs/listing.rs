@@ -33,9 +33,10 @@ impl Line {
 }
 
 impl Filesystem {
-    /// Opens a directory for listing.
-    pub fn open_dir(&self, _ino: u64) -> Result<Fh> {
-        Ok(self.keep_open(Opened::Dir(Mutex::new(None))))
+    /// Opens a directory for listing, by a thread.
+    pub fn open_dir(&self, thread: u32) -> Fh {
+        let manner = self.habits.open(thread);
+        self.keep_open(Opened::Dir { thread, manner, lines: Mutex::new(None) })
     }
 
     /// Whether the kernel may keep the listing of a directory until it is told, or changes it.
@@ -46,8 +47,8 @@ impl Filesystem {
     /// The listing of an open directory; `fresh` reads it anew, as `rewinddir(3)` wants.
     pub fn list(&self, ino: u64, fh: Fh, fresh: bool) -> Result<Arc<Vec<Line>>> {
         let opened = self.opened(fh)?;
-        let Opened::Dir(listing) = &*opened else { return Err(Error::Posix(Errno::NOTDIR)) };
-        let mut listing = listing.lock();
+        let Opened::Dir { lines, .. } = &*opened else { return Err(Error::Posix(Errno::NOTDIR)) };
+        let mut listing = lines.lock();
         match listing.as_ref() {
             Some(lines) if !fresh => Ok(lines.clone()),
             _ => {

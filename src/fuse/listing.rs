@@ -16,13 +16,13 @@ const PLUS_BATCH: usize = 64;
 /// `.` and `..`, with which every listing begins: the kernel takes no attributes of them.
 const DOTS: usize = 2;
 
-/// Answers `thread` with the entries of a directory from `offset` on. The kernel begins every
-/// listing with such a request: of a thread that has no use for the attributes it is answered with
+/// Answers with the entries of a directory from `offset` on. The kernel begins every
+/// listing with such a request: for a thread that has no use for the attributes it is answered with
 /// the first two lines, and the kernel asks for the others without.
 pub(super) fn list_plus(
     fs: &Filesystem,
-    thread: u32,
-    (ino, fh): (INodeNo, Fh),
+    ino: INodeNo,
+    fh: Fh,
     offset: usize,
     mut reply: ReplyDirectoryPlus,
 ) {
@@ -30,8 +30,8 @@ pub(super) fn list_plus(
         Ok(lines) => lines,
         Err(error) => return reply.error(errno(&error)),
     };
-    let begins = offset == 0 && !fs.is_to_have_attributes(thread, ino.0);
-    let end = if begins { DOTS.min(lines.len()) } else { lines.len() };
+    let all = offset > 0 || fs.begins_with_attributes(ino.0, fh).unwrap_or(true);
+    let end = if all { lines.len() } else { DOTS.min(lines.len()) };
     let mut next = offset as u64;
     for part in lines[offset.min(end)..end].chunks(PLUS_BATCH) {
         let found = match fs.listed(ino.0, part) {

@@ -68,7 +68,7 @@ impl Driver {
         first: &mut BTreeMap<u64, String>,
     ) -> Outcome {
         let fs = self.fs();
-        let fh = fs.open_dir(dir).or_else(fail("opendir"))?;
+        let fh = fs.open_dir(0);
         let lines = fs.list(dir, fh, true).or_else(fail("readdir"))?;
         fs.release_dir(fh);
         let mut lines: Vec<_> = lines.iter().skip(2).collect();
@@ -112,7 +112,13 @@ impl Driver {
 
     fn read_file(&self, ino: u64, size: u64) -> Outcome<Vec<u8>> {
         let fs = self.fs();
-        let wish = Wish { readable: true, writable: false, truncate: false, execute: false };
+        let wish = Wish {
+            readable: true,
+            writable: false,
+            truncate: false,
+            synchronous: false,
+            execute: false,
+        };
         let fh = fs.open(ino, wish, &caller()).or_else(fail("open for reading"))?;
         let mut bytes = vec![0; size as usize + 10];
         let got = fs.read(ino, fh, 0, &mut bytes).or_else(fail("read"))?;

@@ -25,7 +25,7 @@ pub type Outcome<T = ()> = Result<T, String>;
 /// What has no history, where anything is excluded.
 const EXCLUDED: &str = "*.tmp";
 pub(super) const READ_WRITE: Wish =
-    Wish { readable: true, writable: true, truncate: false, execute: false };
+    Wish { readable: true, writable: true, truncate: false, synchronous: false, execute: false };
 
 /// A remembered moment with what it must show for ever.
 pub struct Moment {
@@ -389,7 +389,7 @@ impl Driver {
             Op::WriteOpen { offset, length, fill, .. } => {
                 let bytes = pattern(fill, length as usize);
                 self.fs()
-                    .write(fh, u64::from(offset), &bytes, false, &caller())
+                    .write(fh, u64::from(offset), &bytes, Writing::default(), &caller())
                     .or_else(fail("write"))?;
                 self.reference.content(node, |content| put(content, offset as usize, &bytes));
             }
