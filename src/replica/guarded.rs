@@ -216,12 +216,12 @@ impl Guarded {
         work: impl FnOnce(&dyn Backing, &Alive) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         let alive = Alive::default();
-        let mut signs = Signs::new(self.workers.inner().device(), alive.clone());
-        let pending = self.workers.begin(move |inner| work(inner, &alive));
-        if !pending.ends_within(SOON) {
-            signs.begin();
-        }
-        let answer = pending.wait_while(self.timeout(), u32::MAX, || signs.goes_on());
+        let own = alive.clone();
+        let pending = self.workers.begin(move |inner| work(inner, &own));
+        let mut signs =
+            (!pending.ends_within(SOON)).then(|| Signs::new(self.workers.inner().device(), alive));
+        let goes_on = || signs.as_mut().is_some_and(Signs::goes_on);
+        let answer = pending.wait_while(self.timeout(), u32::MAX, goes_on);
         answer.inspect_err(|error| note_timeout(&self.workers, op, (None, None), error))
     }
 
@@ -270,11 +270,9 @@ pub struct UnderWay {
 impl UnderWay {
     /// Waits for its end.
     pub fn wait(self) -> io::Result<()> {
-        let mut watch = Watch::new(self.workers.inner().device());
-        if !self.pending.ends_within(SOON) {
-            watch.begin();
-        }
-        let moving = || watch.has_moved();
+        let mut watch =
+            (!self.pending.ends_within(SOON)).then(|| Watch::new(self.workers.inner().device()));
+        let moving = || watch.as_mut().is_some_and(Watch::has_moved);
         let answer = self.pending.wait_while(self.timeout, self.patience, moving);
         let on = (self.subject.as_ref(), None);
         answer.inspect_err(|error| note_timeout(&self.workers, self.op, on, error))

@@ -40,27 +40,20 @@ impl Device {
 /// Looks at a device now and then.
 pub struct Watch {
     device: Option<Device>,
-    /// What the last look saw, if there was one.
-    seen: Option<Option<u64>>,
+    completed: Option<u64>,
 }
 
 impl Watch {
-    /// Of a device that was not looked at yet.
+    /// Begins to watch.
     pub fn new(device: Option<Device>) -> Watch {
-        Watch { device, seen: None }
-    }
-
-    /// Takes the first look, unless that was done.
-    pub fn begin(&mut self) {
-        let device = self.device;
-        self.seen.get_or_insert_with(|| device.and_then(Device::completed));
+        Watch { device, completed: device.and_then(Device::completed) }
     }
 
     /// Whether it has completed anything since the last look; `false` where that cannot be known.
     pub fn has_moved(&mut self) -> bool {
-        let now = self.device.and_then(Device::completed);
-        let before = self.seen.replace(now);
-        now.is_some() && before.is_some_and(|before| before != now)
+        let before = self.completed;
+        self.completed = self.device.and_then(Device::completed);
+        self.completed.is_some() && self.completed != before
     }
 }
 
@@ -83,14 +76,9 @@ pub struct Signs {
 }
 
 impl Signs {
-    /// Of a device that was not looked at yet, and what the work shows by `alive`.
+    /// Begins to look at the device, and at what the work shows by `alive`.
     pub fn new(device: Option<Device>, alive: Alive) -> Signs {
         Signs { watch: Watch::new(device), alive, turns: 1 }
-    }
-
-    /// Takes the first look at the device, unless that was done.
-    pub fn begin(&mut self) {
-        self.watch.begin();
     }
 
     /// Whether there was a sign since the last look, each time after as long as a call may take.

@@ -72,11 +72,7 @@ struct OwnCall {
 impl OwnCalls {
     /// A call begins; `watched` is one that may take as long as that device goes on working.
     pub(super) fn begin(&self, op: &'static str, watched: Option<Option<Device>>) -> u64 {
-        let watch = watched.map(|device| {
-            let mut watch = Watch::new(device);
-            watch.begin();
-            (watch, 1)
-        });
+        let watch = watched.map(|device| (Watch::new(device), 1));
         let mut book = self.0.lock();
         book.next += 1;
         let number = book.next;
