@@ -284,14 +284,6 @@ impl Volume {
         if caller.creds.uid == 0 { Ok(()) } else { self.strip_privileges(node, state) }
     }
 
-    /// The mode of a node may change other than by an operation on it.
-    pub(super) fn doubt_privileges(&self, id: NodeId) {
-        if let Some(node) = self.nodes.get(id) {
-            node.set_unprivileged(false);
-            self.nodes.let_go(node);
-        }
-    }
-
     /// Whether a write has setuid or setgid to take away.
     pub(super) fn is_privileged(&self, node: &Arc<Node>, state: &State) -> Result<bool> {
         let mode = self.stat_locked(node, state)?.mode;
@@ -432,6 +424,8 @@ impl Volume {
         let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(node)])?;
         let mut state = self.lock(node);
+        // An access list can make setgid mean execution.
+        node.set_unprivileged(false);
         self.check_room(node, name, value)?;
         let (key, own) = (name.to_owned(), value.to_vec());
         note_attributed(&mut state);
@@ -486,6 +480,7 @@ impl Volume {
         let _cut = self.begin_change();
         let _intent = self.intend(&[dirty(node)])?;
         let mut state = self.lock(node);
+        node.set_unprivileged(false);
         let key = name.to_owned();
         note_attributed(&mut state);
         self.on_object("removexattr", node, &state, move |b, o| b.remove_xattr(o, &key))?;

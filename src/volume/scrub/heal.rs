@@ -52,6 +52,8 @@ impl Work<'_> {
         copies: &[Copy],
     ) -> Result<Vec<Edit>> {
         let mut edits = Vec::new();
+        // It may be given setuid.
+        node.set_unprivileged(false);
         if node.kind == Kind::File {
             match judge(standing, copies) {
                 Verdict::Conflict => {
@@ -297,8 +299,6 @@ impl Work<'_> {
                     keep_aspects(&mut wanted, object, &[Aspect::ModificationTime]);
                 }
             }
-            // It may be given setuid.
-            volume.doubt_privileges(standing.record.row.id);
             let set = (|| {
                 let node = match standing.path.split_last() {
                     Some((parent, name)) => b.open_node(&b.open_dir(&parent)?, name)?,
