@@ -1,8 +1,9 @@
 //! The table of the live nodes that somebody uses: the kernel, an open file, a running operation.
 //!
 //! A node knows one of its names, by which all replicas reach it; the path above follows from its
-//! parents. A node that nobody uses is dropped and loaded again from the catalog when needed, so
-//! memory is bounded by what the kernel knows.
+//! parents. A node that nobody uses is dropped and loaded again from the catalog when needed. The
+//! kernel, with much memory, knows millions for hours after a walk through a large tree: of those
+//! that were not used for a while no more is kept than how often it was told of them.
 //!
 //! Locks: `Node::state` protects everything about one node, its content included, and is held
 //! across an operation on it. The order among all locks is in `locks.rs`.
@@ -10,6 +11,7 @@
 pub mod replaced;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
@@ -29,6 +31,8 @@ use super::deferred::Slot;
 
 /// Shards of the table: more than threads, so that they rarely meet.
 const SHARDS: usize = 64;
+/// More nodes than this are kept only if they were used lately; each takes some 200 bytes.
+const NODES_MAX: usize = 64 << 10;
 /// A shorter run tells nothing: a database changes a few neighbouring pages as well.
 const RUN_BYTES_MIN: u64 = 256 << 10;
 /// The most that is preserved ahead of a write, which waits for it.
@@ -50,6 +54,8 @@ pub struct Node {
     /// Its mode has neither setuid nor setgid that a write would have to take away. Cleared, under
     /// the lock of the state, before it may get one.
     unprivileged: AtomicBool,
+    /// It was asked for since the last [`Nodes::sweep`].
+    used: AtomicBool,
     /// What was written to it and is not carried out yet; of a file that is open for writing.
     pub(super) deferred: Slot,
 }
@@ -230,9 +236,18 @@ impl Node {
     }
 }
 
+/// A part of the table.
+#[derive(Default)]
+struct Shard {
+    nodes: HashMap<NodeId, Arc<Node>>,
+    /// What the kernel knows and has not used for a while: how many lookups it has not forgotten
+    /// yet. None of these is among the nodes.
+    quiet: HashMap<NodeId, u64>,
+}
+
 /// The nodes in use.
 pub struct Nodes {
-    shards: Vec<Mutex<HashMap<NodeId, Arc<Node>>>>,
+    shards: Vec<Mutex<Shard>>,
     stamps: AtomicU64,
     /// Nodes that were in use when the kernel forgot them, to be looked at again.
     lingering: Mutex<Vec<NodeId>>,
@@ -251,7 +266,7 @@ impl Nodes {
         };
         let root = nodes.make(NodeId::ROOT, Kind::Dir, Place::Nowhere);
         root.looked_up();
-        nodes.shard(NodeId::ROOT).lock().insert(NodeId::ROOT, root);
+        nodes.shard(NodeId::ROOT).lock().nodes.insert(NodeId::ROOT, root);
         nodes
     }
 
@@ -268,11 +283,12 @@ impl Nodes {
                 stamp: self.next_stamp(),
             }),
             unprivileged: AtomicBool::new(false),
+            used: AtomicBool::new(true),
             deferred: Slot::default(),
         })
     }
 
-    fn shard(&self, id: NodeId) -> &Mutex<HashMap<NodeId, Arc<Node>>> {
+    fn shard(&self, id: NodeId) -> &Mutex<Shard> {
         &self.shards[id.0 as usize % SHARDS]
     }
 
@@ -283,28 +299,36 @@ impl Nodes {
 
     /// A node in use.
     pub fn get(&self, id: NodeId) -> Option<Arc<Node>> {
-        self.shard(id).lock().get(&id).cloned()
+        let node = self.shard(id).lock().nodes.get(&id).cloned()?;
+        node.used.store(true, Ordering::Relaxed);
+        Some(node)
     }
 
     /// How many there are.
     #[cfg(test)]
     pub fn count(&self) -> usize {
-        self.shards.iter().map(|shard| shard.lock().len()).sum()
+        self.shards.iter().map(|shard| shard.lock().nodes.len()).sum()
     }
 
     /// Enters a newborn node.
     pub fn insert(&self, id: NodeId, kind: Kind, parent: NodeId, name: &EntryName) -> Arc<Node> {
         let mut shard = self.shard(id).lock();
         let born = || self.make(id, kind, Place::At(parent, name.clone()));
-        shard.entry(id).or_insert_with(born).clone()
+        shard.nodes.entry(id).or_insert_with(born).clone()
     }
 
     /// A live node, entered if it is not in use. Its name is looked up when first needed: a rename
     /// that comes before that finds the node in the table and tells it, so no old name is ever
     /// kept.
     pub fn load(&self, id: NodeId, kind: Kind) -> Arc<Node> {
-        let mut shard = self.shard(id).lock();
-        shard.entry(id).or_insert_with(|| self.make(id, kind, Place::Unknown)).clone()
+        let Shard { nodes, quiet } = &mut *self.shard(id).lock();
+        let node = nodes.entry(id).or_insert_with(|| {
+            let node = self.make(id, kind, Place::Unknown);
+            node.lookups.store(quiet.remove(&id).unwrap_or(0), Ordering::Relaxed);
+            node
+        });
+        node.used.store(true, Ordering::Relaxed);
+        node.clone()
     }
 
     /// The nodes that are open. Their locks are taken one after another.
@@ -313,7 +337,7 @@ impl Nodes {
             |node: &&Arc<Node>| node.kind == Kind::File && node.lock_as_is().open.is_some();
         let mut open = Vec::new();
         for shard in &self.shards {
-            let all: Vec<Arc<Node>> = shard.lock().values().cloned().collect();
+            let all: Vec<Arc<Node>> = shard.lock().nodes.values().cloned().collect();
             open.extend(all.iter().filter(is_open).cloned());
         }
         open
@@ -324,8 +348,17 @@ impl Nodes {
         if id == NodeId::ROOT {
             return;
         }
-        if let Some(node) = self.get(id) {
-            node.lookups.fetch_sub(count, Ordering::Relaxed);
+        {
+            let Shard { nodes, quiet } = &mut *self.shard(id).lock();
+            if let Some(node) = nodes.get(&id) {
+                node.lookups.fetch_sub(count, Ordering::Relaxed);
+            } else if let Entry::Occupied(mut lookups) = quiet.entry(id) {
+                match lookups.get().saturating_sub(count) {
+                    0 => _ = lookups.remove(),
+                    left => _ = lookups.insert(left),
+                }
+                return;
+            }
         }
         self.drop_unused(id);
     }
@@ -339,26 +372,42 @@ impl Nodes {
 
     /// Drops a node that neither the kernel, nor an open file, nor an operation uses.
     pub fn drop_unused(&self, id: NodeId) {
-        let mut shard = self.shard(id).lock();
-        let Some(node) = shard.get(&id) else { return };
-        if id == NodeId::ROOT || node.lookups.load(Ordering::Relaxed) > 0 {
+        let shard = &mut *self.shard(id).lock();
+        let Some(node) = shard.nodes.get(&id) else { return };
+        if id == NodeId::ROOT || node.is_known() {
             return;
         }
-        // New references are made under the shard's lock only, so a count of one is final.
-        let idle = Arc::strong_count(node) == 1
-            && node.state.try_lock().is_some_and(|state| state.open.is_none());
-        if idle {
-            shard.remove(&id);
+        if is_idle(node) {
+            shard.nodes.remove(&id);
         } else {
             self.lingering.lock().push(id);
         }
     }
 
-    /// Drops what lingered: to be called now and then.
+    /// Drops what lingered, and where there are many what the kernel knows but has not used since
+    /// the last call: to be called now and then.
     pub fn sweep(&self) {
         let lingering = std::mem::take(&mut *self.lingering.lock());
         for id in lingering {
             self.drop_unused(id);
+        }
+        for shard in &self.shards {
+            let Shard { nodes, quiet } = &mut *shard.lock();
+            if nodes.len() <= NODES_MAX / SHARDS {
+                continue;
+            }
+            nodes.retain(|&id, node| {
+                let stays = id == NodeId::ROOT
+                    || node.used.swap(false, Ordering::Relaxed)
+                    || !node.is_known()
+                    || !is_idle(node)
+                    || node.state.try_lock().is_none_or(|state| state.orphan);
+                if !stays {
+                    quiet.insert(id, node.lookups.load(Ordering::Relaxed));
+                }
+                stays
+            });
+            nodes.shrink_to(NODES_MAX / SHARDS);
         }
     }
 
@@ -387,9 +436,46 @@ impl Nodes {
     }
 }
 
+/// Whether nobody but the table has a node, and it is not open; with the lock of its shard. New
+/// references are made under that only, so a count of one is final.
+fn is_idle(node: &Arc<Node>) -> bool {
+    Arc::strong_count(node) == 1
+        && node.state.try_lock().is_some_and(|state| state.open.is_none())
+        && node.deferred.lock().is_none()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_what_the_kernel_does_not_use_only_its_lookups_are_kept() {
+        let nodes = Nodes::with_root();
+        let count = 2 * NODES_MAX as u64;
+        for id in 2..2 + count {
+            nodes.load(NodeId(id), Kind::File).looked_up();
+        }
+        let (held, orphan) = (nodes.load(NodeId(2), Kind::File), NodeId(3));
+        nodes.load(orphan, Kind::File).lock_as_is().orphan = true;
+        nodes.load(NodeId(4), Kind::File).looked_up();
+        nodes.sweep();
+        assert_eq!(nodes.count() as u64, count + 1, "all were used since the last one");
+        let used = NodeId(5);
+        assert!(nodes.get(used).is_some());
+        nodes.sweep();
+        assert_eq!(nodes.count(), 4, "the root, one held, an orphan, one used");
+        assert!(nodes.get(used).is_some() && nodes.get(held.id).is_some());
+        assert!(nodes.get(NodeId(4)).is_none());
+        // Two lookups: the first to be forgotten while it is quiet.
+        nodes.forget(NodeId(4), 1);
+        let again = nodes.load(NodeId(4), Kind::File);
+        assert!(again.is_known());
+        drop(again);
+        nodes.forget(NodeId(4), 1);
+        nodes.forget(NodeId(6), 1);
+        assert!(!nodes.load(NodeId(4), Kind::File).is_known());
+        assert!(!nodes.load(NodeId(6), Kind::File).is_known());
+    }
 
     #[test]
     fn only_a_long_run_has_more_preserved_ahead_and_no_more_than_it_is_long() {
