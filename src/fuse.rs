@@ -379,7 +379,7 @@ impl fuser::Filesystem for Fuse {
 
     fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         guarded(|| {
-            let fh = self.fs.open_dir(req.pid());
+            let fh = self.fs.open_dir(req.pid(), ino.0);
             let mut flags = FopenFlags::empty();
             // The listing of `.snapshots` changes without the kernel's doing.
             if self.fs.keeps_listing(ino.0) {
@@ -404,6 +404,9 @@ impl fuser::Filesystem for Fuse {
             Ok(lines) => {
                 let offset = offset as usize;
                 let most = self.fs.lines_max(Fh(fh.0), offset);
+                if offset >= lines.len() {
+                    self.fs.listing_ended(ino.0);
+                }
                 for (index, line) in lines.iter().enumerate().skip(offset).take(most) {
                     let next = index as u64 + 1;
                     let kind = file_type(line.kind);

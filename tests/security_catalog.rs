@@ -176,7 +176,7 @@ impl Walk<'_> {
             Kind::Symlink => drop(fs.readlink(ino)),
             Kind::File => self.read(ino),
             Kind::Dir => {
-                let fh = fs.open_dir(0);
+                let fh = fs.open_dir(0, ino);
                 let lines = fs.list(ino, fh, true);
                 fs.release_dir(fh);
                 for line in lines.iter().flat_map(|lines| lines.iter()) {

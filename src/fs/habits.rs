@@ -46,8 +46,15 @@ pub(super) struct Habits {
 
 struct Known {
     threads: LruCache<u32, Manner>,
-    /// Directories of which a thread was told the names alone when they were listed last.
-    bare: LruCache<u64, u32>,
+    /// Directories of which the names alone were told when they were listed last.
+    bare: LruCache<u64, Bare>,
+}
+
+struct Bare {
+    /// The thread for which the last listing of them is.
+    thread: u32,
+    /// The names were told to the end, so that the kernel has a whole listing.
+    whole: bool,
 }
 
 impl Habits {
@@ -57,19 +64,22 @@ impl Habits {
     }
 
     /// A thread is about to list a directory. One that has no number in our eyes looks.
-    pub(super) fn open(&self, thread: u32) -> Manner {
+    pub(super) fn open(&self, thread: u32, dir: u64) -> Manner {
         if thread == 0 {
             return Manner::Looks;
         }
-        let threads = &mut self.known.lock().threads;
-        let Some(manner) = threads.get_mut(&thread) else {
-            threads.put(thread, Manner::Unknown);
-            return Manner::Unknown;
+        let Known { threads, bare } = &mut *self.known.lock();
+        let manner = match threads.get(&thread) {
+            None => Manner::Unknown,
+            Some(Manner::Looks) => return Manner::Looks,
+            Some(Manner::Unknown | Manner::Passes) => Manner::Passes,
         };
-        if *manner == Manner::Unknown {
-            *manner = Manner::Passes;
+        threads.put(thread, manner);
+        // It may get what the kernel has of it, and then nobody asks us.
+        if let Some(listed) = bare.get_mut(&dir) {
+            listed.thread = thread;
         }
-        *manner
+        manner
     }
 
     /// A listing begins for a thread, with the names alone or with all.
@@ -77,18 +87,28 @@ impl Habits {
         let bare = &mut self.known.lock().bare;
         match with_attributes {
             true => _ = bare.pop(&dir),
-            false => _ = bare.put(dir, thread),
+            false => _ = bare.put(dir, Bare { thread, whole: false }),
         }
     }
 
+    /// A listing has ended.
+    fn end(&self, dir: u64) {
+        if let Some(listed) = self.known.lock().bare.get_mut(&dir) {
+            listed.whole = true;
+        }
+    }
+
+    /// Whether the kernel has a whole listing of a directory, without attributes. One that was not
+    /// told to its end it begins anew by itself.
     fn is_bare(&self, dir: u64) -> bool {
-        self.known.lock().bare.contains(&dir)
+        self.known.lock().bare.peek(&dir).is_some_and(|listed| listed.whole)
     }
 
     /// Somebody looked up a file in a directory.
     fn look(&self, dir: u64) {
         let Known { threads, bare } = &mut *self.known.lock();
-        if let Some(manner) = bare.peek(&dir).and_then(|thread| threads.get_mut(thread)) {
+        let lister = bare.peek(&dir).map(|listed| listed.thread);
+        if let Some(manner) = lister.and_then(|thread| threads.get_mut(&thread)) {
             *manner = Manner::Looks;
         }
     }
@@ -119,6 +139,11 @@ impl Filesystem {
         }
     }
 
+    /// The last line of a listing was told.
+    pub fn listing_ended(&self, ino: u64) {
+        self.habits.end(ino);
+    }
+
     /// How many lines without attributes the next part of a listing may have, from `offset` on.
     pub fn lines_max(&self, fh: Fh, offset: usize) -> usize {
         let opened = self.opened(fh);
@@ -137,33 +162,46 @@ mod tests {
     #[test]
     fn whose_listed_files_are_looked_up_gets_attributes_from_then_on() {
         let habits = Habits::new();
-        assert_eq!(habits.open(7), Manner::Unknown);
+        assert_eq!(habits.open(7, ONE), Manner::Unknown);
         habits.begin(7, ONE, false);
         habits.look(TWO);
-        assert_eq!(habits.open(7), Manner::Passes, "that one it did not list");
+        assert_eq!(habits.open(7, TWO), Manner::Passes, "that one it did not list");
         habits.look(ONE);
-        assert_eq!(habits.open(7), Manner::Looks);
-        assert_eq!(habits.open(8), Manner::Unknown, "another thread");
-        assert_eq!(habits.open(0), Manner::Looks, "no thread of ours");
+        assert_eq!(habits.open(7, TWO), Manner::Looks);
+        assert_eq!(habits.open(8, TWO), Manner::Unknown, "another thread");
+        assert_eq!(habits.open(0, TWO), Manner::Looks, "no thread of ours");
     }
 
     #[test]
-    fn a_listing_with_attributes_takes_the_place_of_one_without() {
+    fn who_looks_at_what_the_kernel_has_listed_for_another_is_known_as_well() {
         let habits = Habits::new();
-        habits.open(7);
+        habits.open(7, ONE);
         habits.begin(7, ONE, false);
+        habits.end(ONE);
+        assert_eq!(habits.open(8, ONE), Manner::Unknown);
+        habits.look(ONE);
+        assert_eq!((habits.open(8, TWO), habits.open(7, TWO)), (Manner::Looks, Manner::Passes));
+    }
+
+    #[test]
+    fn a_listing_with_attributes_takes_the_place_of_a_whole_one_without() {
+        let habits = Habits::new();
+        habits.open(7, ONE);
+        habits.begin(7, ONE, false);
+        assert!(!habits.is_bare(ONE), "it goes on");
+        habits.end(ONE);
         assert!(habits.is_bare(ONE) && !habits.is_bare(TWO));
         habits.begin(8, ONE, true);
         assert!(!habits.is_bare(ONE));
         habits.look(ONE);
-        assert_eq!(habits.open(7), Manner::Passes, "that was not its listing");
+        assert_eq!(habits.open(7, ONE), Manner::Passes, "that was not its listing");
     }
 
     #[test]
     fn old_threads_and_directories_are_forgotten() {
         let habits = Habits::new();
         for number in 1..=u32::try_from(2 * BARE_DIRS.get()).unwrap() {
-            habits.open(number);
+            habits.open(number, number.into());
             habits.begin(number, number.into(), false);
         }
         let known = habits.known.lock();

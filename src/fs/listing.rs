@@ -34,8 +34,8 @@ impl Line {
 
 impl Filesystem {
     /// Opens a directory for listing, by a thread.
-    pub fn open_dir(&self, thread: u32) -> Fh {
-        let manner = self.habits.open(thread);
+    pub fn open_dir(&self, thread: u32, ino: u64) -> Fh {
+        let manner = self.habits.open(thread, ino);
         self.keep_open(Opened::Dir { thread, manner, lines: Mutex::new(None) })
     }
 

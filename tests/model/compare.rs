@@ -68,7 +68,7 @@ impl Driver {
         first: &mut BTreeMap<u64, String>,
     ) -> Outcome {
         let fs = self.fs();
-        let fh = fs.open_dir(0);
+        let fh = fs.open_dir(0, dir);
         let lines = fs.list(dir, fh, true).or_else(fail("readdir"))?;
         fs.release_dir(fh);
         let mut lines: Vec<_> = lines.iter().skip(2).collect();
