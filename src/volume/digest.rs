@@ -1,14 +1,16 @@
 //! Digests of settled files, taken in the background once a file has been quiet for a while.
 //!
 //! What was written last is read first: it is still in the kernel's cache. After a mount, and
-//! whenever nothing newer waits, the files that have none yet follow.
+//! whenever nothing newer waits, the files that have none yet follow. So no more than some of those
+//! that were written are remembered: a million, looked through once a second under a lock that
+//! every close takes, held up all else.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::catalog::Change;
 use crate::catalog::digest::{Digest, digest_of};
+use crate::catalog::{Change, Durability};
 use crate::error::Result;
 use crate::replica::backing::{Access, Backing, Handle};
 use crate::types::{ContentId, NodeId};
@@ -20,18 +22,20 @@ use super::nodes::{Node, State};
 pub(super) const PIECE_BYTES: usize = 1 << 20;
 /// Files without a digest that one look into the catalog finds.
 const FOUND_MAX: usize = 256;
+/// Files of this mount that are remembered.
+const FRESH_MAX: usize = 4096;
 
 /// The files that wait for a digest.
 pub(super) struct Waiting {
     /// Sealed in this mount, and when.
-    fresh: BTreeMap<NodeId, Instant>,
+    fresh: HashMap<NodeId, Instant>,
     /// Up to where the catalog was looked through; `None` when it was to its end.
     after: Option<NodeId>,
 }
 
 impl Default for Waiting {
     fn default() -> Waiting {
-        Waiting { fresh: BTreeMap::new(), after: Some(NodeId(0)) }
+        Waiting { fresh: HashMap::new(), after: Some(NodeId(0)) }
     }
 }
 
@@ -40,6 +44,26 @@ impl Waiting {
     #[cfg(test)]
     pub fn is_empty(&self) -> bool {
         self.fresh.is_empty()
+    }
+
+    fn add(&mut self, node: NodeId) {
+        if self.fresh.len() < FRESH_MAX || self.fresh.contains_key(&node) {
+            self.fresh.insert(node, Instant::now());
+            return;
+        }
+        // It is found in the catalog.
+        let before = NodeId(node.0.saturating_sub(1));
+        self.after = Some(self.after.map_or(before, |after| after.min(before)));
+    }
+
+    /// The catalog was looked through from `since` on up to `after`; `false` if meanwhile somebody
+    /// asked for a look at what is before that.
+    fn looked(&mut self, since: NodeId, after: Option<NodeId>) -> bool {
+        let goes_on = self.after == Some(since);
+        if goes_on {
+            self.after = after;
+        }
+        goes_on
     }
 }
 
@@ -51,7 +75,7 @@ impl Volume {
 
     /// A file got a content that has no digest.
     pub(super) fn want_digest(&self, node: NodeId) {
-        self.undigested.lock().fresh.insert(node, Instant::now());
+        self.undigested.lock().add(node);
     }
 
     /// Takes the digests of files that have been quiet, for about as long as `time` allows.
@@ -86,17 +110,19 @@ impl Volume {
         let after = self.undigested.lock().after;
         let Some(mut after) = after else { return Ok(()) };
         loop {
+            // A file that was not remembered may wait to be committed.
+            self.catalog().flush(Durability::Written)?;
             let found = self.catalog().undigested(after, FOUND_MAX)?;
             for file in &found {
                 self.take_digest(file.node, stop, taken)?;
-                after = file.node;
-                self.undigested.lock().after = Some(after);
-                if Instant::now() >= end {
+                let since = std::mem::replace(&mut after, file.node);
+                let goes_on = self.undigested.lock().looked(since, Some(after));
+                if !goes_on || Instant::now() >= end {
                     return Ok(());
                 }
             }
             if found.len() < FOUND_MAX {
-                self.undigested.lock().after = None;
+                self.undigested.lock().looked(after, None);
                 return Ok(());
             }
         }
@@ -104,12 +130,12 @@ impl Volume {
 
     /// The files of this mount that have been quiet, those that were sealed last first.
     fn quiet_files(&self) -> Vec<NodeId> {
-        let quiet = self.options.digest_after;
+        let (quiet, now) = (self.options.digest_after, Instant::now());
         let mut waiting = self.undigested.lock();
         let mut due: Vec<(NodeId, Instant)> = waiting
             .fresh
             .iter()
-            .filter(|(_, at)| at.elapsed() >= quiet)
+            .filter(|(_, at)| now.saturating_duration_since(**at) >= quiet)
             .map(|(node, at)| (*node, *at))
             .collect();
         due.sort_by_key(|(_, at)| std::cmp::Reverse(*at));
@@ -207,5 +233,29 @@ fn hash(
         if stop().is_err() {
             return Err(std::io::Error::from_raw_os_error(libc::EINTR));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_are_too_many_to_be_remembered_are_looked_for_in_the_catalog() {
+        let mut waiting = Waiting { after: None, ..Waiting::default() };
+        let first = 10 + FRESH_MAX as u64;
+        (10..first).for_each(|id| waiting.add(NodeId(id)));
+        assert_eq!(waiting.after, None, "all of them are remembered");
+        waiting.add(NodeId(10));
+        waiting.add(NodeId(first + 5));
+        assert_eq!((waiting.fresh.len(), waiting.after), (FRESH_MAX, Some(NodeId(first + 4))));
+        waiting.add(NodeId(first + 9));
+        assert_eq!(waiting.after, Some(NodeId(first + 4)), "it is behind that");
+        assert!(waiting.looked(NodeId(first + 4), Some(NodeId(first + 5))));
+        // While the catalog is looked through one that is before that is written.
+        waiting.add(NodeId(5));
+        assert!(!waiting.looked(NodeId(first + 5), None));
+        assert_eq!(waiting.after, Some(NodeId(4)));
+        assert!(waiting.looked(NodeId(4), None) && waiting.after.is_none());
     }
 }
