@@ -488,6 +488,7 @@ impl Volume {
 
     /// What is done now and then: sealing what is idle, recording directories, sweeping.
     fn housekeep(&self) -> Result<()> {
+        self.nodes.sweep();
         self.eject_failed_catalogs();
         self.give_up_hung();
         let idle: Vec<Arc<Node>> = self.unsealed.lock().values().cloned().collect();
@@ -506,7 +507,6 @@ impl Volume {
             let _cut = self.cut.read();
             self.settle_dirs();
         }
-        self.nodes.sweep();
         Ok(())
     }
 

@@ -1,16 +1,17 @@
 //! Digests of settled files, taken in the background once a file has been quiet for a while.
 //!
 //! What was written last is read first: it is still in the kernel's cache. After a mount, and
-//! whenever nothing newer waits, the files that have none yet follow. So no more than some of those
-//! that were written are remembered: a million, looked through once a second under a lock that
-//! every close takes, held up all else.
+//! whenever nothing newer waits, the files that have none yet follow.
+//!
+//! A million files may wait, and every close takes the lock under which they do. So each is touched
+//! once when it comes and once when it goes: nothing looks through all of them.
 
-use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::catalog::Change;
 use crate::catalog::digest::{Digest, digest_of};
-use crate::catalog::{Change, Durability};
 use crate::error::Result;
 use crate::replica::backing::{Access, Backing, Handle};
 use crate::types::{ContentId, NodeId};
@@ -22,20 +23,21 @@ use super::nodes::{Node, State};
 pub(super) const PIECE_BYTES: usize = 1 << 20;
 /// Files without a digest that one look into the catalog finds.
 const FOUND_MAX: usize = 256;
-/// Files of this mount that are remembered.
-const FRESH_MAX: usize = 4096;
 
 /// The files that wait for a digest.
 pub(super) struct Waiting {
-    /// Sealed in this mount, and when.
-    fresh: HashMap<NodeId, Instant>,
+    /// Sealed in this mount, and when; the last one last. A file is in here once as long as its
+    /// node is in the table, which knows when it was sealed last.
+    fresh: VecDeque<(NodeId, Instant)>,
+    /// Those that were not changed for long enough, the last one last.
+    quiet: Vec<NodeId>,
     /// Up to where the catalog was looked through; `None` when it was to its end.
     after: Option<NodeId>,
 }
 
 impl Default for Waiting {
     fn default() -> Waiting {
-        Waiting { fresh: HashMap::new(), after: Some(NodeId(0)) }
+        Waiting { fresh: VecDeque::new(), quiet: Vec::new(), after: Some(NodeId(0)) }
     }
 }
 
@@ -43,39 +45,50 @@ impl Waiting {
     /// Whether no file of this mount waits.
     #[cfg(test)]
     pub fn is_empty(&self) -> bool {
-        self.fresh.is_empty()
-    }
-
-    fn add(&mut self, node: NodeId) {
-        if self.fresh.len() < FRESH_MAX || self.fresh.contains_key(&node) {
-            self.fresh.insert(node, Instant::now());
-            return;
-        }
-        // It is found in the catalog.
-        let before = NodeId(node.0.saturating_sub(1));
-        self.after = Some(self.after.map_or(before, |after| after.min(before)));
-    }
-
-    /// The catalog was looked through from `since` on up to `after`; `false` if meanwhile somebody
-    /// asked for a look at what is before that.
-    fn looked(&mut self, since: NodeId, after: Option<NodeId>) -> bool {
-        let goes_on = self.after == Some(since);
-        if goes_on {
-            self.after = after;
-        }
-        goes_on
+        self.fresh.is_empty() && self.quiet.is_empty()
     }
 }
 
 impl Volume {
-    /// A file is gone: nobody asks for its digest any more.
+    /// A file is gone: nobody asks for its digest any more. What is made and removed at once does
+    /// not wait; all else is found to be gone.
     pub(super) fn forget_digest(&self, node: NodeId) {
-        self.undigested.lock().fresh.remove(&node);
+        let fresh = &mut self.undigested.lock().fresh;
+        if fresh.back().is_some_and(|(last, _)| *last == node) {
+            fresh.pop_back();
+        }
     }
 
     /// A file got a content that has no digest.
-    pub(super) fn want_digest(&self, node: NodeId) {
-        self.undigested.lock().add(node);
+    pub(super) fn want_digest(&self, id: NodeId) {
+        let now = Instant::now();
+        let waits = |node: Arc<Node>| node.undigested.lock().replace(now).is_some();
+        // One that waits already does so from now on.
+        if !self.nodes.get(id).is_some_and(waits) {
+            self.undigested.lock().fresh.push_back((id, now));
+        }
+    }
+
+    /// The file of this mount that was sealed last of those that were not changed for a while.
+    fn next_quiet(&self) -> Option<NodeId> {
+        let (after, now) = (self.options.digest_after, Instant::now());
+        let is_quiet = |at: Instant| now.saturating_duration_since(at) >= after;
+        loop {
+            let (id, at) = {
+                let waiting = &mut *self.undigested.lock();
+                match waiting.fresh.front() {
+                    Some((_, at)) if is_quiet(*at) => waiting.fresh.pop_front()?,
+                    _ => return waiting.quiet.pop(),
+                }
+            };
+            let last = self.nodes.get(id).and_then(|node| *node.undigested.lock());
+            let last = last.unwrap_or(at);
+            let waiting = &mut *self.undigested.lock();
+            match is_quiet(last) {
+                true => waiting.quiet.push(id),
+                false => waiting.fresh.push_back((id, last)),
+            }
+        }
     }
 
     /// Takes the digests of files that have been quiet, for about as long as `time` allows.
@@ -95,52 +108,32 @@ impl Volume {
         stop: &dyn Fn() -> Result<()>,
         taken: &mut Vec<Change>,
     ) -> Result<()> {
-        let mut due = self.quiet_files().into_iter();
-        while let Some(node) = due.next() {
+        while let Some(node) = self.next_quiet() {
             let outcome = self.take_digest(node, stop, taken);
             if outcome.is_err() {
-                self.want_digest(node);
+                self.undigested.lock().quiet.push(node);
             }
             if outcome.is_err() || Instant::now() >= end {
-                // What was not come to waits on, as if it were sealed just now.
-                due.for_each(|node| self.want_digest(node));
                 return outcome;
             }
         }
         let after = self.undigested.lock().after;
         let Some(mut after) = after else { return Ok(()) };
         loop {
-            // A file that was not remembered may wait to be committed.
-            self.catalog().flush(Durability::Written)?;
             let found = self.catalog().undigested(after, FOUND_MAX)?;
             for file in &found {
                 self.take_digest(file.node, stop, taken)?;
-                let since = std::mem::replace(&mut after, file.node);
-                let goes_on = self.undigested.lock().looked(since, Some(after));
-                if !goes_on || Instant::now() >= end {
+                after = file.node;
+                self.undigested.lock().after = Some(after);
+                if Instant::now() >= end {
                     return Ok(());
                 }
             }
             if found.len() < FOUND_MAX {
-                self.undigested.lock().looked(after, None);
+                self.undigested.lock().after = None;
                 return Ok(());
             }
         }
-    }
-
-    /// The files of this mount that have been quiet, those that were sealed last first.
-    fn quiet_files(&self) -> Vec<NodeId> {
-        let (quiet, now) = (self.options.digest_after, Instant::now());
-        let mut waiting = self.undigested.lock();
-        let mut due: Vec<(NodeId, Instant)> = waiting
-            .fresh
-            .iter()
-            .filter(|(_, at)| now.saturating_duration_since(**at) >= quiet)
-            .map(|(node, at)| (*node, *at))
-            .collect();
-        due.sort_by_key(|(_, at)| std::cmp::Reverse(*at));
-        due.iter().for_each(|(node, _)| _ = waiting.fresh.remove(node));
-        due.into_iter().map(|(node, _)| node).collect()
     }
 
     /// Takes the digest of a file unless it is being changed: then its next seal asks again.
@@ -152,6 +145,8 @@ impl Volume {
     ) -> Result<()> {
         stop()?;
         let Ok(node) = self.node(id) else { return Ok(()) };
+        // What is sealed from here on waits anew.
+        *node.undigested.lock() = None;
         let found = self.read_digest(&node, stop);
         self.nodes.let_go(node);
         if let Some((content, digest)) = found? {
@@ -233,29 +228,5 @@ fn hash(
         if stop().is_err() {
             return Err(std::io::Error::from_raw_os_error(libc::EINTR));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn files_that_are_too_many_to_be_remembered_are_looked_for_in_the_catalog() {
-        let mut waiting = Waiting { after: None, ..Waiting::default() };
-        let first = 10 + FRESH_MAX as u64;
-        (10..first).for_each(|id| waiting.add(NodeId(id)));
-        assert_eq!(waiting.after, None, "all of them are remembered");
-        waiting.add(NodeId(10));
-        waiting.add(NodeId(first + 5));
-        assert_eq!((waiting.fresh.len(), waiting.after), (FRESH_MAX, Some(NodeId(first + 4))));
-        waiting.add(NodeId(first + 9));
-        assert_eq!(waiting.after, Some(NodeId(first + 4)), "it is behind that");
-        assert!(waiting.looked(NodeId(first + 4), Some(NodeId(first + 5))));
-        // While the catalog is looked through one that is before that is written.
-        waiting.add(NodeId(5));
-        assert!(!waiting.looked(NodeId(first + 5), None));
-        assert_eq!(waiting.after, Some(NodeId(4)));
-        assert!(waiting.looked(NodeId(4), None) && waiting.after.is_none());
     }
 }

@@ -13,7 +13,7 @@ pub mod replaced;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::time::Instant;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -54,6 +54,8 @@ pub struct Node {
     /// Its mode has neither setuid nor setgid that a write would have to take away. Cleared, under
     /// the lock of the state, before it may get one.
     unprivileged: AtomicBool,
+    /// When it was sealed last, while it waits for a digest.
+    pub(super) undigested: Mutex<Option<Instant>>,
     /// It was asked for since the last [`Nodes::sweep`].
     used: AtomicBool,
     /// What was written to it and is not carried out yet; of a file that is open for writing.
@@ -194,6 +196,12 @@ impl Node {
         self.unprivileged.store(known, Ordering::Relaxed);
     }
 
+    /// With the lookups that were kept of it while it was not in the table.
+    fn knowing(self, quiet: &mut HashMap<NodeId, u64>) -> Arc<Node> {
+        self.lookups.store(quiet.remove(&self.id).unwrap_or(0), Ordering::Relaxed);
+        Arc::new(self)
+    }
+
     /// Counts one more lookup by the kernel. The caller holds an `Arc` of the node.
     pub fn looked_up(&self) {
         self.lookups.fetch_add(1, Ordering::Relaxed);
@@ -264,14 +272,14 @@ impl Nodes {
             lingering: Mutex::default(),
             replaced: Replaced::default(),
         };
-        let root = nodes.make(NodeId::ROOT, Kind::Dir, Place::Nowhere);
+        let root = Arc::new(nodes.make(NodeId::ROOT, Kind::Dir, Place::Nowhere));
         root.looked_up();
         nodes.shard(NodeId::ROOT).lock().nodes.insert(NodeId::ROOT, root);
         nodes
     }
 
-    fn make(&self, id: NodeId, kind: Kind, place: Place) -> Arc<Node> {
-        Arc::new(Node {
+    fn make(&self, id: NodeId, kind: Kind, place: Place) -> Node {
+        Node {
             id,
             kind,
             lookups: AtomicU64::new(0),
@@ -283,9 +291,10 @@ impl Nodes {
                 stamp: self.next_stamp(),
             }),
             unprivileged: AtomicBool::new(false),
+            undigested: Mutex::default(),
             used: AtomicBool::new(true),
             deferred: Slot::default(),
-        })
+        }
     }
 
     fn shard(&self, id: NodeId) -> &Mutex<Shard> {
@@ -312,9 +321,9 @@ impl Nodes {
 
     /// Enters a newborn node.
     pub fn insert(&self, id: NodeId, kind: Kind, parent: NodeId, name: &EntryName) -> Arc<Node> {
-        let mut shard = self.shard(id).lock();
-        let born = || self.make(id, kind, Place::At(parent, name.clone()));
-        shard.nodes.entry(id).or_insert_with(born).clone()
+        let Shard { nodes, quiet } = &mut *self.shard(id).lock();
+        let born = || self.make(id, kind, Place::At(parent, name.clone())).knowing(quiet);
+        nodes.entry(id).or_insert_with(born).clone()
     }
 
     /// A live node, entered if it is not in use. Its name is looked up when first needed: a rename
@@ -322,11 +331,8 @@ impl Nodes {
     /// kept.
     pub fn load(&self, id: NodeId, kind: Kind) -> Arc<Node> {
         let Shard { nodes, quiet } = &mut *self.shard(id).lock();
-        let node = nodes.entry(id).or_insert_with(|| {
-            let node = self.make(id, kind, Place::Unknown);
-            node.lookups.store(quiet.remove(&id).unwrap_or(0), Ordering::Relaxed);
-            node
-        });
+        let loaded = || self.make(id, kind, Place::Unknown).knowing(quiet);
+        let node = nodes.entry(id).or_insert_with(loaded);
         node.used.store(true, Ordering::Relaxed);
         node.clone()
     }
@@ -351,7 +357,8 @@ impl Nodes {
         {
             let Shard { nodes, quiet } = &mut *self.shard(id).lock();
             if let Some(node) = nodes.get(&id) {
-                node.lookups.fetch_sub(count, Ordering::Relaxed);
+                let less = |lookups: u64| Some(lookups.saturating_sub(count));
+                let _ = node.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
             } else if let Entry::Occupied(mut lookups) = quiet.entry(id) {
                 match lookups.get().saturating_sub(count) {
                     0 => _ = lookups.remove(),
@@ -374,13 +381,14 @@ impl Nodes {
     pub fn drop_unused(&self, id: NodeId) {
         let shard = &mut *self.shard(id).lock();
         let Some(node) = shard.nodes.get(&id) else { return };
-        if id == NodeId::ROOT || node.is_known() {
+        if id == NodeId::ROOT {
             return;
         }
-        if is_idle(node) {
-            shard.nodes.remove(&id);
-        } else {
-            self.lingering.lock().push(id);
+        // Asked in this order: whoever has it may count a lookup before letting go of it.
+        match (is_idle(node), node.is_known()) {
+            (_, true) => {}
+            (true, false) => _ = shard.nodes.remove(&id),
+            (false, false) => self.lingering.lock().push(id),
         }
     }
 
@@ -393,21 +401,23 @@ impl Nodes {
         }
         for shard in &self.shards {
             let Shard { nodes, quiet } = &mut *shard.lock();
-            if nodes.len() <= NODES_MAX / SHARDS {
-                continue;
+            if nodes.len() > NODES_MAX / SHARDS {
+                nodes.retain(|&id, node| {
+                    let stays = id == NodeId::ROOT
+                        || node.used.swap(false, Ordering::Relaxed)
+                        || !is_idle(node)
+                        || node.state.try_lock().is_none_or(|state| state.orphan);
+                    let lookups = node.lookups.load(Ordering::Relaxed);
+                    if !stays && lookups > 0 {
+                        quiet.insert(id, lookups);
+                    }
+                    stays
+                });
+                nodes.shrink_to(NODES_MAX / SHARDS);
             }
-            nodes.retain(|&id, node| {
-                let stays = id == NodeId::ROOT
-                    || node.used.swap(false, Ordering::Relaxed)
-                    || !node.is_known()
-                    || !is_idle(node)
-                    || node.state.try_lock().is_none_or(|state| state.orphan);
-                if !stays {
-                    quiet.insert(id, node.lookups.load(Ordering::Relaxed));
-                }
-                stays
-            });
-            nodes.shrink_to(NODES_MAX / SHARDS);
+            if quiet.capacity() > 4 * quiet.len() {
+                quiet.shrink_to(2 * quiet.len());
+            }
         }
     }
 
@@ -439,7 +449,10 @@ impl Nodes {
 /// Whether nobody but the table has a node, and it is not open; with the lock of its shard. New
 /// references are made under that only, so a count of one is final.
 fn is_idle(node: &Arc<Node>) -> bool {
-    Arc::strong_count(node) == 1
+    let is_alone = Arc::strong_count(node) == 1;
+    // What whoever let go of it did before is seen after this.
+    fence(Ordering::Acquire);
+    is_alone
         && node.state.try_lock().is_some_and(|state| state.open.is_none())
         && node.deferred.lock().is_none()
 }
