@@ -197,13 +197,7 @@ impl Walk<'_> {
     }
 
     fn read(&self, ino: u64) {
-        let wish = Wish {
-            readable: true,
-            writable: false,
-            truncate: false,
-            synchronous: false,
-            execute: false,
-        };
+        let wish = Wish::from_flags(libc::O_RDONLY);
         let Ok(fh) = self.fs.open(ino, wish, &caller()) else { return };
         let mut buffer = vec![0; 64 << 10];
         for offset in [0, 4096, 60_000, 1 << 40, i64::MAX as u64 - 4096] {
@@ -225,13 +219,7 @@ fn name(text: &str) -> EntryName {
 fn change(fs: &Filesystem) -> error::Result<()> {
     let (root, caller) = (NodeId::ROOT.0, caller());
     let dir = fs.make(root, &name("new"), &Newborn::Dir, 0o755, &caller);
-    let wish = Wish {
-        readable: true,
-        writable: true,
-        truncate: false,
-        synchronous: false,
-        execute: false,
-    };
+    let wish = Wish::from_flags(libc::O_RDWR);
     let dir = dir.map_or(root, |dir| dir.stat.ino);
     if let Ok((_, fh)) = fs.create(dir, &name("file"), 0o644, wish, &caller) {
         let _ = fs.write(fh, 0, b"new", Writing::default(), &caller);

@@ -112,13 +112,7 @@ impl Driver {
 
     fn read_file(&self, ino: u64, size: u64) -> Outcome<Vec<u8>> {
         let fs = self.fs();
-        let wish = Wish {
-            readable: true,
-            writable: false,
-            truncate: false,
-            synchronous: false,
-            execute: false,
-        };
+        let wish = Wish::from_flags(libc::O_RDONLY);
         let fh = fs.open(ino, wish, &caller()).or_else(fail("open for reading"))?;
         let mut bytes = vec![0; size as usize + 10];
         let got = fs.read(ino, fh, 0, &mut bytes).or_else(fail("read"))?;
