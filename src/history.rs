@@ -19,8 +19,9 @@ pub mod packs;
 pub mod ranges;
 mod shared;
 pub mod undo;
+mod useless;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -77,6 +78,8 @@ pub struct History {
     packs: PackStore,
     recipes: Mutex<LruCache<ContentId, Arc<PlacedRecipe>>>,
     maps: Mutex<LruCache<(NodeId, ContentId), StampedMap>>,
+    /// Preserved files that are to go.
+    useless: Mutex<VecDeque<(NodeId, ContentId)>>,
     /// Whether all replicas can share blocks.
     reflink: AtomicBool,
 }
@@ -108,6 +111,7 @@ impl History {
             packs: PackStore::new(store),
             recipes: Mutex::new(LruCache::new(RECIPES_MAX)),
             maps: Mutex::new(LruCache::new(EXTENT_MAPS_MAX)),
+            useless: Mutex::default(),
             reflink: AtomicBool::new(all_can_reflink(replicas)?),
         })
     }

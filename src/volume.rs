@@ -284,6 +284,7 @@ impl Volume {
             housekeeper.end(self.options.call_timeout * END_PATIENCE);
         }
         self.settle()?;
+        self.remove_useless()?;
         self.checkpoint()?;
         if let Err(error) = history::remove_empty_shards(self.replicas()) {
             log::info!("empty directories of preserved/ stay: {error}");

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use super::chunker::{Chunker, cut_fixed};
 use super::journal::{ImageRecord, PARTS_MAX, Parts, Record};
 use super::pack::{PackBuilder, PackedChunk, scan};
-use super::{Extents, History, Place, preserved_dir, preserved_name, run_at};
+use super::{Extents, History, Place, run_at};
 use crate::catalog::digest::first_half;
 use crate::catalog::{
     Base, Catalog, Change, ChunkRow, Durability, ForgetChange, PackChange, UndoRow, WaitingContent,
@@ -146,7 +146,7 @@ impl<'a> Packer<'a> {
     ) -> Result<(ContentId, Packed)> {
         let waiting = self.catalog.waiting_contents(after, RUN_CONTENTS)?;
         let mut packed = Packed { done: waiting.len() < RUN_CONTENTS, ..Packed::default() };
-        let (mut run, mut same) = (Vec::new(), Vec::new());
+        let mut run = Vec::new();
         let mut last = after;
         for content in waiting {
             if packed.bytes >= self.run_bytes || (self.is_over)() {
@@ -156,18 +156,14 @@ impl<'a> Packer<'a> {
             last = content.id;
             match claim(&content)? {
                 Claim::Wait => {}
-                Claim::Same => same.push(content),
+                Claim::Same => self.history.note_useless([(content.node, content.id)]),
                 Claim::Pack => {
                     packed.bytes += content.size;
                     run.push(content);
                 }
             }
         }
-        // First, so that an end in between leaves none of them behind.
-        if !same.is_empty() {
-            self.record(Groups::new())?;
-            self.remove_originals(&same)?;
-        }
+        self.remove_originals()?;
         // Versions of one file beside each other compress together.
         run.sort_unstable_by_key(|content| (content.node, content.id));
         let mut changes = Groups::new();
@@ -190,17 +186,14 @@ impl<'a> Packer<'a> {
         packed.count = originals.len() as u64;
         packed.bytes = originals.iter().map(|content| content.size).sum();
         self.record(changes)?;
-        self.remove_originals(&originals)?;
+        self.history.note_useless(originals.iter().map(|content| (content.node, content.id)));
+        self.remove_originals()?;
         Ok((last, packed))
     }
 
     /// Removes preserved files whose contents durably lie elsewhere.
-    fn remove_originals(&self, contents: &[WaitingContent]) -> Result<()> {
-        for content in contents {
-            self.history.remove_preserved(self.replicas, content.node, content.id)?;
-            (self.step)("an original was removed")?;
-        }
-        Ok(())
+    fn remove_originals(&self) -> Result<()> {
+        self.history.remove_useless(self.replicas, self.catalog, self.step)
     }
 
     /// Cuts and adds one content.
@@ -524,24 +517,5 @@ impl Cut {
             self.parts.push((None, part));
             left -= u64::from(part);
         }
-    }
-}
-
-impl History {
-    /// Removes the file of a content that is needed no more; one that is not there is fine. The
-    /// catalog says so durably.
-    pub fn remove_preserved(
-        &self,
-        replicas: &ReplicaSet,
-        node: NodeId,
-        content: ContentId,
-    ) -> Result<()> {
-        let dir = replicas.private(preserved_dir(node))?;
-        let name = preserved_name(node, content);
-        replicas.apply("remove", |id, b| match b.unlink(dir.get(id)?, &name) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            answer => answer,
-        })?;
-        Ok(())
     }
 }

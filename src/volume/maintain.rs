@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
-use crate::catalog::{Durability, Unused, WaitingContent};
+use crate::catalog::{Unused, WaitingContent};
 use crate::error::{Error, Result};
 use crate::history::packer::{Claim, ENDS, Packed, Packer, Step};
 use crate::types::{ContentId, Generation, NodeId};
@@ -233,22 +233,21 @@ impl Volume {
         let begin = Instant::now();
         let deleted_since = self.deleted_since()?;
         let mut steps = 0;
-        let mut useless = Vec::new();
         let mut finished = false;
         while let Some(sweep) = self.catalog().next_sweep()? {
             let step = self.catalog().sweep_on(&sweep, deleted_since)?;
-            useless.extend(step.unpreserved);
+            self.history.note_useless(step.unpreserved);
             finished |= step.done;
             steps += 1;
             if steps % STEPS_MAX == 0 {
-                self.remove_useless(&mut useless)?;
+                self.remove_useless()?;
             }
             stop()?;
             if time.is_some_and(|time| begin.elapsed() >= time) {
-                return self.remove_useless(&mut useless);
+                return self.remove_useless();
             }
         }
-        self.remove_useless(&mut useless)?;
+        self.remove_useless()?;
         let mut looked = finished.then(Unused::default);
         while let Some(from) = looked {
             looked = self.catalog().forget_unused(from)?;
@@ -258,19 +257,8 @@ impl Volume {
     }
 
     /// Removes the files of contents that were forgotten, once that is durable.
-    pub(super) fn remove_useless(
-        &self,
-        useless: &mut Vec<(crate::types::NodeId, ContentId)>,
-    ) -> Result<()> {
-        if useless.is_empty() {
-            return Ok(());
-        }
-        self.catalog().flush(Durability::Durable)?;
-        self.history.forget_maps();
-        for (node, content) in useless.drain(..) {
-            self.history.remove_preserved(self.replicas(), node, content)?;
-        }
-        Ok(())
+    pub(super) fn remove_useless(&self) -> Result<()> {
+        self.history.remove_useless(self.replicas(), self.catalog(), &|_| Ok(()))
     }
 
     /// Deletions from this generation on keep their last state.

@@ -5,7 +5,7 @@
 
 use crate::catalog::{Change, Durability, ForgetChange, PurgeRow};
 use crate::error::Result;
-use crate::types::{ContentId, Generation, NodeId};
+use crate::types::{Generation, NodeId};
 
 use super::Volume;
 
@@ -26,8 +26,7 @@ impl Volume {
         for nodes in nodes.chunks(NODES_MAX) {
             self.begin_anew(nodes)?;
         }
-        let mut useless = Vec::new();
-        let last = self.forget_nodes(nodes, &mut useless)?;
+        let last = self.forget_nodes(nodes)?;
         // What is known of the times and actors of what went goes with the sweep.
         self.catalog().sweep_again(Generation(0), last)?;
         let told: Vec<String> = rows
@@ -36,36 +35,32 @@ impl Volume {
             .collect();
         let rows = rows.into_iter().map(|row| Change::Forget(ForgetChange::Purged(row)));
         self.catalog().push(rows.collect())?;
-        self.remove_useless(&mut useless)?;
+        self.remove_useless()?;
         self.catalog().flush(Durability::Durable)?;
         self.history.forget_maps();
         log::warn!("purged from all history: {}", told.join(", "));
         Ok(())
     }
 
-    /// Takes all past states and names of these nodes out of history. `useless` gets the contents
-    /// whose files are to be removed; those of many nodes are removed on the way. Returns
-    /// the last generation in which any of it ended.
-    pub(super) fn forget_nodes(
-        &self,
-        nodes: &[NodeId],
-        useless: &mut Vec<(NodeId, ContentId)>,
-    ) -> Result<Generation> {
+    /// Takes all past states and names of these nodes out of history. Files that this makes useless
+    /// are left to the caller, but those of many nodes are removed on the way. Returns the last
+    /// generation in which any of it ended.
+    pub(super) fn forget_nodes(&self, nodes: &[NodeId]) -> Result<Generation> {
         let mut last = Generation(0);
         for (index, &node) in nodes.iter().enumerate() {
             loop {
                 let step = self.catalog().plan_purge(node)?;
-                useless.extend(step.unpreserved);
                 last = step.changes.iter().filter_map(ended).fold(last, Generation::max);
                 if !step.changes.is_empty() {
                     self.catalog().push(step.changes)?;
                 }
+                self.history.note_useless(step.unpreserved);
                 if step.done {
                     break;
                 }
             }
             if index % STEPS_MAX == STEPS_MAX - 1 {
-                self.remove_useless(useless)?;
+                self.remove_useless()?;
             }
         }
         Ok(last)

@@ -214,7 +214,7 @@ impl Volume {
     }
 
     /// What was deleted before `since` is kept no longer for that.
-    fn forget_deletions(&self, since: Generation) -> Result<()> {
+    pub(super) fn forget_deletions(&self, since: Generation) -> Result<()> {
         let before = self.deleted_since()?;
         if since <= before {
             return Ok(());

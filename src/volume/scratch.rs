@@ -30,9 +30,8 @@ impl Volume {
             }
             nodes.sort_unstable();
             nodes.dedup();
-            let mut useless = Vec::new();
-            self.forget_nodes(&nodes, &mut useless)?;
-            self.remove_useless(&mut useless)?;
+            self.forget_nodes(&nodes)?;
+            self.remove_useless()?;
             step(SCRATCH_FORGOTTEN)?;
         }
     }

@@ -7,7 +7,8 @@ use std::collections::HashSet;
 
 use super::{Groups, Packer};
 use crate::catalog::{Change, ChunkRow, PackChange, PackRow};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::types::PackId;
 
 /// A pack is copied when so much of it is unused: in percent, and in bytes, for a small pack
 /// consists of its headers.
@@ -49,8 +50,40 @@ impl Packer<'_> {
 
     /// Copies what is used out of these packs, at most `bytes_max` bytes of it, and removes them.
     fn copy_out(&mut self, packs: Vec<PackRow>, bytes_max: u64) -> Result<u64> {
-        let mut removed = Vec::new();
         let mut changes = Groups::new();
+        let copied = match self.copy_all(packs, bytes_max, &mut changes) {
+            Ok(copied) => copied,
+            Err(error) => {
+                self.discard(changes, &error);
+                return Err(error);
+            }
+        };
+        if copied.is_empty() {
+            return Ok(0);
+        }
+        changes.extend(copied.iter().map(|&id| vec![Change::Pack(PackChange::PackRemove(id))]));
+        self.record(changes)?;
+        let left: HashSet<_> = self.catalog.packs()?.into_iter().map(|pack| pack.id).collect();
+        let mut count = 0;
+        for id in copied {
+            if !left.contains(&id) {
+                self.history.packs.remove(self.replicas, id)?;
+                count += 1;
+                (self.step)("a pack was removed")?;
+            }
+        }
+        Ok(count)
+    }
+
+    /// Writes packs of what is used of these; `changes` are to make the catalog know them. Returns
+    /// which are of no use then.
+    fn copy_all(
+        &mut self,
+        packs: Vec<PackRow>,
+        bytes_max: u64,
+        changes: &mut Groups,
+    ) -> Result<Vec<PackId>> {
+        let mut done = Vec::new();
         let mut copied = 0;
         for pack in packs {
             if pack.live > 0 {
@@ -60,28 +93,31 @@ impl Packer<'_> {
                 copied += pack.live;
                 for row in self.catalog.pack_chunks(pack.id)? {
                     let bytes = self.history.packs.read_chunk(self.replicas, &row)?;
-                    self.copy(&row, &bytes, &mut changes)?;
+                    self.copy(&row, &bytes, changes)?;
                 }
             }
             self.keep_journal(pack.id)?;
-            removed.push(pack.id);
+            done.push(pack.id);
         }
-        if removed.is_empty() {
-            return Ok(0);
+        if !done.is_empty() {
+            self.finish_copy(changes)?;
         }
-        self.finish_copy(&mut changes)?;
-        changes.extend(removed.iter().map(|&id| vec![Change::Pack(PackChange::PackRemove(id))]));
-        self.record(changes)?;
-        let left: HashSet<_> = self.catalog.packs()?.into_iter().map(|pack| pack.id).collect();
-        let mut count = 0;
-        for id in removed {
-            if !left.contains(&id) {
-                self.history.packs.remove(self.replicas, id)?;
-                count += 1;
-                (self.step)("a pack was removed")?;
+        Ok(done)
+    }
+
+    /// Removes the packs that were written and are not to be recorded: their copying failed, for
+    /// want of room mostly. Where a step ended the work, as death would, they are recovery's.
+    fn discard(&self, changes: Groups, error: &Error) {
+        if matches!(error, Error::Interrupted) {
+            return;
+        }
+        for change in changes.into_iter().flatten() {
+            if let Change::Pack(PackChange::PackAdd { id, .. }) = change
+                && let Err(error) = self.history.packs.remove(self.replicas, id)
+            {
+                log::error!("the unfinished pack {id} cannot be removed: {error}");
             }
         }
-        Ok(count)
     }
 
     fn copy(&mut self, row: &ChunkRow, bytes: &[u8], changes: &mut Groups) -> Result<()> {

@@ -1,10 +1,13 @@
 //! The packer when somebody waits for it.
 
 use std::cell::Cell;
-use std::sync::atomic::Ordering;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::history::packer::{Claim, Packer};
+use crate::history::packs::{pack_dir, pack_name};
 use crate::types::ContentId;
 
 const CALLER: Caller = Caller { creds: Creds::DAEMON, pid: 0 };
@@ -95,5 +98,85 @@ fn who_waits_for_the_background_work_gets_it_from_the_packer() {
     assert_eq!(volume.pack_in_steps(&|_| Ok(())).unwrap().count, DELETED as u64);
     assert_eq!(waiting(&volume), 0);
     all_is_there(&volume);
+    volume.close().unwrap();
+}
+
+/// The names in all shards of `preserved/`.
+fn preserved_files(dir: &tempfile::TempDir) -> usize {
+    let shards = std::fs::read_dir(dir.path().join(".rearview/preserved")).unwrap();
+    shards.map(|shard| std::fs::read_dir(shard.unwrap().path()).unwrap().count()).sum()
+}
+
+#[test]
+fn what_is_forgotten_leaves_no_file_when_whoever_forgets_it_is_stopped() {
+    let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
+    for pass_after in [true, false] {
+        let volume = volume_with_deleted_files(&dirs);
+        volume.catalog().delete_snapshot("one").unwrap();
+        let now = volume.catalog().generation();
+        volume.catalog().thin(now, &std::collections::BTreeSet::new()).unwrap();
+        volume.forget_deletions(now).unwrap();
+        while waiting(&volume) == DELETED {
+            let stopped = volume.free_unused(&|| Err(Error::Interrupted));
+            assert!(matches!(stopped, Err(Error::Interrupted)), "{stopped:?}");
+        }
+        if pass_after {
+            volume.free_unused(&|| Ok(())).unwrap();
+            assert_eq!(waiting(&volume), 0);
+        }
+        let left = waiting(&volume);
+        volume.close().unwrap();
+        for dir in &dirs {
+            assert_eq!(preserved_files(dir), left, "{pass_after}");
+        }
+    }
+}
+
+/// Bytes that no codec makes smaller.
+fn noise(seed: u8, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&[seed]).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+#[test]
+fn a_copy_of_packs_that_fails_midway_leaves_no_pack_that_nobody_knows() {
+    // So many small ones are joined, and become more than one.
+    const PACKS: u8 = 18;
+    let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
+    let volume = open_volume(open_store(&dirs));
+    let name = EntryName::new("file").unwrap();
+    for seed in 0..PACKS {
+        let (node, _) = volume.create(NodeId::ROOT, &name, 0o644, true, &CALLER).unwrap();
+        volume.write(&node, 0, &noise(seed, 1000 << 10), false, &CALLER).unwrap();
+        volume.release(&node, true).unwrap();
+        let id = node.id;
+        drop(node);
+        volume.forget(id, 1);
+        volume.create_snapshot(&format!("s{seed}"), false, &[]).unwrap();
+        volume.unlink(NodeId::ROOT, &name, &CALLER).unwrap();
+        let (history, replicas) = (&volume.history, volume.replicas());
+        let mut packer = Packer::new(history, replicas, volume.catalog(), &|_| Ok(()));
+        packer.contents(ContentId::EMPTY, &mut |_| Ok(Claim::Pack)).unwrap();
+    }
+    let known = || volume.catalog().packs().unwrap().len();
+    let on_disk = || volume.history.packs().list(volume.replicas()).unwrap().len();
+    assert_eq!((known(), on_disk()), (PACKS.into(), PACKS.into()));
+    // The last one cannot be read.
+    let last = volume.catalog().packs().unwrap().last().unwrap().id;
+    for dir in &dirs {
+        let path = pack_dir(last).path().join(&pack_name(last)).to_bytes();
+        std::fs::write(dir.path().join(OsStr::from_bytes(&path)), b"no pack").unwrap();
+    }
+    let (history, replicas) = (&volume.history, volume.replicas());
+    let written = AtomicUsize::new(0);
+    let step = |step: &str| {
+        written.fetch_add((step == "a pack was written").into(), Ordering::Relaxed);
+        Ok(())
+    };
+    Packer::new(history, replicas, volume.catalog(), &step).repack(u64::MAX).unwrap_err();
+    assert_eq!(written.into_inner(), 1);
+    assert_eq!((known(), on_disk()), (PACKS.into(), PACKS.into()));
     volume.close().unwrap();
 }

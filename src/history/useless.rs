@@ -1,0 +1,60 @@
+//! Preserved files that nothing needs any more, from when the catalog says so until they are gone.
+//!
+//! Whoever forgets or packs a content puts its file here at once. Stopped before the file went, it
+//! goes with the next ones, or at the latest when the volume is closed. If we die, recovery finds
+//! the file by what the catalog says of its content.
+
+use std::collections::VecDeque;
+
+use super::packer::Step;
+use super::{History, preserved_dir, preserved_name};
+use crate::catalog::{Catalog, Durability};
+use crate::error::Result;
+use crate::replica::ReplicaSet;
+use crate::types::{ContentId, NodeId};
+
+impl History {
+    /// The files of these contents are of no use: changes that say so were pushed to the catalog.
+    pub fn note_useless(&self, contents: impl IntoIterator<Item = (NodeId, ContentId)>) {
+        self.useless.lock().extend(contents);
+    }
+
+    /// Removes the files that are of no use, once the catalog says so durably, with a call of
+    /// `step` after each. What is left after an error is on the list still.
+    pub fn remove_useless(
+        &self,
+        replicas: &ReplicaSet,
+        catalog: &Catalog,
+        step: Step<'_>,
+    ) -> Result<()> {
+        let mut going = std::mem::take(&mut *self.useless.lock());
+        if going.is_empty() {
+            return Ok(());
+        }
+        let outcome = self.remove_all(replicas, catalog, &mut going, step);
+        self.useless.lock().extend(going);
+        outcome
+    }
+
+    fn remove_all(
+        &self,
+        replicas: &ReplicaSet,
+        catalog: &Catalog,
+        going: &mut VecDeque<(NodeId, ContentId)>,
+        step: Step<'_>,
+    ) -> Result<()> {
+        catalog.flush(Durability::Durable)?;
+        self.forget_maps();
+        while let Some(&(node, content)) = going.front() {
+            let dir = replicas.private(preserved_dir(node))?;
+            let name = preserved_name(node, content);
+            replicas.apply("remove", |id, b| match b.unlink(dir.get(id)?, &name) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                answer => answer,
+            })?;
+            going.pop_front();
+            step("an original was removed")?;
+        }
+        Ok(())
+    }
+}
