@@ -26,6 +26,7 @@ mod database;
 mod diff;
 pub mod digest;
 mod failure;
+mod foreseen;
 mod freed;
 mod lane;
 mod leb128;
@@ -541,6 +542,7 @@ struct Shared {
     readers: Readers,
     ids: Ids,
     xattrs: Interned,
+    foreseen: foreseen::Foreseen,
     /// Serializes the checks and changes of snapshot names.
     snapshots: Mutex<()>,
     /// Replicas that failed, and why.

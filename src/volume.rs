@@ -9,6 +9,7 @@
 //! The order among all locks is in `locks`.
 
 mod actors;
+mod ahead;
 mod attributes;
 mod checkpoint;
 mod content;
@@ -157,6 +158,8 @@ pub struct Volume {
     urgent: AtomicUsize,
     /// What status says of space.
     space: Mutex<retain::SpaceBook>,
+    /// Who walks through directories.
+    walks: ahead::Walks,
     /// Files that have no digest yet.
     undigested: Mutex<digest::Waiting>,
     scrub: scrub::Scrub,
@@ -236,6 +239,7 @@ impl Volume {
             stopping: AtomicBool::new(false),
             urgent: AtomicUsize::new(0),
             space: Mutex::default(),
+            walks: ahead::Walks::new(),
             undigested: Mutex::default(),
             scrub: scrub::Scrub::default(),
             store,

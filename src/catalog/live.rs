@@ -18,11 +18,11 @@ use crate::types::{EntryName, Generation, Kind, NodeId};
 impl Catalog {
     /// The node that `name` in `parent` means, and its kind.
     pub fn lookup(&self, parent: NodeId, name: &EntryName) -> Result<Option<(NodeId, Kind)>> {
-        let pending = self.shared.overlay(|batch| batch.entry(parent, name));
-        match pending {
-            Some(None) => Ok(None),
-            Some(Some(node)) => Ok(self.shared.kind(node)?.map(|kind| (node, kind))),
-            None => self.shared.read(|db| stored_entry(db, parent, name)),
+        match self.shared.foreseen_entry(parent, name) {
+            (Some(None), _) => Ok(None),
+            (Some(Some(node)), _) => Ok(self.shared.kind(node)?.map(|kind| (node, kind))),
+            (None, Some(foreseen)) => Ok(Some(foreseen)),
+            (None, None) => self.shared.read(|db| stored_entry(db, parent, name)),
         }
     }
 

@@ -15,6 +15,7 @@ use super::actor::{self, Acts, Known};
 use super::commit::{Queue, TickClock, Waiting, Writer};
 use super::database::{Db, Place};
 use super::failure::Failure;
+use super::foreseen::Foreseen;
 use super::lane::{Lanes, TIMEOUT};
 use super::reader::Readers;
 use super::schema::read_head_only;
@@ -477,6 +478,7 @@ fn new_shared(
         readers: Readers::new(files),
         ids: Ids::new(head.next),
         xattrs: Interned::new(),
+        foreseen: Foreseen::default(),
         snapshots: Mutex::new(()),
         failures: Mutex::new(Vec::new()),
         ended: Mutex::new(ReplicaMap::for_all(|_| None)),

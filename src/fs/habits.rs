@@ -4,9 +4,10 @@
 //! lists. `ls -l` and backups want those, and would have to ask for each by itself; `find` by name
 //! and a shell that completes a word do not, and each attribute that nobody had in memory is a
 //! place on a disk to be read. So a thread that is not known gets names alone with its first
-//! listing. It is known once somebody looks up a file that it was told of so: programs list in one
-//! thread and look in others. The kernel asks for the rest of a listing as it was used so far, so
-//! that even the first one of a long directory goes on with attributes.
+//! listing. It is known once somebody looks up files that it was told of so, in two directories:
+//! programs list in one thread and look in others, and `git` lists its packs to open one before it
+//! walks through a tree that it has looked at. The kernel asks for the rest of a listing as it was
+//! used so far, so that even the first one of a long directory goes on with attributes.
 //!
 //! What the kernel keeps of a listing has no attributes where whoever it was made for had no use
 //! for them. For a thread that has, such a listing is made anew.
@@ -31,11 +32,24 @@ const TRIAL_LINES: usize = 32;
 /// What a thread does with what it lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Manner {
-    /// It lists for the first time.
+    /// It lists for the first time, or for the first time after one listing of it was of use.
     Unknown,
     /// Nobody looked at what it had listed.
     Passes,
-    /// Somebody looked up a file of which it had been told the name.
+    /// Somebody looked up files of which it had been told the names.
+    Looks,
+}
+
+/// What is remembered of a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Habit {
+    /// Nobody looked at what it listed.
+    None,
+    /// Somebody did in this directory, and it has listed no other since.
+    Looked(u64),
+    /// It has.
+    LookedOnce(u64),
+    /// And in another.
     Looks,
 }
 
@@ -45,7 +59,7 @@ pub(super) struct Habits {
 }
 
 struct Known {
-    threads: LruCache<u32, Manner>,
+    threads: LruCache<u32, Habit>,
     /// Directories of which the names alone were told when they were listed last.
     bare: LruCache<u64, Bare>,
 }
@@ -71,10 +85,14 @@ impl Habits {
         let Known { threads, bare } = &mut *self.known.lock();
         let manner = match threads.get(&thread) {
             None => Manner::Unknown,
-            Some(Manner::Looks) => return Manner::Looks,
-            Some(Manner::Unknown | Manner::Passes) => Manner::Passes,
+            Some(Habit::Looked(_)) => Manner::Unknown,
+            Some(Habit::None | Habit::LookedOnce(_)) => Manner::Passes,
+            Some(Habit::Looks) => return Manner::Looks,
         };
-        threads.put(thread, manner);
+        let habit = threads.get_or_insert_mut(thread, || Habit::None);
+        if let Habit::Looked(before) = *habit {
+            *habit = Habit::LookedOnce(before);
+        }
         // It may get what the kernel has of it, and then nobody asks us.
         if let Some(listed) = bare.get_mut(&dir) {
             listed.thread = thread;
@@ -108,8 +126,12 @@ impl Habits {
     fn look(&self, dir: u64) {
         let Known { threads, bare } = &mut *self.known.lock();
         let lister = bare.peek(&dir).map(|listed| listed.thread);
-        if let Some(manner) = lister.and_then(|thread| threads.get_mut(&thread)) {
-            *manner = Manner::Looks;
+        if let Some(habit) = lister.and_then(|thread| threads.get_mut(&thread)) {
+            *habit = match *habit {
+                Habit::None => Habit::Looked(dir),
+                Habit::Looked(before) | Habit::LookedOnce(before) if before == dir => *habit,
+                Habit::Looked(_) | Habit::LookedOnce(_) | Habit::Looks => Habit::Looks,
+            };
         }
     }
 }
@@ -167,7 +189,11 @@ mod tests {
         habits.look(TWO);
         assert_eq!(habits.open(7, TWO), Manner::Passes, "that one it did not list");
         habits.look(ONE);
-        assert_eq!(habits.open(7, TWO), Manner::Looks);
+        habits.look(ONE);
+        assert_eq!(habits.open(7, TWO), Manner::Unknown, "it may have been that one alone");
+        habits.begin(7, TWO, false);
+        habits.look(TWO);
+        assert_eq!(habits.open(7, ONE), Manner::Looks);
         assert_eq!(habits.open(8, TWO), Manner::Unknown, "another thread");
         assert_eq!(habits.open(0, TWO), Manner::Looks, "no thread of ours");
     }
@@ -180,7 +206,7 @@ mod tests {
         habits.end(ONE);
         assert_eq!(habits.open(8, ONE), Manner::Unknown);
         habits.look(ONE);
-        assert_eq!((habits.open(8, TWO), habits.open(7, TWO)), (Manner::Looks, Manner::Passes));
+        assert_eq!((habits.open(8, TWO), habits.open(7, TWO)), (Manner::Unknown, Manner::Passes));
     }
 
     #[test]

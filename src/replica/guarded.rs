@@ -32,7 +32,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::num::NonZeroU64;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -60,10 +60,15 @@ pub(super) use relay::relay;
 /// How long a call may take, unless the mount says otherwise.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How many workers do what nobody waits for at most. If the device hangs, so do they.
+const MEANWHILE_MAX: usize = 4;
+
 /// A backing with worker threads.
 pub struct Guarded {
     workers: Arc<Workers>,
     timeout_ms: AtomicU64,
+    /// How many workers do something that nobody waits for.
+    meanwhile: Arc<AtomicUsize>,
 }
 
 impl Guarded {
@@ -72,6 +77,7 @@ impl Guarded {
         let guarded = Guarded {
             workers: Arc::new(Workers::new(Checked::new(inner))),
             timeout_ms: AtomicU64::new(0),
+            meanwhile: Arc::default(),
         };
         guarded.set_timeout(timeout);
         guarded
@@ -207,6 +213,31 @@ impl Guarded {
             return self.workers.on_record(op, None, make);
         }
         self.in_time(op, |inner, alive| calls(inner, &|| alive.tell()))
+    }
+
+    /// Has a worker do something that nobody waits for, unless enough of them are at such things.
+    /// Whether one does it; errors are no matter.
+    pub(super) fn meanwhile(&self, work: impl FnOnce(&dyn Backing) + Send + 'static) -> bool {
+        let shared = self.workers.shared().clone();
+        let busy = self.meanwhile.clone();
+        let free = |busy| (busy < MEANWHILE_MAX).then_some(busy + 1);
+        let (set, fetch) = (Ordering::AcqRel, Ordering::Acquire);
+        if shared.overdue_count() > 0 || busy.fetch_update(set, fetch, free).is_err() {
+            return false;
+        }
+        let job = Box::new(move |done: &dyn Fn()| {
+            let _ = shared.run(|inner| {
+                work(inner);
+                Ok(())
+            });
+            busy.fetch_sub(1, Ordering::AcqRel);
+            done();
+        });
+        let given = self.workers.give(job).is_ok();
+        if !given {
+            self.meanwhile.fetch_sub(1, Ordering::AcqRel);
+        }
+        given
     }
 
     /// Has a worker do something that is waited for as long as it, or the device, goes on.
@@ -380,6 +411,10 @@ impl Backing for Guarded {
         })?;
         buffer[..count].copy_from_slice(&own[..count]);
         Ok(count)
+    }
+
+    fn stat_name_at_hand(&self, dir: &Handle, name: &EntryName) -> Option<io::Result<Stat>> {
+        self.workers.inner().stat_name_at_hand(dir, name)
     }
 
     fn forget_cached(&self, file: &Handle) {

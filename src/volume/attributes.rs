@@ -74,9 +74,14 @@ impl Volume {
                 Some(_) => self.stat_locked(&node, &state),
                 None => {
                     let dir = self.dir(parent)?;
-                    let stat = self
-                        .replicas()
-                        .read("stat", |id, b| of_kind(node.kind, b.stat_at(dir.get(id)?, name)?))?;
+                    let stat = self.replicas().read("stat", |id, b| {
+                        let at = dir.get(id)?;
+                        let stat = b.stat_name_at_hand(at, name).unwrap_or_else(|| {
+                            self.look_ahead(parent, &dir, name);
+                            b.stat_at(at, name)
+                        })?;
+                        of_kind(node.kind, stat)
+                    })?;
                     Ok(self.shown(&node, &state, stat))
                 }
             }

@@ -4,6 +4,7 @@ use super::*;
 use crate::history::History;
 use crate::store::{self, OpenOptions};
 
+mod ahead;
 mod catalogs;
 mod deferred;
 mod faults;

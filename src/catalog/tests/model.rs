@@ -261,6 +261,18 @@ fn read_tree(catalog: &Catalog, at: Option<Generation>) -> Tree {
             tree.entries.insert((parent.0, one.name.to_string()), one.node.0);
             tree.nodes.insert(one.node.0, row);
         }
+        if at.is_none() {
+            // What is read ahead now must mislead nobody later.
+            for other in 0..6 {
+                let other = name(&format!("n{other}"));
+                let found = catalog.lookup(parent, &other).unwrap();
+                assert_eq!(
+                    found.is_some(),
+                    tree.entries.contains_key(&(parent.0, other.to_string()))
+                );
+            }
+            catalog.foresee(parent, None, 100).unwrap();
+        }
     }
     tree
 }
