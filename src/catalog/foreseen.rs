@@ -36,6 +36,11 @@ impl Foreseen {
         (known.sequence == sequence).then(|| known.dirs.get(&dir)?.get(name).copied())?
     }
 
+    /// Forgets all: a database that it may be of is not in use any more.
+    pub fn forget(&self) {
+        *self.0.lock() = Known::default();
+    }
+
     fn take(&self, sequence: u64, dir: NodeId, entries: &[(EntryName, NodeId, Kind)]) {
         let mut known = self.0.lock();
         if known.sequence != sequence || known.count + entries.len() > ENTRIES_MAX {

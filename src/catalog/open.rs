@@ -171,6 +171,7 @@ impl Catalog {
                 writers[replica] = Some(Writer::new(db));
                 // Whoever opened the old file while it was replaced.
                 self.shared.readers.close_on(replica);
+                self.shared.foreseen.forget();
                 self.shared.attach(replica);
                 Ok(())
             }

@@ -252,6 +252,7 @@ impl Shared {
     /// Takes a replica out; with a reason, if it failed.
     pub fn detach(&self, replica: ReplicaId, failure: Option<Failure>) {
         let was_gone = self.readers.gone[replica].swap(true, Ordering::AcqRel);
+        self.foreseen.forget();
         let mut idle = self.readers.idle.lock();
         let (gone, stay) = idle.drain(..).partition::<Vec<_>, _>(|(id, _)| *id == replica);
         *idle = stay;

@@ -20,7 +20,8 @@ impl History {
     }
 
     /// Removes the files that are of no use, once the catalog says so durably, with a call of
-    /// `step` after each. What is left after an error is on the list still.
+    /// `step` after each. One that cannot be removed keeps nobody from anything: it stays on the
+    /// list, as all do that are left when a step fails.
     pub fn remove_useless(
         &self,
         replicas: &ReplicaSet,
@@ -45,16 +46,25 @@ impl History {
     ) -> Result<()> {
         catalog.flush(Durability::Durable)?;
         self.forget_maps();
-        while let Some(&(node, content)) = going.front() {
-            let dir = replicas.private(preserved_dir(node))?;
-            let name = preserved_name(node, content);
-            replicas.apply("remove", |id, b| match b.unlink(dir.get(id)?, &name) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-                answer => answer,
-            })?;
-            going.pop_front();
+        for _ in 0..going.len() {
+            let Some((node, content)) = going.pop_front() else { break };
+            if let Err(error) = remove(replicas, node, content) {
+                log::warn!("the file of content {content} of node {node} stays: {error}");
+                going.push_back((node, content));
+                continue;
+            }
             step("an original was removed")?;
         }
         Ok(())
     }
+}
+
+fn remove(replicas: &ReplicaSet, node: NodeId, content: ContentId) -> Result<()> {
+    let dir = replicas.private(preserved_dir(node))?;
+    let name = preserved_name(node, content);
+    replicas.apply("remove", |id, b| match b.unlink(dir.get(id)?, &name) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        answer => answer,
+    })?;
+    Ok(())
 }

@@ -360,6 +360,10 @@ pub trait Backing: Send + Sync {
     fn stat_at_hand(&self, _object: &Handle) -> Option<io::Result<Stat>> {
         None
     }
+    /// Whether what is not at hand is in no cache: of some filesystems nothing is known to be.
+    fn knows_what_is_at_hand(&self) -> bool {
+        false
+    }
     /// [`Backing::stat_at`] at hand.
     fn stat_name_at_hand(&self, _dir: &Handle, _name: &EntryName) -> Option<io::Result<Stat>> {
         None

@@ -581,12 +581,14 @@ impl Backing for DirBacking {
         self.kind.is_local().then(|| self.stat(object))
     }
 
+    fn knows_what_is_at_hand(&self) -> bool {
+        self.kind.is_local()
+    }
+
     fn stat_name_at_hand(&self, dir: &Handle, name: &EntryName) -> Option<io::Result<Stat>> {
-        let node = self
-            .kind
-            .is_local()
-            .then(|| open_cached(dir.as_fd(), name.as_os_str(), OFlags::empty()))?;
-        Some(node?.and_then(|node| self.stat(&node)))
+        self.kind.is_local().then_some(())?;
+        let node = open_cached(dir.as_fd(), name.as_os_str(), OFlags::empty())?;
+        Some(node.and_then(|node| self.stat(&node)))
     }
 
     fn read_at_hand(&self, file: &Handle, buffer: &mut [u8], offset: u64) -> Option<usize> {

@@ -51,12 +51,20 @@ pub type Plan = Arc<dyn Fn(Call<'_>) -> Option<Injected> + Send + Sync>;
 pub struct Faulty {
     inner: Box<dyn Backing>,
     plan: Plan,
+    looked_ahead_on: bool,
 }
 
 impl Faulty {
     /// Wraps `inner`.
     pub fn new(inner: Box<dyn Backing>, plan: Plan) -> Faulty {
-        Faulty { inner, plan }
+        Faulty { inner, plan, looked_ahead_on: false }
+    }
+
+    /// The same; calls that nobody waits for are made on it as well. Where every call is counted
+    /// that would be in the way.
+    pub fn looked_ahead_on(mut self) -> Faulty {
+        self.looked_ahead_on = true;
+        self
     }
 
     fn decide(&self, call: Call<'_>) -> io::Result<()> {
@@ -161,6 +169,10 @@ impl Backing for Faulty {
     fn forget_cached(&self, file: &Handle) {
         let _ = self.decide(Call { op: "forget_cached", name: None, offset: 0, len: 0 });
         self.inner.forget_cached(file);
+    }
+
+    fn knows_what_is_at_hand(&self) -> bool {
+        self.looked_ahead_on
     }
 
     fn will_need(&self, file: &Handle, ranges: &[(u64, NonZeroU64)]) {

@@ -33,7 +33,7 @@ use std::io;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -60,15 +60,17 @@ pub(super) use relay::relay;
 /// How long a call may take, unless the mount says otherwise.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How many workers do what nobody waits for at most. If the device hangs, so do they.
-const MEANWHILE_MAX: usize = 4;
+/// How many workers look at what nobody waits for at most. If the device hangs, so do they.
+const AHEAD_MAX: usize = 4;
+/// How long one of them looks.
+const AHEAD_TIME: Duration = Duration::from_secs(2);
 
 /// A backing with worker threads.
 pub struct Guarded {
     workers: Arc<Workers>,
     timeout_ms: AtomicU64,
-    /// How many workers do something that nobody waits for.
-    meanwhile: Arc<AtomicUsize>,
+    /// How many workers look at what nobody waits for.
+    ahead: Arc<AtomicUsize>,
 }
 
 impl Guarded {
@@ -77,7 +79,7 @@ impl Guarded {
         let guarded = Guarded {
             workers: Arc::new(Workers::new(Checked::new(inner))),
             timeout_ms: AtomicU64::new(0),
-            meanwhile: Arc::default(),
+            ahead: Arc::default(),
         };
         guarded.set_timeout(timeout);
         guarded
@@ -215,27 +217,36 @@ impl Guarded {
         self.in_time(op, |inner, alive| calls(inner, &|| alive.tell()))
     }
 
-    /// Has a worker do something that nobody waits for, unless enough of them are at such things.
-    /// Whether one does it; errors are no matter.
-    pub(super) fn meanwhile(&self, work: impl FnOnce(&dyn Backing) + Send + 'static) -> bool {
+    /// Whether it can tell that something is not at hand: for some filesystems nothing ever is.
+    pub fn knows_what_is_at_hand(&self) -> bool {
+        self.workers.inner().knows_what_is_at_hand()
+    }
+
+    /// Has a worker look at these names in a directory, for nobody: so that their attributes are in
+    /// memory. Whether one does: not if enough of them are at such things.
+    pub fn look_ahead(&self, dir: &Handle, names: Vec<EntryName>) -> bool {
         let shared = self.workers.shared().clone();
-        let busy = self.meanwhile.clone();
-        let free = |busy| (busy < MEANWHILE_MAX).then_some(busy + 1);
+        let busy = self.ahead.clone();
+        let free = |busy| (busy < AHEAD_MAX).then_some(busy + 1);
         let (set, fetch) = (Ordering::AcqRel, Ordering::Acquire);
         if shared.overdue_count() > 0 || busy.fetch_update(set, fetch, free).is_err() {
             return false;
         }
+        let dir = dir.clone();
         let job = Box::new(move |done: &dyn Fn()| {
-            let _ = shared.run(|inner| {
-                work(inner);
+            let begun = Instant::now();
+            let _ = shared.run(|_| {
+                let in_time = names.iter().take_while(|_| begun.elapsed() < AHEAD_TIME);
+                in_time.for_each(|name| shared.inner.glance(&dir, name));
                 Ok(())
             });
+            drop(dir);
             busy.fetch_sub(1, Ordering::AcqRel);
             done();
         });
         let given = self.workers.give(job).is_ok();
         if !given {
-            self.meanwhile.fetch_sub(1, Ordering::AcqRel);
+            self.ahead.fetch_sub(1, Ordering::AcqRel);
         }
         given
     }

@@ -3,7 +3,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use super::backing::{Backing, Handle};
 use super::buffer::Buffer;
@@ -11,14 +10,11 @@ use super::guarded::{Guarded, UnderWay};
 use super::verdict::{Nature, Verdict};
 use super::{Handles, Replica, ReplicaSet};
 use crate::error::Result;
-use crate::types::{EntryName, ReplicaId};
+use crate::types::ReplicaId;
 
 /// From so many bytes on a write goes to all replicas at once. Below it copying costs less than
 /// waking a second thread.
 const PARALLEL_BYTES_MIN: usize = 32 << 10;
-
-/// How long a replica looks at what nobody waits for: other such work waits for it.
-const AHEAD_TIME: Duration = Duration::from_millis(200);
 
 /// Bytes and where in a file they go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,21 +56,6 @@ impl ReplicaSet {
         self.read(op, |id, _| {
             let own = f.clone();
             self.get(id).backing.whole(op, move |inner| own(id, inner))
-        })
-    }
-
-    /// Has the primary look at these names, for nobody: so that their attributes are in memory.
-    /// Whether it does.
-    pub fn look_ahead(&self, dir: &Arc<Handles>, names: Vec<EntryName>) -> bool {
-        let Some(id) = self.online().next() else { return false };
-        let dir = dir.clone();
-        self.get(id).backing.meanwhile(move |b| {
-            let Ok(dir) = dir.get(id) else { return };
-            let begun = Instant::now();
-            for name in names.iter().take_while(|_| begun.elapsed() < AHEAD_TIME) {
-                // It may be gone; and what is wrong with it is told to whoever needs it.
-                let _ = b.stat_at(dir, name);
-            }
         })
     }
 

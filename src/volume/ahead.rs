@@ -11,15 +11,14 @@
 //! A guess, and only that: nothing waits for it, and a name that is gone meanwhile is no matter.
 
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::error::Result;
-use crate::replica::Handles;
-use crate::types::{EntryName, NodeId};
+use crate::replica::backing::Handle;
+use crate::types::{EntryName, NodeId, ReplicaId};
 
 use super::Volume;
 
@@ -120,14 +119,18 @@ impl Walks {
 }
 
 impl Volume {
-    /// The attributes of a name in a directory were in no cache: those that are likely to be needed
-    /// next are asked for in the background.
-    pub(super) fn look_ahead(&self, dir: NodeId, handles: &Arc<Handles>, name: &EntryName) {
+    /// The attributes of a name in a directory were not at hand on a replica: those that are likely
+    /// to be needed next are asked for in the background.
+    pub(super) fn look_ahead(&self, on: ReplicaId, dir: NodeId, handle: &Handle, name: &EntryName) {
+        let replica = self.replicas().get(on);
+        if !replica.guard().knows_what_is_at_hand() {
+            return;
+        }
         let after = |name: Option<&_>, most| self.catalog().foresee(dir, name, most);
         match self.walks.miss(dir, name, after) {
             Ok(names) if names.is_empty() => {}
             Ok(names) => {
-                if !self.replicas().look_ahead(handles, names) {
+                if !replica.guard().look_ahead(handle, names) {
                     // The next one may be more lucky.
                     self.walks.0.lock().pop(&dir);
                 }

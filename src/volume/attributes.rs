@@ -77,7 +77,7 @@ impl Volume {
                     let stat = self.replicas().read("stat", |id, b| {
                         let at = dir.get(id)?;
                         let stat = b.stat_name_at_hand(at, name).unwrap_or_else(|| {
-                            self.look_ahead(parent, &dir, name);
+                            self.look_ahead(id, parent, at, name);
                             b.stat_at(at, name)
                         })?;
                         of_kind(node.kind, stat)

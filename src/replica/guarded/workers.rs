@@ -36,7 +36,7 @@ pub(super) struct Workers {
 
 /// What the workers of a backing share with whoever hands them work.
 pub(super) struct Shared {
-    inner: Checked,
+    pub(super) inner: Checked,
     idle: Mutex<Vec<Arc<Worker>>>,
     overdue: AtomicUsize,
     ended: AtomicBool,

@@ -46,7 +46,7 @@ impl Rig {
                 let _ = tell.send(name);
                 None
             };
-            Box::new(Faulty::new(inner, Arc::new(plan)))
+            Box::new(Faulty::new(inner, Arc::new(plan)).looked_ahead_on())
         });
         let options = OpenOptions { init: true, between, ..OpenOptions::default() };
         let recover = |replicas: &ReplicaSet, catalog: &Catalog, from| {
