@@ -51,6 +51,7 @@ mod verdict;
 pub use buffer::Buffer;
 pub use handles::{Handles, PrivateDir};
 pub use health::{Fault, Health, State};
+pub use room::Need;
 pub use together::{Piece, SyncAll};
 
 /// The unit in which [`ReplicaSet::space`] counts blocks, in bytes.
@@ -163,6 +164,7 @@ pub struct ReplicaSet {
     timeout: Mutex<Option<Duration>>,
     dirs: Arc<DirCache>,
     room: Room,
+    inodes: Room,
 }
 
 impl ReplicaSet {
@@ -190,6 +192,7 @@ impl ReplicaSet {
             timeout: Mutex::default(),
             dirs: Arc::new(DirCache::new(count)),
             room: Room::new(),
+            inodes: Room::new(),
         }
     }
 
@@ -516,6 +519,7 @@ impl ReplicaSet {
             self.records[id].set(State::Offline { since: fault.at, fault: fault.clone() });
             self.online.store(mask & !bit(id), Ordering::SeqCst);
             self.room.forget();
+            self.inodes.forget();
             log::error!(
                 "{}: {fault}. The replica '{}' is out of use from now on; check its \
                  disk, then bring it back with `rearview replica online` or exchange it with \
@@ -545,6 +549,7 @@ impl ReplicaSet {
         self.online.fetch_or(bit(id), Ordering::SeqCst);
         self.dirs.clear();
         self.room.forget();
+        self.inodes.forget();
     }
 
     /// A replica's condition at this moment.

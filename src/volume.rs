@@ -45,7 +45,7 @@ use crate::excludes::{META_KEY, Patterns};
 use crate::history::{self, History};
 use crate::replica::backing::{Creds, Space};
 use crate::replica::guarded::CALL_TIMEOUT;
-use crate::replica::{Fault, Handles, Health, ReplicaSet};
+use crate::replica::{Fault, Handles, Health, Need, ReplicaSet};
 use crate::retention::StorePolicy;
 use crate::store::Store;
 use crate::store::marker::Marker;
@@ -64,8 +64,9 @@ pub use resync::{Extent, ForeignReport, Progressing};
 
 /// Stripes of directory locks: more than threads.
 const DIR_STRIPES: usize = 64;
-/// Room that an operation which makes a name asks for: a directory block and our records of it.
-const ROOM_FOR_A_NAME: u64 = 64 << 10;
+/// Room that an operation which makes a name asks for: a directory block, our records of it, and an
+/// inode.
+const ROOM_FOR_A_NAME: Need = Need { bytes: 64 << 10, files: 1 };
 
 /// How many times as long as a call may take the end of a housekeeper is waited for: it may be in
 /// the midst of several.

@@ -97,6 +97,34 @@ fn a_full_disk_refuses_no_write_while_history_may_yield_and_what_is_held_stays()
 }
 
 #[test]
+fn a_disk_that_has_no_inodes_for_more_history_refuses_no_file() {
+    let disks = [0, 1].map(|_| LoopFs::ext4_of_inodes(64, 2048));
+    let backings: Vec<PathBuf> = disks.iter().map(|disk| disk.root().join("b")).collect();
+    let mut store = Mounted::over(backings);
+    store.set_policy(UNPROTECTED);
+    fs::write(store.path("kept"), "kept").unwrap();
+    store.snapshot("held");
+    store.rearview(&["snapshot", "hold", "held"]).ok();
+    fs::remove_file(store.path("kept")).unwrap();
+    // Each is preserved as a file of its own until it is packed.
+    for number in 0..4000 {
+        let path = store.path(&format!("f{}", number % 7));
+        fs::write(&path, format!("{number}\n")).unwrap_or_else(|error| panic!("{number}: {error}"));
+        fs::remove_file(&path).unwrap();
+    }
+    assert!(fs::read(store.past("held").join("kept")).unwrap() == b"kept");
+    // What is live may take all that history does not need.
+    let made = (0..3000).find_map(|number| fs::write(store.path(&format!("l{number}")), "").err());
+    assert_eq!(made.expect("they are few").raw_os_error(), Some(libc::ENOSPC));
+    let told = warning(&store);
+    assert!(told.contains("no inodes are left; writes are refused"), "{told}");
+    fs::remove_file(store.path("l0")).unwrap();
+    store.remount();
+    assert!(fs::read(store.past("held").join("kept")).unwrap() == b"kept");
+    store.finish();
+}
+
+#[test]
 fn where_nothing_may_yield_writes_are_refused_and_status_says_why() {
     let Small { mut store, _disks } = small(64, "every = \"0\"\nprotect = \"1h\"\n");
     fs::write(store.path("old"), noise(0, 8)).unwrap();

@@ -2,7 +2,8 @@
 //!
 //! A write that one replica takes and another has no room for would cost us that replica, so the
 //! room is checked before. A part of what the filesystems had at the last look is granted without
-//! asking again, so the answer may be late by that part, never by more.
+//! asking again, so the answer may be late by that part, never by more. Inodes are counted as bytes
+//! are: a small filesystem can run out of those first, for each preserved file takes one.
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -25,10 +26,29 @@ const GRANT_DIVISOR: u64 = 4;
 /// Others use the filesystems too: after this time we look again.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(500);
 
-/// The room still granted since the last look.
+/// A filesystem keeps one of so many inodes free, at most [`RESERVE_FILES`].
+const RESERVE_FILES_DIVISOR: u64 = 64;
+const RESERVE_FILES: u64 = 1024;
+
+/// What an operation takes of every replica's filesystem, at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// Bytes.
+    pub bytes: u64,
+    /// Inodes.
+    pub files: u64,
+}
+
+impl From<u64> for Need {
+    fn from(bytes: u64) -> Need {
+        Need { bytes, files: 0 }
+    }
+}
+
+/// The room still granted since the last look, of bytes or of inodes.
 pub(super) struct Room {
     epoch: Instant,
-    granted_bytes: AtomicI64,
+    granted: AtomicI64,
     /// When the grant ends, in milliseconds since `epoch`.
     ends_ms: AtomicU64,
     /// Held while looking, so that many writers look once.
@@ -39,7 +59,7 @@ impl Room {
     pub(super) fn new() -> Room {
         Room {
             epoch: Instant::now(),
-            granted_bytes: AtomicI64::new(0),
+            granted: AtomicI64::new(0),
             ends_ms: AtomicU64::new(0),
             looking: Mutex::new(()),
         }
@@ -62,14 +82,14 @@ impl Room {
         }
         let slack = slack()?;
         let granted = (slack / GRANT_DIVISOR).saturating_sub(bytes);
-        self.granted_bytes.store(i64::try_from(granted).unwrap_or(i64::MAX), Ordering::Relaxed);
+        self.granted.store(i64::try_from(granted).unwrap_or(i64::MAX), Ordering::Relaxed);
         self.ends_ms.store(self.now_ms() + LOOK_AGAIN_AFTER.as_millis() as u64, Ordering::Relaxed);
         Ok(bytes <= slack)
     }
 
     /// Whether so much is granted still; it stays so. `false` may only mean that a look is due.
     pub(super) fn covers(&self, bytes: u64) -> bool {
-        let granted = self.granted_bytes.load(Ordering::Relaxed);
+        let granted = self.granted.load(Ordering::Relaxed);
         self.now_ms() < self.ends_ms.load(Ordering::Relaxed)
             && i64::try_from(bytes).is_ok_and(|bytes| bytes <= granted)
     }
@@ -85,8 +105,8 @@ impl Room {
             return false;
         }
         // Going below zero and staying there is fine: the next look sets it anew.
-        self.granted_bytes.load(Ordering::Relaxed) >= bytes
-            && self.granted_bytes.fetch_sub(bytes, Ordering::Relaxed) >= bytes
+        self.granted.load(Ordering::Relaxed) >= bytes
+            && self.granted.fetch_sub(bytes, Ordering::Relaxed) >= bytes
     }
 
     fn now_ms(&self) -> u64 {
@@ -95,15 +115,23 @@ impl Room {
 }
 
 impl ReplicaSet {
-    /// Fails with `ENOSPC` unless every online replica has room for `bytes` more and its reserve.
-    pub fn ensure_room(&self, bytes: u64) -> Result<()> {
-        let slack = || -> Result<u64> {
-            Ok(self.spaces()?.iter().map(|space| slack_bytes(space, 1)).min().unwrap_or(0))
+    /// Fails with `ENOSPC` unless every online replica has room for so much more and its reserve.
+    pub fn ensure_room(&self, need: impl Into<Need>) -> Result<()> {
+        let Need { bytes, files } = need.into();
+        let least = |slack: fn(&Space) -> u64| -> Result<u64> {
+            Ok(self.spaces()?.iter().map(slack).min().unwrap_or(0))
         };
-        match self.room.take(bytes, slack)? {
+        let has_bytes = || self.room.take(bytes, || least(|space| slack_bytes(space, 1)));
+        let has_files = || self.inodes.take(files, || least(slack_files));
+        match has_bytes()? && (files == 0 || has_files()?) {
             true => Ok(()),
             false => Err(Errno::NOSPC.into()),
         }
+    }
+
+    /// Whether a replica in use has no inodes for more files.
+    pub fn lacks_inodes(&self) -> bool {
+        self.spaces().is_ok_and(|spaces| spaces.iter().any(|space| slack_files(space) == 0))
     }
 
     /// Whether there is room for `bytes` more, none of which is taken by asking.
@@ -130,6 +158,12 @@ pub(super) fn slack_bytes(space: &Space, divisor: u64) -> u64 {
         false => RESERVE_BYTES,
     };
     bytes(space.available).saturating_sub(reserve / divisor)
+}
+
+/// How many files may be made above the reserve; no end of them where inodes are not counted.
+pub(super) fn slack_files(space: &Space) -> u64 {
+    let reserve = (space.files / RESERVE_FILES_DIVISOR).min(RESERVE_FILES);
+    if space.files == 0 { u64::MAX } else { space.files_free.saturating_sub(reserve) }
 }
 
 /// The same space counted in blocks of `block_bytes`, rounded down.

@@ -294,7 +294,7 @@ impl Volume {
             && !state.orphan
             && self.history.clone_whole(replicas, self.catalog(), of, whole.end, &handles)?;
         if !cloned {
-            self.ensure_room(lost.iter().map(ByteRange::len).sum())?;
+            self.ensure_room(lost.iter().map(ByteRange::len).sum::<u64>())?;
             // Each call waits until it is durable, so who overwrites a file from end to end, with
             // a sync now and then, has what comes next preserved with it. History yields for what
             // is needed only, not for what may be.

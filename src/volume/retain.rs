@@ -14,8 +14,9 @@ use rustix::io::Errno;
 
 use crate::catalog::{Change, Snapshot};
 use crate::error::{Error, Result};
+use crate::replica::Need;
 use crate::retention::{self, Asked, Item, StorePolicy, moments, seen};
-use crate::types::{Generation, ReplicaId, SnapshotId, Timestamp};
+use crate::types::{ContentId, Generation, ReplicaId, SnapshotId, Timestamp};
 
 use super::Volume;
 
@@ -32,8 +33,8 @@ const YIELD_PART: i64 = 4;
 pub(super) struct SpaceBook {
     /// What a person should know; nothing where space is no matter.
     pub warning: Option<String>,
-    /// A write of so many bytes was refused, and there was no room for it since.
-    refused: Option<u64>,
+    /// A change that needs so much was refused, and there was no room for it since.
+    refused: Option<Need>,
     /// What deleting snapshots would free, as of this epoch of the catalog.
     freed: HashMap<SnapshotId, u64>,
     epoch: u64,
@@ -347,27 +348,29 @@ impl Volume {
     }
 
     /// Fails with `ENOSPC` unless there is room on every backing; before that, history yields.
-    pub(super) fn ensure_room(&self, bytes: u64) -> Result<()> {
-        match self.replicas().ensure_room(bytes) {
+    pub(super) fn ensure_room(&self, need: impl Into<Need>) -> Result<()> {
+        let need = need.into();
+        match self.replicas().ensure_room(need) {
             Err(error) if error.is(Errno::NOSPC) => {}
             answer => return answer,
         }
         // What runs in the background stops at its next step.
         self.urgent.fetch_add(1, Ordering::SeqCst);
-        let outcome = self.yield_until_room(bytes);
+        let outcome = self.yield_until_room(need);
         self.urgent.fetch_sub(1, Ordering::SeqCst);
         outcome
     }
 
-    fn yield_until_room(&self, bytes: u64) -> Result<()> {
+    fn yield_until_room(&self, need: Need) -> Result<()> {
         let Some(_alone) = self.maintenance.try_lock_for(ROOM_WAIT) else {
             return Err(Errno::NOSPC.into());
         };
         let policy = self.policy();
         let mut told = false;
         let mut packed = false;
+        let mut waiting = usize::MAX;
         loop {
-            match self.replicas().ensure_room(bytes) {
+            match self.replicas().ensure_room(need) {
                 Err(error) if error.is(Errno::NOSPC) => {}
                 answer => return answer,
             }
@@ -376,7 +379,18 @@ impl Volume {
             }
             if !packed {
                 packed = true;
-                self.pack_for_room(&|| self.replicas().ensure_room(bytes).is_ok())?;
+                self.pack_for_room(&|| self.replicas().ensure_room(need).is_ok())?;
+                continue;
+            }
+            if self.replicas().ensure_room(need.bytes).is_ok() {
+                // Inodes are short. What is packed has none to give; packing is limited in time.
+                let left =
+                    self.catalog().waiting_contents(ContentId::EMPTY, usize::MAX >> 1)?.len();
+                packed = std::mem::replace(&mut waiting, left) <= left;
+                if packed {
+                    self.note_refusal(need, &policy);
+                    return Err(Errno::NOSPC.into());
+                }
                 continue;
             }
             if !told {
@@ -384,7 +398,7 @@ impl Volume {
                 told = true;
             }
             if !self.yield_oldest(&policy, Timestamp::now())? {
-                self.note_refusal(bytes, &policy);
+                self.note_refusal(need, &policy);
                 return Err(Errno::NOSPC.into());
             }
             self.free_unused(&|| Ok(()))?;
@@ -392,7 +406,7 @@ impl Volume {
     }
 
     /// A write is refused for want of room: status is to say why.
-    fn note_refusal(&self, bytes: u64, policy: &StorePolicy) {
+    fn note_refusal(&self, need: Need, policy: &StorePolicy) {
         let free = |id: &ReplicaId| {
             let space = self.replicas().get(*id).backing().space();
             space.map_or(u64::MAX, |space| space.available.saturating_mul(space.block_bytes))
@@ -400,23 +414,24 @@ impl Volume {
         let fullest = self.replicas().online().min_by_key(free);
         let path = fullest.map(|id| self.replicas().get(id).path.display().to_string());
         let text = format!(
-            "{}: full; writes are refused, because what is left of history is held or younger \
+            "{}: {}; writes are refused, because what is left of history is held or younger \
              than {}: free space, or release snapshots that are held",
             crate::types::escape(path.unwrap_or_default().as_bytes()),
+            if self.replicas().lacks_inodes() { "no inodes are left" } else { "full" },
             policy.protect
         );
         let mut book = self.space.lock();
         if book.refused.is_none() {
             log::warn!("{text}");
         }
-        book.refused = Some(bytes);
+        book.refused = Some(need);
         book.warning = Some(text);
     }
 
     /// What is to be known of space. That a write was refused is over once there is room for it.
     pub(super) fn space_warning(&self) -> Option<String> {
         let refused = self.space.lock().refused;
-        if refused.is_some_and(|bytes| self.replicas().ensure_room(bytes).is_ok()) {
+        if refused.is_some_and(|need| self.replicas().ensure_room(need).is_ok()) {
             let mut book = self.space.lock();
             book.refused = None;
             book.warning = None;

@@ -19,6 +19,15 @@ impl LoopFs {
         LoopFs::make("ext4", mebibytes)
     }
 
+    /// An ext4 of `mebibytes` that has room for so many files and directories.
+    #[track_caller]
+    pub fn ext4_of_inodes(mebibytes: u64, inodes: u64) -> LoopFs {
+        let scratch = super::scratch();
+        let more = ["-N".to_owned(), inodes.to_string()];
+        LoopFs::format_with("ext4", &scratch.path().join("image"), mebibytes, &more);
+        LoopFs::over("ext4", scratch)
+    }
+
     /// An XFS of `mebibytes` (at least 300).
     #[track_caller]
     pub fn xfs(mebibytes: u64) -> LoopFs {
@@ -41,6 +50,11 @@ impl LoopFs {
     /// Makes an empty filesystem in a file.
     #[track_caller]
     pub fn format(kind: &str, image: &Path, mebibytes: u64) {
+        LoopFs::format_with(kind, image, mebibytes, &[]);
+    }
+
+    #[track_caller]
+    fn format_with(kind: &str, image: &Path, mebibytes: u64, more: &[String]) {
         super::need(&[&format!("mkfs.{kind}")]);
         let file = std::fs::File::create(image).expect("an image can be made");
         file.set_len(mebibytes << 20).expect("an image can be sized");
@@ -49,7 +63,8 @@ impl LoopFs {
         // this one have such for a moment.
         let mut made = None;
         super::wait_until("a filesystem is made", 60, || {
-            let done = run(Command::new(format!("mkfs.{kind}")).args(options).arg(image));
+            let done =
+                run(Command::new(format!("mkfs.{kind}")).args(options).args(more).arg(image));
             let again = done.code != 0 && done.stderr.contains("not connected");
             made = Some(done);
             !again
