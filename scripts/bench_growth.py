@@ -19,6 +19,8 @@ from bench_systems import status, versions_of_programs
 FORM = 1
 WORKS = ("untar", "ls -lR, cold", "read all, cold", "snapshot", "rm -rf")
 PER_DIRECTORY = 1000
+# After each of them memory and open files are looked at.
+PARTS = 8
 LEGEND = """\
 Milliseconds of the same work at each size of the store; fill: microseconds for each file added
 since the line before. rss and open: the daemon's memory in MiB and its open files after all files of the
@@ -29,17 +31,19 @@ store were listed with their attributes.
 class Steps:
     """How far it goes."""
 
-    def __init__(self, quick, most):
+    def __init__(self, quick, most, cycles):
         most = most or (2_000 if quick else 100_000)
         self.fills = [count for count in (most // 100, most // 10, most) if count]
         self.work_files = 100 if quick else 1000
         self.snapshots = 20 if quick else 1000
-        self.cycles = most
+        self.cycles = cycles or most
 
 
 def add_arguments(parser):
     """The options of `growth` alone."""
-    parser.add_argument("--most", type=int, help="files in the end, and cycles (default: 100000)")
+    parser.add_argument("--most", type=int, help="files in the end (default: 100000)")
+    parser.add_argument("--cycles", type=int,
+                        help="files that are made, written and removed then (default: as many)")
 
 
 def daemon(mnt):
@@ -81,9 +85,9 @@ def work(live, sources, steps, name):
     folder.mkdir()
     archive = sources.tar(steps.work_files)
     times["untar"] = timed(lambda: run("tar", "-xf", archive, "-C", folder))
-    drop_caches(live)
+    drop_caches(live, sources)
     times["ls -lR, cold"] = timed(lambda: shell("ls -lR work >/dev/null", mnt))
-    drop_caches(live)
+    drop_caches(live, sources)
     read = "find work -type f -print0 | xargs -0 cat >/dev/null"
     times["read all, cold"] = timed(lambda: shell(read, mnt))
     times["snapshot"] = timed(lambda: live.snapshot(name))
@@ -102,7 +106,7 @@ def cycle(folder, count):
 
 def main(options):
     """Measures, tells, and returns 0."""
-    steps = Steps(options.quick, options.most)
+    steps = Steps(options.quick, options.most, options.cycles)
     options.out.mkdir(parents=True, exist_ok=True)
     lines = []
     with Place(options.scratch) as place:
@@ -130,8 +134,14 @@ def main(options):
             (live.folders[0] / "changes").write_bytes(b"%d" % number)
             live.snapshot(f"s{number:05}")
         line(f"+ {steps.snapshots} snapshots")
-        spent = timed(lambda: cycle(live.folders[0] / "cycles", steps.cycles))
-        line(f"+ {steps.cycles} cycles", fill_us=round(spent * 1000 / steps.cycles))
+        spent, during = 0, []
+        for part in range(PARTS):
+            folder = live.folders[0] / f"cycles{part}"
+            spent += timed(lambda folder=folder: cycle(folder, steps.cycles // PARTS))
+            during.append(held(process))
+            say(f"   {part + 1} of {PARTS} parts of the cycles: {during[-1]}")
+        line(f"+ {steps.cycles} cycles", fill_us=round(spent * 1000 / steps.cycles),
+             during=during)
         totals = status(live.folders[0])["totals"]
         live.check()
         run(REARVIEW, "umount", live.folders[0])

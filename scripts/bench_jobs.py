@@ -23,10 +23,11 @@ def shell(text, cwd):
     run("bash", "-o", "pipefail", "-ec", text, cwd=cwd)
 
 
-def drop_caches(live):
-    """What is read next comes from the images."""
+def drop_caches(live, sources):
+    """What is read next comes from the images; the programs that read it are in memory again."""
     live.sync()
     pathlib.Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
+    sources.load_programs()
 
 
 class Sizes:
@@ -52,6 +53,7 @@ class Sources:
     def __init__(self, folder, sizes, groups):
         self.folder, self.sizes = folder, sizes
         folder.mkdir()
+        self._small()
         self._tar(sizes.files)
         if sizes.many_files and "many" in groups:
             self._tar(sizes.many_files)
@@ -61,6 +63,19 @@ class Sources:
     def tar(self, files):
         """An archive of so many files."""
         return self.folder / f"{files}.tar"
+
+    def _small(self):
+        """What programs are tried on."""
+        small = self.folder / "small"
+        small.mkdir()
+        run("git", "init", "-q", small)
+        (small / "file").write_text("small\n", encoding="ascii")
+
+    def load_programs(self):
+        """Reads the programs of the works from their disk, as far as running them does."""
+        for text in ("git status", "ls -lR .", READS.format("."), "cp -a . ../copy",
+                     "dd if=file of=../copy/file bs=1M", "rm -rf ../copy"):
+            shell(f"({text}) >/dev/null 2>&1", self.folder / "small")
 
     def _tar(self, files):
         """Small files as in source trees: a few hundred bytes to 16 KiB, 20 to a directory."""
@@ -107,7 +122,7 @@ def tree_group(live, sources, sizes):
     first = live.folders[0]
     for name, command in (("ls -lR", "ls -lR one >/dev/null"), ("find", "find one >/dev/null"),
                           ("read all", READS.format("one"))):
-        drop_caches(live)
+        drop_caches(live, sources)
         yield f"{name}, cold", lambda _, command=command: shell(command, first), "reads"
         yield f"{name}, warm", lambda _, command=command: shell(command, first), "reads"
     yield "rm -rf", lambda folder: run("rm", "-rf", "one", "two", cwd=folder)
@@ -136,7 +151,7 @@ def git_group(live, sources, sizes):
         if git(folder, "status", "--porcelain"):
             raise Failure("the clone is not clean")
 
-    drop_caches(live)
+    drop_caches(live, sources)
     yield "git status, cold", lambda _: clean(live.folders[0]), "reads"
     yield "git status, warm", lambda _: clean(live.folders[0]), "reads"
     yield "git checkout", lambda folder: git(folder, "checkout", "-q", "HEAD~1")
@@ -156,7 +171,7 @@ def stream_group(live, sources, sizes):
         (folder / "plain").unlink()
     live.settle()
     yield "write, fsync", write("synced", sizes.mib, "conv=fsync")
-    drop_caches(live)
+    drop_caches(live, sources)
     read = lambda _: run("dd", f"if={first}/synced", "of=/dev/null", "bs=1M")
     yield "read, cold", read, "reads"
     yield "read, warm", read, "reads"
@@ -189,7 +204,7 @@ def random_group(live, sources, sizes):
         run("dd", "if=/dev/urandom", f"of={folder}/data", "bs=1M", f"count={sizes.mib // 2}",
             "conv=fsync")
     for jobs in (1, 4):
-        drop_caches(live)
+        drop_caches(live, sources)
         read = lambda _, jobs=jobs: fio(first, "r", "randread", jobs, sizes, sizes.random_ios)
         yield f"random read, {jobs}", read, "reads"
     # Its blocks are held by a snapshot: the first write to each has to keep what was there.
@@ -234,7 +249,7 @@ def past_group(live, sources, sizes):
 
     def copied(tree):
         shutil.rmtree(aim, ignore_errors=True)
-        drop_caches(live)
+        drop_caches(live, sources)
         return lambda _: run("cp", "-a", tree, aim)
 
     if live.name.startswith(("btrfs", "rearview")):
@@ -244,7 +259,7 @@ def past_group(live, sources, sizes):
         live.settle()
     old = live.past(SNAPSHOT)
     old = old / "tree"
-    drop_caches(live)
+    drop_caches(live, sources)
     yield "ls -lR of a snapshot", lambda _: run("ls", "-lR", old), "reads"
     yield "cp -a out of a snapshot", copied(old), "reads"
     if tree_size(aim) <= sizes.files:

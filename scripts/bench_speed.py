@@ -28,8 +28,8 @@ LEGEND = """\
 Medians in milliseconds, ± half of the range between the slowest and the fastest round in percent.
 ext4-twice is one ext4 after the other; btrfs is RAID1 with snapshots, rearview two replicas on ext4
 with history; mergerfs and bindfs show one folder of one ext4. All images are in memory. `cold`:
-after dropping the kernel's caches. restic and borg show a backup by their own mounts. floor keeps
-all in memory: what the way through FUSE takes by itself.
+after dropping the kernel's caches and running the programs once elsewhere. restic and borg show a
+backup by their own mounts. floor keeps all in memory: what the way through FUSE takes by itself.
 """
 
 
