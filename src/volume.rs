@@ -64,9 +64,10 @@ pub use resync::{Extent, ForeignReport, Progressing};
 
 /// Stripes of directory locks: more than threads.
 const DIR_STRIPES: usize = 64;
-/// Room that an operation which makes a name asks for: a directory block, our records of it, and an
-/// inode.
-const ROOM_FOR_A_NAME: Need = Need { bytes: 64 << 10, files: 1 };
+/// Room that an operation which makes a name asks for, in bytes: a directory block and our records.
+const ROOM_FOR_A_NAME: u64 = 64 << 10;
+/// And what one asks for that makes a file or directory.
+const ROOM_FOR_A_FILE: Need = Need { bytes: ROOM_FOR_A_NAME, files: 1 };
 
 /// How many times as long as a call may take the end of a housekeeper is waited for: it may be in
 /// the midst of several.

@@ -117,8 +117,25 @@ fn a_disk_that_has_no_inodes_for_more_history_refuses_no_file() {
     let made = (0..3000).find_map(|number| fs::write(store.path(&format!("l{number}")), "").err());
     assert_eq!(made.expect("they are few").raw_os_error(), Some(libc::ENOSPC));
     let told = warning(&store);
-    assert!(told.contains("no inodes are left; writes are refused"), "{told}");
-    fs::remove_file(store.path("l0")).unwrap();
+    assert!(told.contains("no inodes are left; new files are refused"), "{told}");
+    // No name needs one of its own, nor does what takes another's place or is emptied.
+    fs::rename(store.path("l0"), store.path("renamed")).unwrap();
+    fs::hard_link(store.path("renamed"), store.path("linked")).unwrap();
+    store.remount();
+    for number in 1..600 {
+        let path = store.path(&format!("l{number}"));
+        fs::write(&path, format!("{number}\n")).unwrap_or_else(|error| panic!("{number}: {error}"));
+    }
+    store.snapshot("full");
+    for number in 1..600 {
+        let path = store.path(&format!("l{number}"));
+        match number % 3 {
+            0 => fs::write(&path, "other\n").unwrap(),
+            1 => fs::rename(&path, store.path("renamed")).unwrap(),
+            _ => fs::remove_file(&path).unwrap(),
+        }
+    }
+    assert!(fs::read(store.past("full").join("l500")).unwrap() == b"500\n");
     store.remount();
     assert!(fs::read(store.past("held").join("kept")).unwrap() == b"kept");
     store.finish();

@@ -27,6 +27,8 @@ struct Known {
     sequence: u64,
     count: usize,
     dirs: HashMap<NodeId, HashMap<EntryName, (NodeId, Kind)>>,
+    /// How often all was forgotten.
+    forgotten: u64,
 }
 
 impl Foreseen {
@@ -38,13 +40,28 @@ impl Foreseen {
 
     /// Forgets all: a database that it may be of is not in use any more.
     pub fn forget(&self) {
-        *self.0.lock() = Known::default();
+        let mut known = self.0.lock();
+        *known = Known { forgotten: known.forgotten + 1, ..Known::default() };
     }
 
-    fn take(&self, sequence: u64, dir: NodeId, entries: &[(EntryName, NodeId, Kind)]) {
+    fn forgotten(&self) -> u64 {
+        self.0.lock().forgotten
+    }
+
+    /// Takes what was read when all had been `forgotten` so often.
+    fn take(
+        &self,
+        forgotten: u64,
+        sequence: u64,
+        dir: NodeId,
+        entries: &[(EntryName, NodeId, Kind)],
+    ) {
         let mut known = self.0.lock();
+        if known.forgotten != forgotten {
+            return;
+        }
         if known.sequence != sequence || known.count + entries.len() > ENTRIES_MAX {
-            *known = Known { sequence, ..Known::default() };
+            *known = Known { sequence, forgotten, ..Known::default() };
         }
         known.count += entries.len();
         let names = known.dirs.entry(dir).or_default();
@@ -62,6 +79,7 @@ impl Catalog {
         most: usize,
     ) -> Result<Vec<EntryName>> {
         let after = name.map_or(&b""[..], EntryName::as_bytes);
+        let forgotten = self.shared.foreseen.forgotten();
         let (sequence, entries) = self.shared.read_at_once(|db| {
             let sequence: i64 = db
                 .prepare_cached("SELECT sequence FROM head WHERE one = 1")?
@@ -78,7 +96,7 @@ impl Catalog {
             Ok((sequence, entries))
         })?;
         if !self.shared.read_only {
-            self.shared.foreseen.take(sequence as u64, parent, &entries);
+            self.shared.foreseen.take(forgotten, sequence as u64, parent, &entries);
         }
         Ok(entries.into_iter().map(|(name, ..)| name).collect())
     }
@@ -113,16 +131,20 @@ mod tests {
     fn what_is_known_counts_for_one_state_and_is_bounded() {
         let foreseen = Foreseen::default();
         let dir = NodeId(7);
-        foreseen.take(3, dir, &[(name("a"), NodeId(8), Kind::File)]);
-        foreseen.take(3, dir, &[(name("b"), NodeId(9), Kind::Dir)]);
+        foreseen.take(0, 3, dir, &[(name("a"), NodeId(8), Kind::File)]);
+        foreseen.take(0, 3, dir, &[(name("b"), NodeId(9), Kind::Dir)]);
         assert_eq!(foreseen.entry(3, dir, &name("a")), Some((NodeId(8), Kind::File)));
         assert_eq!(foreseen.entry(3, dir, &name("b")), Some((NodeId(9), Kind::Dir)));
         assert_eq!(foreseen.entry(3, NodeId(8), &name("a")), None);
         assert_eq!(foreseen.entry(4, dir, &name("a")), None, "something was committed");
-        foreseen.take(4, dir, &[(name("c"), NodeId(9), Kind::Dir)]);
+        foreseen.take(0, 4, dir, &[(name("c"), NodeId(9), Kind::Dir)]);
         assert_eq!(foreseen.entry(4, dir, &name("a")), None);
+        foreseen.forget();
+        assert_eq!(foreseen.entry(4, dir, &name("c")), None);
+        foreseen.take(0, 4, dir, &[(name("c"), NodeId(9), Kind::Dir)]);
+        assert_eq!(foreseen.entry(4, dir, &name("c")), None, "it was read before that");
         for number in 0..3 * ENTRIES_MAX as u64 {
-            foreseen.take(4, NodeId(number), &[(name("a"), NodeId(number), Kind::File)]);
+            foreseen.take(1, 4, NodeId(number), &[(name("a"), NodeId(number), Kind::File)]);
             assert!(foreseen.0.lock().count <= ENTRIES_MAX);
         }
     }

@@ -13,6 +13,9 @@ use crate::error::Result;
 use crate::replica::ReplicaSet;
 use crate::types::{ContentId, NodeId};
 
+/// When so many could not be removed, no more are tried for now: it is not the files.
+const FAILED_MAX: usize = 3;
+
 impl History {
     /// The files of these contents are of no use: changes that say so were pushed to the catalog.
     pub fn note_useless(&self, contents: impl IntoIterator<Item = (NodeId, ContentId)>) {
@@ -46,11 +49,16 @@ impl History {
     ) -> Result<()> {
         catalog.flush(Durability::Durable)?;
         self.forget_maps();
+        let mut failed = 0;
         for _ in 0..going.len() {
             let Some((node, content)) = going.pop_front() else { break };
             if let Err(error) = remove(replicas, node, content) {
                 log::warn!("the file of content {content} of node {node} stays: {error}");
                 going.push_back((node, content));
+                failed += 1;
+                if failed == FAILED_MAX {
+                    break;
+                }
                 continue;
             }
             step("an original was removed")?;

@@ -26,9 +26,12 @@ const GRANT_DIVISOR: u64 = 4;
 /// Others use the filesystems too: after this time we look again.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(500);
 
-/// A filesystem keeps one of so many inodes free, at most [`RESERVE_FILES`].
+/// A filesystem keeps one of so many inodes free, within these bounds: what is deleted may need any
+/// of 256 directories to be preserved in, and packing a few files.
 const RESERVE_FILES_DIVISOR: u64 = 64;
-const RESERVE_FILES: u64 = 1024;
+const RESERVE_FILES: std::ops::RangeInclusive<u64> = 320..=1024;
+/// But no more than one of so many.
+const RESERVE_FILES_DIVISOR_MIN: u64 = 4;
 
 /// What an operation takes of every replica's filesystem, at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,11 +132,6 @@ impl ReplicaSet {
         }
     }
 
-    /// Whether a replica in use has no inodes for more files.
-    pub fn lacks_inodes(&self) -> bool {
-        self.spaces().is_ok_and(|spaces| spaces.iter().any(|space| slack_files(space) == 0))
-    }
-
     /// Whether there is room for `bytes` more, none of which is taken by asking.
     pub fn has_room(&self, bytes: u64) -> bool {
         self.room.covers(bytes) || self.ensure_room(bytes).is_ok()
@@ -162,7 +160,10 @@ pub(super) fn slack_bytes(space: &Space, divisor: u64) -> u64 {
 
 /// How many files may be made above the reserve; no end of them where inodes are not counted.
 pub(super) fn slack_files(space: &Space) -> u64 {
-    let reserve = (space.files / RESERVE_FILES_DIVISOR).min(RESERVE_FILES);
+    let share = space.files / RESERVE_FILES_DIVISOR;
+    let reserve = share
+        .clamp(*RESERVE_FILES.start(), *RESERVE_FILES.end())
+        .min(space.files / RESERVE_FILES_DIVISOR_MIN);
     if space.files == 0 { u64::MAX } else { space.files_free.saturating_sub(reserve) }
 }
 

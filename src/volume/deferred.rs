@@ -150,7 +150,7 @@ impl Volume {
     fn has_room_for_deferred(&self, bytes: usize) -> bool {
         // What is deferred is on no disk yet, and needs as much again for its before-images.
         let all = self.deferrals.bytes.load(Ordering::Relaxed) + bytes;
-        let room = 2 * all as u64 + super::ROOM_FOR_A_NAME.bytes;
+        let room = 2 * all as u64 + super::ROOM_FOR_A_NAME;
         all <= BYTES_MAX && self.replicas().has_room(room)
     }
 

@@ -22,7 +22,7 @@ use by_hand::emulate_fallocate;
 
 use super::nodes::{Node, Open, State};
 use super::sync::Syncing;
-use super::{Caller, Volume};
+use super::{Caller, ROOM_FOR_A_FILE, Volume};
 
 /// Allocation modes that change or remove bytes (`fallocate(2)`).
 const FALLOCATE_DESTROYS: u32 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) as u32;
@@ -292,6 +292,7 @@ impl Volume {
         // An orphan is itself the file under which its last content is preserved.
         let cloned = untouched
             && !state.orphan
+            && replicas.ensure_room(ROOM_FOR_A_FILE).is_ok()
             && self.history.clone_whole(replicas, self.catalog(), of, whole.end, &handles)?;
         if !cloned {
             self.ensure_room(lost.iter().map(ByteRange::len).sum::<u64>())?;
@@ -370,6 +371,11 @@ impl Volume {
         }
         let content = open.sealed.content;
         let old = open.write.clone().expect("the caller opened the file");
+        match self.ensure_room(ROOM_FOR_A_FILE) {
+            // Its bytes may have room where another file has none.
+            Err(error) if error.is(Errno::NOSPC) => return Ok(false),
+            answer => answer?,
+        }
         let replicas = self.replicas();
         let (stat, xattrs) = replicas.read("stat", |id, b| {
             let file = old.get(id)?;

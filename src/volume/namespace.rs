@@ -17,7 +17,7 @@ use super::excludes::{Turn, entry};
 use super::files::link_anew;
 use super::intend::dirty;
 use super::nodes::{Node, Open, State};
-use super::{Caller, ROOM_FOR_A_NAME, Volume};
+use super::{Caller, ROOM_FOR_A_FILE, ROOM_FOR_A_NAME, Volume};
 
 /// What [`Volume::make`] makes.
 pub enum Newborn<'a> {
@@ -41,7 +41,7 @@ impl Volume {
     ) -> Result<(Arc<Node>, Stat)> {
         let _cut = self.begin_change();
         self.check_name(parent, name)?;
-        self.ensure_room(ROOM_FOR_A_NAME)?;
+        self.ensure_room(ROOM_FOR_A_FILE)?;
         let intent = self.intend(&[Dirty::Dir(parent)])?;
         let _entries = self.lock_dir(parent);
         let dir = self.dir(parent)?;
@@ -116,7 +116,7 @@ impl Volume {
     ) -> Result<(Arc<Node>, Stat)> {
         let _cut = self.begin_change();
         self.check_name(parent, name)?;
-        self.ensure_room(ROOM_FOR_A_NAME)?;
+        self.ensure_room(ROOM_FOR_A_FILE)?;
         let intent = self.intend(&[Dirty::Dir(parent)])?;
         let _entries = self.lock_dir(parent);
         let dir = self.dir(parent)?;

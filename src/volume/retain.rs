@@ -368,7 +368,7 @@ impl Volume {
         let policy = self.policy();
         let mut told = false;
         let mut packed = false;
-        let mut waiting = usize::MAX;
+        let (mut waiting, begun) = (usize::MAX, Instant::now());
         loop {
             match self.replicas().ensure_room(need) {
                 Err(error) if error.is(Errno::NOSPC) => {}
@@ -387,7 +387,7 @@ impl Volume {
                 let left =
                     self.catalog().waiting_contents(ContentId::EMPTY, usize::MAX >> 1)?.len();
                 packed = std::mem::replace(&mut waiting, left) <= left;
-                if packed {
+                if packed || begun.elapsed() >= ROOM_WAIT {
                     self.note_refusal(need, &policy);
                     return Err(Errno::NOSPC.into());
                 }
@@ -405,21 +405,31 @@ impl Volume {
         }
     }
 
-    /// A write is refused for want of room: status is to say why.
+    /// A change is refused for want of room: status is to say why.
     fn note_refusal(&self, need: Need, policy: &StorePolicy) {
+        let lacks_inodes = self.replicas().ensure_room(need.bytes).is_ok();
         let free = |id: &ReplicaId| {
             let space = self.replicas().get(*id).backing().space();
-            space.map_or(u64::MAX, |space| space.available.saturating_mul(space.block_bytes))
+            space.map_or(u64::MAX, |space| match lacks_inodes {
+                true if space.files == 0 => u64::MAX,
+                true => space.files_free,
+                false => space.available.saturating_mul(space.block_bytes),
+            })
         };
         let fullest = self.replicas().online().min_by_key(free);
         let path = fullest.map(|id| self.replicas().get(id).path.display().to_string());
-        let text = format!(
-            "{}: {}; writes are refused, because what is left of history is held or younger \
-             than {}: free space, or release snapshots that are held",
-            crate::types::escape(path.unwrap_or_default().as_bytes()),
-            if self.replicas().lacks_inodes() { "no inodes are left" } else { "full" },
-            policy.protect
-        );
+        let path = crate::types::escape(path.unwrap_or_default().as_bytes());
+        let text = match lacks_inodes {
+            true => format!(
+                "{path}: no inodes are left; new files are refused, because what is left of \
+                 history is packed: remove files"
+            ),
+            false => format!(
+                "{path}: full; writes are refused, because what is left of history is held or \
+                 younger than {}: free space, or release snapshots that are held",
+                policy.protect
+            ),
+        };
         let mut book = self.space.lock();
         if book.refused.is_none() {
             log::warn!("{text}");
