@@ -115,6 +115,11 @@ pub(super) struct Queue {
 }
 
 impl Queue {
+    /// Answers from the overlay, newest batch first.
+    pub fn overlay<T>(&self, mut find: impl FnMut(&Batch) -> Option<T>) -> Option<T> {
+        find(&self.open).or_else(|| self.committing.as_deref().and_then(find))
+    }
+
     /// The queue after opening: nothing waits. What an earlier mount wrote may not be durable yet.
     pub fn new(generation: Generation, next: NextIds, clock: TickClock) -> Queue {
         Queue {
@@ -351,9 +356,8 @@ impl Shared {
     }
 
     /// Answers from the overlay, newest batch first.
-    pub fn overlay<T>(&self, mut find: impl FnMut(&Batch) -> Option<T>) -> Option<T> {
-        let queue = self.waiting.queue.lock();
-        find(&queue.open).or_else(|| queue.committing.as_deref().and_then(find))
+    pub fn overlay<T>(&self, find: impl FnMut(&Batch) -> Option<T>) -> Option<T> {
+        self.waiting.queue.lock().overlay(find)
     }
 
     /// Tells the committer to commit what waits and to end.

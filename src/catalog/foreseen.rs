@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use parking_lot::Mutex;
 use rusqlite::params;
 
+use super::schema::read_head_only;
 use super::{Catalog, Shared};
 use crate::error::Result;
 use crate::types::{EntryName, Kind, NodeId};
@@ -81,9 +82,7 @@ impl Catalog {
         let after = name.map_or(&b""[..], EntryName::as_bytes);
         let forgotten = self.shared.foreseen.forgotten();
         let (sequence, entries) = self.shared.read_at_once(|db| {
-            let sequence: i64 = db
-                .prepare_cached("SELECT sequence FROM head WHERE one = 1")?
-                .query_row([], |row| row.get(0))?;
+            let sequence = read_head_only(db)?.sequence;
             let entries: Vec<(EntryName, NodeId, Kind)> = db
                 .prepare_cached(
                     "SELECT name, node, coalesce(kind, ?4) FROM entry \
@@ -96,7 +95,7 @@ impl Catalog {
             Ok((sequence, entries))
         })?;
         if !self.shared.read_only {
-            self.shared.foreseen.take(forgotten, sequence as u64, parent, &entries);
+            self.shared.foreseen.take(forgotten, sequence, parent, &entries);
         }
         Ok(entries.into_iter().map(|(name, ..)| name).collect())
     }
@@ -111,8 +110,7 @@ impl Shared {
         name: &EntryName,
     ) -> (Option<Option<NodeId>>, Option<(NodeId, Kind)>) {
         let queue = self.waiting.queue.lock();
-        let committing = || queue.committing.as_deref()?.entry(parent, name);
-        match queue.open.entry(parent, name).or_else(committing) {
+        match queue.overlay(|batch| batch.entry(parent, name)) {
             Some(pending) => (Some(pending), None),
             None => (None, self.foreseen.entry(queue.sequence, parent, name)),
         }

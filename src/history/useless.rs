@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 
 use super::packer::Step;
-use super::{History, preserved_dir, preserved_name};
+use super::{History, preserved_dir, preserved_name, remove_leftover};
 use crate::catalog::{Catalog, Durability};
 use crate::error::Result;
 use crate::replica::ReplicaSet;
@@ -52,7 +52,9 @@ impl History {
         let mut failed = 0;
         for _ in 0..going.len() {
             let Some((node, content)) = going.pop_front() else { break };
-            if let Err(error) = remove(replicas, node, content) {
+            let dir = replicas.private(preserved_dir(node));
+            let name = preserved_name(node, content);
+            if let Err(error) = dir.and_then(|dir| remove_leftover(replicas, &dir, &name)) {
                 log::warn!("the file of content {content} of node {node} stays: {error}");
                 going.push_back((node, content));
                 failed += 1;
@@ -65,14 +67,4 @@ impl History {
         }
         Ok(())
     }
-}
-
-fn remove(replicas: &ReplicaSet, node: NodeId, content: ContentId) -> Result<()> {
-    let dir = replicas.private(preserved_dir(node))?;
-    let name = preserved_name(node, content);
-    replicas.apply("remove", |id, b| match b.unlink(dir.get(id)?, &name) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        answer => answer,
-    })?;
-    Ok(())
 }

@@ -29,12 +29,12 @@ const DIRS: NonZeroUsize = NonZeroUsize::new(256).expect("more than 0");
 const WALKS_MAX: usize = 16;
 /// A walk passes over so many names at most: some may be at hand, or of no use to it.
 const NEAR: usize = 4;
-/// Names that are asked for at first.
+/// Names that are asked for at first, each time twice as many.
 const FIRST: usize = 32;
-/// Of a directory of so many names at most all are.
-const SMALL: usize = 64;
-/// And at most: some ten milliseconds where each is in another block of a slow disk's cache.
+/// And at most.
 const MOST: usize = 256;
+/// Of a directory of so many names at most all are asked for.
+const SMALL: usize = 64;
 /// What was asked for so long ago may be in no cache any more.
 const FORGOTTEN: Duration = Duration::from_secs(2);
 
