@@ -22,6 +22,11 @@ impl History {
         self.useless.lock().extend(contents);
     }
 
+    /// How many such files are left.
+    pub fn useless_count(&self) -> usize {
+        self.useless.lock().len()
+    }
+
     /// Removes the files that are of no use, once the catalog says so durably, with a call of
     /// `step` after each. One that cannot be removed keeps nobody from anything: it stays on the
     /// list, as all do that are left when a step fails.

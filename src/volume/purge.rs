@@ -4,7 +4,7 @@
 //! the way, a part has gone; asked for again, the rest does.
 
 use crate::catalog::{Change, Durability, ForgetChange, PurgeRow};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::types::{Generation, NodeId};
 
 use super::Volume;
@@ -38,6 +38,14 @@ impl Volume {
         self.remove_useless()?;
         self.catalog().flush(Durability::Durable)?;
         self.history.forget_maps();
+        // Whoever purges must not believe that the bytes are gone while they are not.
+        let left = self.history.useless_count();
+        if left > 0 {
+            return Err(Error::Refused(format!(
+                "{left} preserved files cannot be removed: the log names them; see to the \
+                 backings, unmount and run `rearview check`"
+            )));
+        }
         log::warn!("purged from all history: {}", told.join(", "));
         Ok(())
     }
