@@ -25,6 +25,7 @@ mod copy;
 mod database;
 mod diff;
 pub mod digest;
+mod equal;
 mod failure;
 mod foreseen;
 mod freed;
@@ -57,6 +58,7 @@ pub use self::actor::Actor;
 pub use self::attach::{Comparing, Differing, Joining};
 pub use self::audit::Audit;
 pub use self::copy::Original;
+pub use self::equal::TableHashes;
 pub use self::failure::Failure;
 pub use self::lost::PastContent;
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
@@ -517,6 +519,11 @@ impl Totals {
     /// Bytes that history takes on each replica, the catalog and clones not counted.
     pub fn history_bytes(&self) -> u64 {
         self.undo_bytes + self.preserved_bytes + self.packed_bytes
+    }
+
+    /// Bytes of contents that lie whole in files of their own.
+    pub fn whole_bytes(&self) -> u64 {
+        self.preserved_bytes + self.cloned_bytes
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use common::scrub::{Damage, Damager};
 use common::{Mounted, shell, wait_until};
-use rearviewfs::catalog::Catalog;
+use rearviewfs::catalog::{Catalog, Change};
 use rearviewfs::history::History;
 use rearviewfs::progress::Progress;
 use rearviewfs::store::{self, OpenOptions};
@@ -311,6 +311,83 @@ fn a_run_goes_on_after_a_remount_and_can_be_paused() {
     assert!(said.contains("no damage found"), "{said}");
     store.rearview(&["scrub", "stop"]).fails(1, &["no scrub"]);
     store.finish();
+}
+
+#[test]
+fn history_is_looked_at_in_parts_and_a_run_goes_on_where_it_was() {
+    let store = store_with_history();
+    let opened = Opened::new(&store.backings);
+    let all = opened.scrub();
+    assert!(all.found == 0 && all.history_files >= 8, "{all:?}");
+    let mut damager = Damager::new(5);
+    for kind in [Damage::Preserved, Damage::Pack] {
+        damager.damage_as(&store.backings[0], kind);
+    }
+    let part = |options: ScrubOptions| {
+        opened.volume.scrub_start(options, false).unwrap();
+        assert!(opened.volume.scrub_wait(Duration::from_secs(120)).unwrap(), "it does not end");
+        opened.volume.scrub_status().unwrap().last.expect("a run ended")
+    };
+    let mut healed = 0;
+    for _ in 0..30 {
+        let run = part(ScrubOptions { percent: Some(8), ..Default::default() });
+        assert!(run.history_files < all.history_files, "{run:?}");
+        assert_eq!(run.unhealed, 0, "{run:?}");
+        healed += run.found;
+    }
+    assert_eq!(healed, 2);
+    // Ended by the end of the mount in the middle of the preserved files.
+    let slow = ScrubOptions { all: true, rate: Some(200_000), ..Default::default() };
+    opened.volume.scrub_start(slow, false).unwrap();
+    let mut before = 0;
+    wait_until("it looks at history", 60, || {
+        let run = opened.volume.scrub_status().unwrap().run.expect("it is under way");
+        before = run.history_files;
+        before >= 3 && before < all.history_files
+    });
+    opened.close();
+    let opened = Opened::new(&store.backings);
+    let run = opened.volume.scrub_status().unwrap().run.expect("it goes on");
+    assert!(run.history_files >= before, "{run:?}");
+    assert!(opened.volume.scrub_wait(Duration::from_secs(120)).unwrap(), "it does not end");
+    let run = opened.volume.scrub_status().unwrap().last.expect("it ended");
+    assert_eq!((run.history_files, run.objects), (all.history_files, all.objects), "{run:?}");
+    opened.close();
+}
+
+#[test]
+fn a_catalog_that_stands_alone_against_two_is_replaced_while_changes_go_on() {
+    let mut store = Mounted::new();
+    fs::write(store.path("file"), "bytes").unwrap();
+    let third = store.beside("third");
+    fs::create_dir(&third).unwrap();
+    store.rearview(&["replica", "add", &third.display().to_string(), "--wait"]).ok();
+    store.unmount();
+    let mut backings = store.backings.clone();
+    backings.push(third);
+    let odd = backings[1].join(".rearview/catalog.db");
+    let altered = rusqlite::Connection::open(&odd).unwrap();
+    altered.execute("UPDATE node SET uid = uid + 1 WHERE kind = 8", []).unwrap();
+    drop(altered);
+    let opened = Opened::new(&backings);
+    let catalog = opened.volume.catalog();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let run = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let value = format!("{:?}", std::time::Instant::now());
+                catalog.push(vec![Change::MetaPut { key: "busy", value }]).unwrap();
+                catalog.flush(rearviewfs::catalog::Durability::Written).unwrap();
+            }
+        });
+        let run = opened.scrub();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        run
+    });
+    assert_eq!((run.found, run.unhealed, run.busy), (1, 0, 0), "{:#?}", run.findings);
+    assert!(run.findings[0].place.ends_with("backing1/.rearview/catalog.db"), "{run:#?}");
+    assert_eq!(opened.scrub().found, 0);
+    opened.close();
 }
 
 #[test]

@@ -248,55 +248,6 @@ impl Catalog {
             }
         }
     }
-
-    /// A hash over all rows of each table, by its name: equal catalogs have equal ones.
-    pub fn table_hashes(file: &Path) -> Result<Vec<(String, [u8; 32])>> {
-        Catalog::table_hashes_alive(file, &Alive::default())
-    }
-
-    /// As [`Catalog::table_hashes`], which takes long.
-    pub fn table_hashes_alive(file: &Path, alive: &Alive) -> Result<Vec<(String, [u8; 32])>> {
-        let mut db = connect(file, Use::Read)?;
-        while_alive(&mut db, alive, |db| hash_tables(db)).map_err(|error| name_damage(file, error))
-    }
-}
-
-fn hash_tables(db: &Connection) -> rusqlite::Result<Vec<(String, [u8; 32])>> {
-    db.execute_batch("BEGIN")?;
-    let names = texts(
-        db,
-        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%' \
-         ORDER BY name",
-    )?;
-    let mut hashes = Vec::new();
-    for name in names {
-        let mut hasher = blake3::Hasher::new();
-        // By the primary key: every table has one, and its order is the table's own.
-        let mut statement = db.prepare(&format!("SELECT * FROM \"{name}\""))?;
-        let columns = statement.column_count();
-        let mut rows = statement.query([])?;
-        while let Some(row) = rows.next()? {
-            for column in 0..columns {
-                hash_value(&mut hasher, row.get_ref(column)?);
-            }
-        }
-        hashes.push((name, *hasher.finalize().as_bytes()));
-    }
-    Ok(hashes)
-}
-
-fn hash_value(hasher: &mut blake3::Hasher, value: rusqlite::types::ValueRef<'_>) {
-    use rusqlite::types::ValueRef;
-    let mut bytes = |kind: u8, bytes: &[u8]| {
-        hasher.update(&[kind]).update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
-    };
-    match value {
-        ValueRef::Null => bytes(0, &[]),
-        ValueRef::Integer(number) => bytes(1, &number.to_le_bytes()),
-        ValueRef::Real(number) => bytes(2, &number.to_le_bytes()),
-        ValueRef::Text(text) => bytes(3, text),
-        ValueRef::Blob(blob) => bytes(4, blob),
-    }
 }
 
 /// The rows of a query of one column, as texts.

@@ -10,6 +10,7 @@ use crate::error::Error;
 mod actors;
 mod attach;
 mod cost;
+mod equal;
 mod forget;
 mod history;
 mod lifecycle;

@@ -23,9 +23,9 @@ Examples:
   rearview scrub pause
   rearview scrub status --json ~/Rearview
 
-Without --all a run looks at 8 % of the live tree, at nothing that is younger than ten days, and \
-at all catalogs and files of history. Exit code 21 when something was found that could not be \
-healed.";
+Without --all a run looks at all catalogs, and at 8 % of history and of the live tree, there at \
+nothing that is younger than ten days; the next run goes on after it. Exit code 21 when something \
+was found that could not be healed.";
 
 /// How often `--wait` asks.
 const ASK_EVERY: Duration = Duration::from_millis(200);
@@ -42,7 +42,7 @@ pub struct ScrubArgs {
     /// Look at everything
     #[arg(long, conflicts_with = "percent")]
     pub all: bool,
-    /// Look at so much of the live tree
+    /// Look at so much of history and of the live tree
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=100))]
     pub percent: Option<u8>,
     /// Read at most so many bytes a second, as 50MiB

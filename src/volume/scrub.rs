@@ -1,9 +1,10 @@
 //! Scrub: reading every copy of everything while the store is in use, and healing what is damaged.
 //!
-//! A run looks at the catalogs, our other files and the files of history, then at live objects in
-//! the order of their node ids, going on where the last run ended. So what was looked at longest
-//! ago comes first, without a record for every file. The default plan is SnapRAID's: a part of the
-//! live tree per run, and nothing that is younger than ten days; `all` looks at everything.
+//! A run looks at the catalogs and our other small files, then at preserved contents, packs and
+//! live objects, each in the order of their ids, going on where the last run ended. So what was
+//! looked at longest ago comes first, without a record for every file. The default plan is
+//! SnapRAID's: a part of each per run, and nothing live that is younger than ten days; `all` looks
+//! at everything.
 //!
 //! **What is good** is what the catalog says: attributes as recorded, bytes with the recorded
 //! digest. Where no digest is known yet the majority of the replicas counts; of two that differ
@@ -32,7 +33,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::catalog::Change;
+use crate::catalog::{Change, Totals};
 use crate::error::{Error, Result};
 use crate::types::{NodeId, Timestamp};
 
@@ -41,11 +42,11 @@ pub use report::{Outcome, ScrubFinding, ScrubOptions, ScrubRun, ScrubStatus, Tro
 use super::Volume;
 use live::Looked;
 use pace::Pace;
-use report::{Plan, Stage};
+use report::{Plan, Position, Stage};
 
 /// The plan's place in the catalog.
 const META_KEY: &str = "scrub";
-/// A run looks at so much of the live tree unless told otherwise (SnapRAID's default), in percent.
+/// A run looks at so much of it all unless told otherwise (SnapRAID's default), in percent.
 const PERCENT_DEFAULT: u8 = 8;
 /// What is younger is left out unless all is asked for (SnapRAID's default).
 const YOUNG: Duration = Duration::from_secs(10 * 24 * 3600);
@@ -55,8 +56,9 @@ const OBJECT_BYTES: u64 = 4096;
 const BATCH: usize = 256;
 /// How often it is looked whether the policy asks for a run.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
-/// How often the position is saved.
+/// How often the position is saved, and told to whoever asks.
 const SAVE_EVERY: Duration = Duration::from_secs(10);
+const TELL_EVERY: Duration = Duration::from_millis(200);
 /// How often objects that were being changed are looked at again before they are given up.
 const BUSY_ROUNDS: usize = 5;
 
@@ -94,7 +96,7 @@ impl Volume {
                 ));
             }
             if options.all {
-                (plan.position, plan.lap_began) = (NodeId(0), Timestamp::now().as_nanos());
+                (plan.at, plan.lap_began) = (Position::default(), Timestamp::now().as_nanos());
             }
             plan.run = Some(ScrubRun::new(options, automatic, goal));
             Ok(())
@@ -189,12 +191,10 @@ impl Volume {
     /// What a run has to look at, in bytes.
     fn scrub_goal(&self, options: &ScrubOptions) -> Result<u64> {
         let totals = self.catalog().totals()?;
-        let all = totals.live_bytes + totals.live_nodes * OBJECT_BYTES;
-        let percent = match options.all {
-            true => 100,
-            false => options.percent.unwrap_or(PERCENT_DEFAULT).clamp(1, 100),
-        };
-        Ok((u128::from(all) * u128::from(percent) / 100) as u64)
+        Ok([live_units(&totals), totals.whole_bytes(), totals.packed_bytes]
+            .iter()
+            .map(|all| share(options, *all))
+            .sum())
     }
 
     /// Begins a run if the store's policy asks for one.
@@ -256,14 +256,29 @@ impl Volume {
     }
 }
 
+/// What looking at the whole live tree costs, in bytes.
+fn live_units(totals: &Totals) -> u64 {
+    totals.live_bytes + totals.live_nodes * OBJECT_BYTES
+}
+
+/// How much of it a run looks at.
+fn share(options: &ScrubOptions, all: u64) -> u64 {
+    let percent = match options.all {
+        true => 100,
+        false => options.percent.unwrap_or(PERCENT_DEFAULT).clamp(1, 100),
+    };
+    (u128::from(all) * u128::from(percent) / 100) as u64
+}
+
 /// One run, or a part of it.
 struct Work<'a> {
     volume: &'a Volume,
     run: ScrubRun,
-    position: NodeId,
+    at: Position,
     lap_began: i64,
     pace: Pace,
     saved: Instant,
+    told: Instant,
     /// Numbers what goes to quarantine within one nanosecond.
     quarantined: u64,
 }
@@ -271,27 +286,55 @@ struct Work<'a> {
 impl<'a> Work<'a> {
     fn new(volume: &'a Volume, run: ScrubRun) -> Work<'a> {
         let pace = Pace::new(run.options.rate);
-        let (position, lap_began) = volume
-            .scrub
-            .inner
-            .lock()
-            .plan
-            .as_ref()
-            .map_or((NodeId(0), 0), |plan| (plan.position, plan.lap_began));
-        Work { volume, run, position, lap_began, pace, saved: Instant::now(), quarantined: 0 }
+        let inner = volume.scrub.inner.lock();
+        let plan = inner.plan.as_ref();
+        let (at, lap_began) = plan.map(|plan| (plan.at, plan.lap_began)).unwrap_or_default();
+        let now = Instant::now();
+        Work { volume, run, at, lap_began, pace, saved: now, told: now, quarantined: 0 }
     }
 
+    /// Goes on with the part that is under way.
     fn run(&mut self) -> Result<()> {
-        if self.run.stage == Stage::Own {
-            self.catalogs()?;
-            self.own_files()?;
-            self.preserved()?;
-            self.segments()?;
-            self.packs()?;
-            self.run.stage = Stage::Live;
+        loop {
+            self.run.stage = match self.run.stage {
+                Stage::Own => {
+                    self.catalogs()?;
+                    self.own_files()?;
+                    self.segments()?;
+                    Stage::Preserved
+                }
+                Stage::Preserved => {
+                    self.preserved()?;
+                    Stage::Packs
+                }
+                Stage::Packs => {
+                    self.packs()?;
+                    Stage::Live
+                }
+                Stage::Live => return self.live(),
+            };
+            self.run.stage_units = 0;
             self.save()?;
         }
-        self.live()
+    }
+
+    /// Whether the part that is under way, of so much in all, is to go on.
+    fn goes_on(&self, all: u64) -> bool {
+        self.run.options.all || self.run.stage_units < share(&self.run.options, all)
+    }
+
+    /// So much was looked at, up to what `self.at` tells.
+    fn did(&mut self, units: u64) -> Result<()> {
+        self.run.units += units;
+        self.run.stage_units += units;
+        if self.saved.elapsed() >= SAVE_EVERY {
+            return self.save();
+        }
+        if self.told.elapsed() >= TELL_EVERY {
+            let mut inner = self.volume.scrub.inner.lock();
+            self.tell(self.volume.plan(&mut inner)?);
+        }
+        Ok(())
     }
 
     /// Looks at live objects from the position on, until the goal is reached.
@@ -300,8 +343,9 @@ impl<'a> Work<'a> {
         let mut wrapped = false;
         // What busy programs make meanwhile is the next run's: else this one might never end.
         let until = self.volume.catalog().upcoming_node();
-        while self.run.options.all || self.run.units < self.run.goal {
-            let mut batch = self.volume.catalog().live_nodes(self.position, BATCH)?;
+        let all = live_units(&self.volume.catalog().totals()?);
+        while self.goes_on(all) {
+            let mut batch = self.volume.catalog().live_nodes(self.at.node, BATCH)?;
             batch.retain(|object| object.node < until);
             if batch.is_empty() {
                 // What is looked at once more before ten days are over teaches nothing.
@@ -309,7 +353,7 @@ impl<'a> Work<'a> {
                 if self.run.options.all || wrapped || young {
                     break;
                 }
-                (self.position, self.lap_began, wrapped) =
+                (self.at.node, self.lap_began, wrapped) =
                     (NodeId(0), Timestamp::now().as_nanos(), true);
                 continue;
             }
@@ -320,11 +364,8 @@ impl<'a> Work<'a> {
                     }
                     self.run.objects += 1;
                 }
-                self.run.units += object.size + OBJECT_BYTES;
-                self.position = object.node;
-                if self.saved.elapsed() >= SAVE_EVERY {
-                    self.save()?;
-                }
+                self.at.node = object.node;
+                self.did(object.size + OBJECT_BYTES)?;
             }
         }
         self.look_again(busy)
@@ -360,19 +401,24 @@ impl<'a> Work<'a> {
     fn save(&mut self) -> Result<()> {
         self.saved = Instant::now();
         let mut inner = self.volume.scrub.inner.lock();
-        let plan = self.volume.plan(&mut inner)?;
-        (plan.position, plan.lap_began) = (self.position, self.lap_began);
+        self.tell(self.volume.plan(&mut inner)?);
+        self.volume.save(&inner)
+    }
+
+    /// Makes the run's state known.
+    fn tell(&mut self, plan: &mut Plan) {
+        self.told = Instant::now();
+        (plan.at, plan.lap_began) = (self.at, self.lap_began);
         if let Some(run) = &mut plan.run {
             let paused = run.paused;
             run.clone_from(&self.run);
             run.paused = paused;
         }
-        self.volume.save(&inner)
     }
 
     /// Takes what was done into the plan, which a person may have changed meanwhile.
     fn merge(&mut self, plan: &mut Plan, done: bool) {
-        (plan.position, plan.lap_began) = (self.position, self.lap_began);
+        (plan.at, plan.lap_began) = (self.at, self.lap_began);
         let same = |run: &ScrubRun| run.began == self.run.began;
         if plan.run.as_ref().is_some_and(same) {
             let paused = plan.run.as_ref().is_some_and(|run| run.paused);

@@ -10,7 +10,7 @@ use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
 use crate::catalog::digest::Digest;
-use crate::catalog::{Catalog, UndoRow, WaitingContent};
+use crate::catalog::{Catalog, PackRow, TableHashes, UndoRow, WaitingContent};
 use crate::error::{Error, Result};
 use crate::history::packs::{pack_dir, pack_name};
 use crate::history::{OWN, preserved_dir, preserved_name, undo};
@@ -26,8 +26,6 @@ const BATCH: usize = 1024;
 /// How long the packer is waited for, and how often the run's end is looked for meanwhile.
 const ALONE_WAIT: Duration = Duration::from_secs(30);
 const ALONE_STEP: Duration = Duration::from_millis(100);
-/// How often catalogs are compared anew because a commit came between.
-const COMPARES_MAX: usize = 8;
 
 /// A segment on one replica: its bytes, and what is wrong with it if they are not whole.
 type SegmentCopy = (ReplicaId, Vec<u8>, Trouble);
@@ -115,36 +113,19 @@ impl<'a> Work<'a> {
         &mut self,
         sound: &[(ReplicaId, std::path::PathBuf)],
     ) -> Result<Option<Vec<ReplicaId>>> {
-        let catalog = self.volume.catalog();
-        for _ in 0..COMPARES_MAX {
-            catalog.flush(crate::catalog::Durability::Written)?;
-            let mut hashes = Vec::new();
-            for (on, file) in sound {
-                hashes.push((*on, Catalog::table_hashes(file)?));
-            }
-            let head = |hashes: &[(String, [u8; 32])]| {
-                hashes.iter().find(|(name, _)| name == "head").map(|(_, hash)| *hash)
-            };
-            if hashes.iter().any(|(_, other)| head(other) != head(&hashes[0].1)) {
-                // Rot in the head row shows as well: after so many tries it is that.
-                self.check_halt()?;
-            }
-            let agree = |one: &[(String, [u8; 32])]| {
-                hashes.iter().filter(|(_, other)| other == one).count()
-            };
-            let best = hashes.iter().max_by_key(|(_, one)| agree(one)).map(|(_, one)| one.clone());
-            let Some(best) = best else { return Ok(Some(Vec::new())) };
-            let count = agree(&best);
-            if count == hashes.len() {
-                return Ok(Some(Vec::new()));
-            }
-            let same_moment = hashes.iter().all(|(_, other)| head(other) == head(&best));
-            if same_moment {
-                let odd = hashes.iter().filter(|(_, other)| *other != best).map(|(on, _)| *on);
-                return Ok((count * 2 > hashes.len()).then(|| odd.collect()));
-            }
-        }
-        Ok(Some(Vec::new()))
+        let files: Vec<_> = sound.iter().map(|(_, file)| file.clone()).collect();
+        let Some(hashes) = Catalog::table_hashes_at_once(&files, &mut || self.check_halt())? else {
+            self.run.busy += 1;
+            return Ok(Some(Vec::new()));
+        };
+        let agree = |one: &TableHashes| hashes.iter().filter(|other| *other == one).count();
+        let Some(best) = hashes.iter().max_by_key(|one| agree(one)) else {
+            return Ok(Some(Vec::new()));
+        };
+        let odd = sound.iter().zip(&hashes).filter(|(_, one)| *one != best).map(|((on, _), _)| *on);
+        let odd: Vec<ReplicaId> = odd.collect();
+        let is_known = odd.is_empty() || agree(best) * 2 > hashes.len();
+        Ok(is_known.then_some(odd))
     }
 
     /// Markers, locks and intent logs: what a replica's say is what we wrote.
@@ -159,21 +140,33 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    /// Preserved contents: by their digests, else by the majority.
+    /// Preserved contents, from the position on: by their digests, else by the majority.
     pub(super) fn preserved(&mut self) -> Result<()> {
-        let mut after = ContentId::EMPTY;
+        let catalog = self.volume.catalog();
+        let all = catalog.totals()?.whole_bytes();
         // What busy programs overwrite meanwhile is the next run's: else this one might never end.
-        let until = self.volume.catalog().upcoming_content();
-        loop {
-            let mut batch = self.volume.catalog().preserved_contents(after, BATCH)?;
+        let until = catalog.upcoming_content();
+        let mut wrapped = false;
+        while self.goes_on(all) {
+            let mut batch = catalog.preserved_contents(self.at.content, BATCH)?;
             batch.retain(|content| content.id < until);
-            let Some(last) = batch.last() else { return Ok(()) };
-            after = last.id;
+            if batch.is_empty() {
+                if self.run.options.all || wrapped {
+                    break;
+                }
+                (self.at.content, wrapped) = (ContentId::EMPTY, true);
+            }
             for content in batch {
+                if !self.goes_on(all) {
+                    break;
+                }
                 self.preserved_one(&content)?;
                 self.run.history_files += 1;
+                self.at.content = content.id;
+                self.did(content.size)?;
             }
         }
+        Ok(())
     }
 
     fn preserved_one(&mut self, content: &WaitingContent) -> Result<()> {
@@ -458,34 +451,50 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    /// Packs: every byte, by the recorded hash of the file.
+    /// Packs, from the position on.
     pub(super) fn packs(&mut self) -> Result<()> {
-        let volume = self.volume;
-        for row in volume.catalog().packs()? {
-            let (dir, name) = (pack_dir(row.id), pack_name(row.id));
-            let digest = crate::catalog::digest::first_half(&row.hash);
-            let copies = self.read_kept(dir, &name)?;
+        let packs = self.volume.catalog().packs()?;
+        let all = self.volume.catalog().totals()?.packed_bytes;
+        let (before, after) = packs.split_at(packs.partition_point(|row| row.id <= self.at.pack));
+        let before = if self.run.options.all { &[] } else { before };
+        for row in after.iter().chain(before) {
+            if !self.goes_on(all) {
+                break;
+            }
+            self.pack(row)?;
             self.run.history_files += 1;
-            if copies.iter().all(|copy| copy.digest == Some(digest)) {
-                continue;
-            }
-            let Some(_alone) = self.alone()? else { continue };
-            if !volume.catalog().packs()?.iter().any(|pack| pack.id == row.id) {
-                continue;
-            }
-            let good = copies.iter().find(|copy| copy.digest == Some(digest)).map(|copy| copy.on);
-            for copy in copies.iter().filter(|copy| copy.digest != Some(digest)) {
-                let place = volume.place_on(copy.on, &dir.path().join(&name));
-                match good {
-                    Some(from) => {
-                        let healed = self.replace_kept(dir, &name, from, copy.on);
-                        volume.history.packs().reopen(row.id);
-                        self.note_kept(copy.on, &place, copy.trouble(), healed);
-                    }
-                    None => {
-                        let detail = "no replica has this pack whole";
-                        self.note(copy.on, &place, copy.trouble(), Outcome::Unhealed, detail);
-                    }
+            self.at.pack = row.id;
+            self.did(row.bytes)?;
+        }
+        Ok(())
+    }
+
+    /// One pack: every byte, by the recorded hash of the file.
+    fn pack(&mut self, row: &PackRow) -> Result<()> {
+        let volume = self.volume;
+        let (dir, name) = (pack_dir(row.id), pack_name(row.id));
+        let digest = crate::catalog::digest::first_half(&row.hash);
+        let copies = self.read_kept(dir, &name)?;
+        if copies.iter().all(|copy| copy.digest == Some(digest)) {
+            return Ok(());
+        }
+        let Some(_alone) = self.alone()? else { return Ok(()) };
+        // It may have been packed anew and removed while it was read.
+        if !volume.catalog().packs()?.iter().any(|pack| pack.id == row.id) {
+            return Ok(());
+        }
+        let good = copies.iter().find(|copy| copy.digest == Some(digest)).map(|copy| copy.on);
+        for copy in copies.iter().filter(|copy| copy.digest != Some(digest)) {
+            let place = volume.place_on(copy.on, &dir.path().join(&name));
+            match good {
+                Some(from) => {
+                    let healed = self.replace_kept(dir, &name, from, copy.on);
+                    volume.history.packs().reopen(row.id);
+                    self.note_kept(copy.on, &place, copy.trouble(), healed);
+                }
+                None => {
+                    let detail = "no replica has this pack whole";
+                    self.note(copy.on, &place, copy.trouble(), Outcome::Unhealed, detail);
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{NodeId, Timestamp};
+use crate::types::{ContentId, NodeId, PackId, Timestamp};
 
 /// Findings of one run that are kept one by one; all of them are in the log.
 const FINDINGS_MAX: usize = 100;
@@ -13,7 +13,7 @@ const FINDINGS_MAX: usize = 100;
 pub struct ScrubOptions {
     /// Look at everything.
     pub all: bool,
-    /// How much of the live tree to look at otherwise.
+    /// How much to look at otherwise, of the live tree and of history.
     pub percent: Option<u8>,
     /// Bytes a second that are read at most.
     pub rate: Option<u64>,
@@ -101,11 +101,25 @@ impl std::fmt::Display for ScrubFinding {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// Catalogs, markers and the files of history.
+    /// Catalogs, markers, intent logs and undo segments: all of them in every run.
     #[default]
     Own,
+    /// Preserved contents.
+    Preserved,
+    /// Packs.
+    Packs,
     /// Live objects.
     Live,
+}
+
+/// What was looked at last, of each of the three of which a run looks at a part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Position {
+    #[serde(rename = "position")]
+    pub node: NodeId,
+    pub content: ContentId,
+    pub pack: PackId,
 }
 
 /// A run, under way or over.
@@ -130,6 +144,8 @@ pub struct ScrubRun {
     pub goal: u64,
     /// See `goal`.
     pub units: u64,
+    /// Those of the part that is under way.
+    pub stage_units: u64,
     /// Live objects that were looked at.
     pub objects: u64,
     /// Files of history that were looked at.
@@ -172,8 +188,9 @@ impl ScrubRun {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Plan {
-    /// The next run goes on after this node.
-    pub position: NodeId,
+    /// The next run goes on after these.
+    #[serde(flatten)]
+    pub at: Position,
     /// When the nodes before it were begun with, in nanoseconds since 1970.
     pub lap_began: i64,
     /// Since when the store looks whether a run is due, in nanoseconds since 1970.
