@@ -160,3 +160,25 @@ fn what_other_files_rely_on_stays_and_names_of_the_same_file_go() {
     assert_eq!(text(store.past("two").join("c2")).lines().count(), 7000);
     store.finish();
 }
+
+#[test]
+fn a_purge_whose_files_cannot_be_removed_says_so_and_they_go_later() {
+    let mut store = with_secrets();
+    let kept = || store.backings.iter().map(|backing| preserved_with(backing, "TOPSECRET"));
+    let files: Vec<String> = kept().collect::<String>().lines().map(String::from).collect();
+    assert!(files.len() >= 4, "{files:?}");
+    let immutable = |flag: &str| shell(&store.mnt, &format!("chattr {flag} {}", files.join(" ")));
+    immutable("+i");
+    let purge = ["purge", "--yes", "docs/secret", "old"];
+    store.rearview(&purge).fails(1, &["preserved files cannot be removed", "rearview check"]);
+    let status = store.rearview(&["status"]).ok();
+    assert!(!status.contains("OFFLINE") && !status.contains("DEGRADED"), "{status}");
+    assert_eq!(kept().collect::<String>().lines().count(), files.len());
+    immutable("-i");
+    store.unmount();
+    for backing in &store.backings {
+        assert_eq!(preserved_with(backing, "TOPSECRET"), "");
+    }
+    store.mount().ok();
+    store.finish();
+}
