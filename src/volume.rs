@@ -285,6 +285,7 @@ impl Volume {
     pub fn close(&self) -> Result<()> {
         self.resyncs.finish_short();
         self.stopping.store(true, Ordering::Relaxed);
+        self.scrub_end_look();
         self.resyncs.stop();
         for housekeeper in std::mem::take(&mut *self.housekeepers.lock()) {
             housekeeper.end(self.options.call_timeout * END_PATIENCE);

@@ -268,7 +268,8 @@ pub(super) fn connect_alive(place: Place, for_use: Use, alive: &Alive) -> Result
     }
 }
 
-/// Does something with a database that shows now and then that it goes on.
+/// Does something with a database that shows now and then that it goes on, and fails once it is
+/// to end.
 pub(super) fn while_alive<T>(
     db: &mut Db,
     alive: &Alive,
@@ -277,7 +278,7 @@ pub(super) fn while_alive<T>(
     let alive = alive.clone();
     let tell = move || {
         alive.tell();
-        false
+        alive.is_ended()
     };
     db.progress_handler(ALIVE_STEPS, Some(tell))?;
     let outcome = work(db);

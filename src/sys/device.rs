@@ -57,14 +57,30 @@ impl Watch {
     }
 }
 
-/// By it work that takes long shows that it goes on. Clones are the same.
+/// By it work that takes long shows that it goes on, and is told not to. Clones are the same.
 #[derive(Clone, Default)]
-pub struct Alive(Arc<AtomicBool>);
+pub struct Alive(Arc<AliveFlags>);
+
+#[derive(Default)]
+struct AliveFlags {
+    goes_on: AtomicBool,
+    is_ended: AtomicBool,
+}
 
 impl Alive {
     /// It goes on.
     pub fn tell(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.goes_on.store(true, Ordering::Relaxed);
+    }
+
+    /// It is to end: what it answers then is of no meaning.
+    pub fn end(&self) {
+        self.0.is_ended.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is to.
+    pub fn is_ended(&self) -> bool {
+        self.0.is_ended.load(Ordering::Relaxed)
     }
 }
 
@@ -85,7 +101,7 @@ impl Signs {
     /// What the work itself shows counts for ever, its device for [`TURNS`] times in a row.
     pub fn goes_on(&mut self) -> bool {
         let has_moved = self.watch.has_moved();
-        let was_told = self.alive.0.swap(false, Ordering::Relaxed);
+        let was_told = self.alive.0.goes_on.swap(false, Ordering::Relaxed);
         self.turns = if was_told { 1 } else { self.turns + 1 };
         was_told || has_moved && self.turns <= TURNS
     }

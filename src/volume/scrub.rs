@@ -35,6 +35,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::catalog::{Change, Totals};
 use crate::error::{Error, Result};
+use crate::sys::device::Alive;
 use crate::types::{NodeId, Timestamp};
 
 pub use report::{Outcome, ScrubFinding, ScrubOptions, ScrubRun, ScrubStatus, Trouble};
@@ -79,6 +80,8 @@ struct Inner {
     halt: bool,
     /// The thread works on a run.
     working: bool,
+    /// By it a look ends that takes long.
+    looking: Alive,
     /// When it was last looked whether a run is due.
     looked: Option<Instant>,
 }
@@ -147,6 +150,11 @@ impl Volume {
         }
     }
 
+    /// Ends what the scrub looks at; once the volume is to be closed.
+    pub(super) fn scrub_end_look(&self) {
+        self.scrub.inner.lock().looking.end();
+    }
+
     /// Notes a file of which a copy could not be read: it is looked at soon.
     pub(super) fn suspect(&self, node: NodeId) {
         self.scrub.suspects.lock().insert(node);
@@ -166,6 +174,7 @@ impl Volume {
         let mut inner = self.scrub.inner.lock();
         change(self.plan(&mut inner)?)?;
         inner.halt = true;
+        inner.looking.end();
         self.save(&inner)?;
         self.scrub.wake.notify_all();
         Ok(())

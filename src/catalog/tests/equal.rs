@@ -50,3 +50,18 @@ fn a_comparison_ends_when_it_is_told_to() {
     let stop = Catalog::table_hashes_at_once(&scratch.files, &mut || Err(Error::Interrupted));
     assert!(matches!(stop, Err(Error::Interrupted)));
 }
+
+#[test]
+fn an_audit_ends_when_it_is_told_to() {
+    let scratch = Scratch::new_in(1, "/dev/shm");
+    let catalog = scratch.open_rooted();
+    for id in 100..20_000 {
+        catalog.push(create(1, &format!("file {id}"), file(id, id))).unwrap();
+    }
+    catalog.flush(Durability::Written).unwrap();
+    let alive = crate::sys::device::Alive::default();
+    alive.end();
+    Catalog::audit_alive(&scratch.files[0], &alive).unwrap_err();
+    catalog.close().unwrap();
+    Catalog::audit(&scratch.files[0]).unwrap();
+}

@@ -16,6 +16,7 @@ use crate::history::packs::{pack_dir, pack_name};
 use crate::history::{OWN, preserved_dir, preserved_name, undo};
 use crate::replica::PrivateDir;
 use crate::replica::backing::{Access, Backing, Handle, RenameMode, SetTime};
+use crate::sys::device::Alive;
 use crate::types::{ContentId, EntryName, ReplicaId};
 
 use super::{Outcome, Trouble, Work};
@@ -73,12 +74,17 @@ impl<'a> Work<'a> {
                 }
                 Ok(_) => {}
             }
-            match Catalog::audit(&file) {
+            let look = self.long_look();
+            let audit = Catalog::audit_alive(&file, &look);
+            if look.is_ended() {
+                return Err(Error::Interrupted);
+            }
+            self.check_halt()?;
+            match audit {
                 Ok(audit) if audit.flaws.is_empty() => sound.push((on, file)),
                 Ok(audit) => damaged.push((on, file, audit.flaws.join("; "))),
                 Err(error) => damaged.push((on, file, error.to_string())),
             }
-            self.check_halt()?;
         }
         if sound.len() > 1 {
             let odd = self.odd_catalogs(&sound)?;
@@ -105,6 +111,17 @@ impl<'a> Work<'a> {
             self.note(on, &file, Trouble::Rot, outcome, detail);
         }
         Ok(())
+    }
+
+    /// For one look that takes long: it ends when the run does, and then answers nothing.
+    fn long_look(&self) -> Alive {
+        let alive = Alive::default();
+        let mut inner = self.volume.scrub.inner.lock();
+        inner.looking = alive.clone();
+        if inner.halt || self.volume.check_stop().is_err() {
+            alive.end();
+        }
+        alive
     }
 
     /// Which of several catalogs differ from the majority: none, some, or `None` if that cannot be
