@@ -41,7 +41,7 @@ impl Catalog {
             db.execute_batch("BEGIN")?;
             Ok(hash_tables(db, &mut || Ok(())))
         });
-        named(file, hashes.map_err(Error::from).flatten())
+        named(file, hashes.unwrap_or_else(|error| Err(error.into())))
     }
 
     /// The hashes of several catalogs in use, all after the same commit; `None` if they were never
