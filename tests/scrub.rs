@@ -356,6 +356,29 @@ fn history_is_looked_at_in_parts_and_a_run_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_run_that_is_begun_while_the_last_one_ends_looks_at_everything() {
+    let store = store_with_history();
+    let opened = Opened::new(&store.backings);
+    let all = opened.scrub();
+    for round in 0..40u64 {
+        let options = ScrubOptions { all: true, ..Default::default() };
+        opened.volume.scrub_start(options.clone(), false).unwrap();
+        // Stopped somewhere else each time.
+        wait_until("it is somewhere", 60, || {
+            let run = opened.volume.scrub_status().unwrap().run;
+            run.is_none_or(|run| run.history_files + run.objects >= round)
+        });
+        let _ = opened.volume.scrub_stop();
+        opened.volume.scrub_start(options, false).unwrap();
+        assert!(opened.volume.scrub_wait(Duration::from_secs(120)).unwrap(), "it does not end");
+        let run = opened.volume.scrub_status().unwrap().last.expect("it ended");
+        let seen = (run.history_files, run.objects, run.found, run.stopped);
+        assert_eq!(seen, (all.history_files, all.objects, 0, false), "{round}: {run:?}");
+    }
+    opened.close();
+}
+
+#[test]
 fn a_catalog_that_stands_alone_against_two_is_replaced_while_changes_go_on() {
     let mut store = Mounted::new();
     fs::write(store.path("file"), "bytes").unwrap();

@@ -1,12 +1,16 @@
 //! Whether the replicas' catalogs say the same: a hash over all rows of each table.
 //!
-//! Those that are being written are compared as they were at one moment. Each goes through every
-//! commit, so whichever is behind begins to read anew until it is where the others are, which keep
-//! what they began to read. Nobody is held up by that, and every table is read once, however much
-//! is committed meanwhile. (Comparing until no commit came between never ended beside a busy
+//! Those that are being written are compared as they were after one commit: reads of all of them
+//! are begun, again and again, until all see the same. After that every table is read once, however
+//! much is committed meanwhile. (Comparing until no commit came between never ended beside a busy
 //! program, and read everything eight times.)
+//!
+//! Until a catalog is read its WAL is not emptied, and grows by what is committed. So each is let
+//! go of as soon as it was read, nobody waits for one that hangs for longer than for a query, and
+//! the caller ends it all where room is short.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
@@ -17,10 +21,15 @@ use super::database::Db;
 use super::schema::{Use, connect, name_damage, read_head_only, while_alive};
 use crate::error::{Error, Result};
 use crate::sys::device::Alive;
+use crate::sys::patience::Patience;
+use crate::sys::sqlite::with_patience;
+use crate::types::ReplicaId;
 
 /// How long catalogs may take to be at the same commit.
 const MEET_WAIT: Duration = Duration::from_secs(10);
-/// How often one that is behind is looked at: a commit takes some milliseconds.
+/// How often that is tried at once, and how long it is waited between two tries after that: a
+/// commit takes some milliseconds.
+const MEET_TRIES: u32 = 64;
 const MEET_STEP: Duration = Duration::from_micros(500);
 /// Rows between two looks whether the work is to go on.
 const ROWS: usize = 4096;
@@ -44,19 +53,29 @@ impl Catalog {
         named(file, hashes.unwrap_or_else(|error| Err(error.into())))
     }
 
-    /// The hashes of several catalogs in use, all after the same commit; `None` if they were never
-    /// seen there. Ends with the first error of `go_on`, which is asked now and then.
+    /// The hashes of these replicas' catalogs, which are in use, all after the same commit; `None`
+    /// if they were never seen there, or one cannot be opened in time. Ends with the first error of
+    /// `go_on`, which is asked now and then.
     pub fn table_hashes_at_once(
-        files: &[PathBuf],
+        &self,
+        of: &[ReplicaId],
         go_on: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Vec<TableHashes>>> {
-        let open = |file: &PathBuf| connect(file, Use::Read);
-        let dbs = files.iter().map(open).collect::<Result<Vec<Db>>>()?;
-        if !meet(&dbs, go_on)? {
+        let mut opened = Vec::with_capacity(of.len());
+        for id in of {
+            let Some((file, patience)) = self.shared.readers.of(*id) else { return Ok(None) };
+            let Some(db) = patience.call(move || connect(&file, Use::Read)) else {
+                return Ok(None);
+            };
+            opened.push((db?, patience));
+        }
+        if !meet(&opened, go_on)? {
             return Ok(None);
         }
-        let each = files.iter().zip(&dbs).map(|(file, db)| named(file, hash_tables(db, go_on)));
-        each.collect::<Result<_>>().map(Some)
+        let hash = |(db, patience): (Db, Arc<Patience>)| {
+            named(db.file(), with_patience(&patience, || hash_tables(&db, go_on)))
+        };
+        opened.into_iter().map(hash).collect::<Result<_>>().map(Some)
     }
 }
 
@@ -69,26 +88,29 @@ fn named<T>(file: &Path, answer: Result<T>) -> Result<T> {
 }
 
 /// Begins to read all of them after the same commit; whether it could.
-fn meet(dbs: &[Db], go_on: &mut dyn FnMut() -> Result<()>) -> Result<bool> {
-    let begin = |db: &Db| {
-        db.execute_batch("BEGIN")?;
-        read_head_only(db).map(|head| head.sequence)
+fn meet(opened: &[(Db, Arc<Patience>)], go_on: &mut dyn FnMut() -> Result<()>) -> Result<bool> {
+    let begin = |(db, patience): &(Db, Arc<Patience>)| {
+        let head = with_patience(patience, || {
+            db.execute_batch("BEGIN")?;
+            read_head_only(db)
+        });
+        named(db.file(), head.map(|head| head.sequence).map_err(Error::from))
     };
-    let mut at = dbs.iter().map(begin).collect::<rusqlite::Result<Vec<u64>>>()?;
     let until = Instant::now() + MEET_WAIT;
+    let mut tries = 0;
     loop {
-        let newest = at.iter().copied().max().unwrap_or_default();
-        if at.iter().all(|one| *one == newest) {
+        let at = opened.iter().map(begin).collect::<Result<Vec<u64>>>()?;
+        if at.iter().all(|one| *one == at[0]) {
             return Ok(true);
         }
+        opened.iter().try_for_each(|(db, _)| db.execute_batch("ROLLBACK"))?;
         go_on()?;
         if Instant::now() >= until {
             return Ok(false);
         }
-        std::thread::sleep(MEET_STEP);
-        for (db, one) in dbs.iter().zip(&mut at).filter(|(_, one)| **one < newest) {
-            db.execute_batch("ROLLBACK")?;
-            *one = begin(db)?;
+        tries += 1;
+        if tries > MEET_TRIES {
+            std::thread::sleep(MEET_STEP);
         }
     }
 }

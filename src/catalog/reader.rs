@@ -98,7 +98,11 @@ impl Readers {
 
     /// The file of the one that is to be asked, and how long it is waited for.
     pub fn chosen(&self) -> Option<(PathBuf, Arc<Patience>)> {
-        let id = self.choose(&[])?;
+        self.of(self.choose(&[])?)
+    }
+
+    /// A replica's file, and how long it is waited for.
+    pub fn of(&self, id: ReplicaId) -> Option<(PathBuf, Arc<Patience>)> {
         Some((self.file(id)?, self.patience[id].clone()))
     }
 

@@ -275,11 +275,16 @@ impl Volume {
         alone
     }
 
+    /// Whether the volume is to be closed.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
     /// Background work ends at the next step once the volume is to be closed, or somebody waits for
     /// it: a write for room, a replica for its admission.
     pub(super) fn check_stop(&self) -> Result<()> {
         let urgent = self.urgent.load(Ordering::Relaxed) > 0;
-        match urgent || self.stopping.load(Ordering::Relaxed) {
+        match urgent || self.is_stopping() {
             true => Err(Error::Interrupted),
             false => Ok(()),
         }

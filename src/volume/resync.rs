@@ -455,7 +455,7 @@ pub(super) fn run(volume: &Weak<Volume>, stopped: &Receiver<()>) {
             volume.enter_failed();
             volume.probe_failed();
             volume.probe_silent();
-            while !volume.stopping.load(Ordering::Relaxed) {
+            while !volume.is_stopping() {
                 if !volume.resync_next() {
                     break;
                 }

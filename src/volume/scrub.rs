@@ -233,13 +233,18 @@ impl Volume {
     /// One look of the thread: suspects first, then the run that is under way.
     fn scrub_due(&self) -> Result<()> {
         self.scrub_by_policy()?;
-        let suspects = std::mem::take(&mut *self.scrub.suspects.lock());
-        if !suspects.is_empty() {
-            let mut work = Work::new(self, ScrubRun::default());
-            for node in suspects {
-                if work.node(node)? == Looked::Busy {
-                    self.suspect(node);
-                }
+        // What a person wanted to end before has ended.
+        self.scrub.inner.lock().halt = false;
+        let mut suspects = std::mem::take(&mut *self.scrub.suspects.lock()).into_iter();
+        let mut work = Work::new(self, ScrubRun::default());
+        while let Some(node) = suspects.next() {
+            let looked = work.node(node);
+            if !looked.as_ref().is_ok_and(|looked| *looked != Looked::Busy) {
+                self.suspect(node);
+            }
+            if let Err(error) = looked {
+                self.scrub.suspects.lock().extend(suspects);
+                return if matches!(error, Error::Interrupted) { Ok(()) } else { Err(error) };
             }
         }
         let run = {
@@ -276,7 +281,8 @@ fn share(options: &ScrubOptions, all: u64) -> u64 {
         true => 100,
         false => options.percent.unwrap_or(PERCENT_DEFAULT).clamp(1, 100),
     };
-    (u128::from(all) * u128::from(percent) / 100) as u64
+    // Of little there is a part as well, or it would never be looked at.
+    (u128::from(all) * u128::from(percent)).div_ceil(100) as u64
 }
 
 /// One run, or a part of it.
@@ -332,18 +338,20 @@ impl<'a> Work<'a> {
         self.run.options.all || self.run.stage_units < share(&self.run.options, all)
     }
 
-    /// So much was looked at, up to what `self.at` tells.
-    fn did(&mut self, units: u64) -> Result<()> {
-        self.run.units += units;
+    /// So much of the part that is under way, of so much in all, was looked at, up to what
+    /// `self.at` tells.
+    fn did(&mut self, units: u64, all: u64) -> Result<()> {
+        // The last object may be larger than what was left to do.
+        let left = share(&self.run.options, all).saturating_sub(self.run.stage_units);
+        self.run.units += units.min(left);
         self.run.stage_units += units;
         if self.saved.elapsed() >= SAVE_EVERY {
-            return self.save();
-        }
-        if self.told.elapsed() >= TELL_EVERY {
+            self.save()?;
+        } else if self.told.elapsed() >= TELL_EVERY {
             let mut inner = self.volume.scrub.inner.lock();
             self.tell(self.volume.plan(&mut inner)?);
         }
-        Ok(())
+        self.check_halt()
     }
 
     /// Looks at live objects from the position on, until the goal is reached.
@@ -367,6 +375,9 @@ impl<'a> Work<'a> {
                 continue;
             }
             for object in batch {
+                if !self.goes_on(all) {
+                    break;
+                }
                 if self.run.options.all || !self.is_young(object.changed.as_nanos()) {
                     if self.node(object.node)? == Looked::Busy {
                         busy.push(object.node);
@@ -374,7 +385,7 @@ impl<'a> Work<'a> {
                     self.run.objects += 1;
                 }
                 self.at.node = object.node;
-                self.did(object.size + OBJECT_BYTES)?;
+                self.did(object.size + OBJECT_BYTES, all)?;
             }
         }
         self.look_again(busy)
@@ -414,21 +425,25 @@ impl<'a> Work<'a> {
         self.volume.save(&inner)
     }
 
-    /// Makes the run's state known.
+    /// Makes the run's state known; not if a person has ended it meanwhile, and may have begun
+    /// another.
     fn tell(&mut self, plan: &mut Plan) {
         self.told = Instant::now();
-        (plan.at, plan.lap_began) = (self.at, self.lap_began);
-        if let Some(run) = &mut plan.run {
+        if let Some(run) = plan.run.as_mut().filter(|run| run.began == self.run.began) {
             let paused = run.paused;
             run.clone_from(&self.run);
             run.paused = paused;
+            (plan.at, plan.lap_began) = (self.at, self.lap_began);
         }
     }
 
     /// Takes what was done into the plan, which a person may have changed meanwhile.
     fn merge(&mut self, plan: &mut Plan, done: bool) {
-        (plan.at, plan.lap_began) = (self.at, self.lap_began);
         let same = |run: &ScrubRun| run.began == self.run.began;
+        // One that was begun since has a position of its own.
+        if plan.run.as_ref().is_none_or(same) {
+            (plan.at, plan.lap_began) = (self.at, self.lap_began);
+        }
         if plan.run.as_ref().is_some_and(same) {
             let paused = plan.run.as_ref().is_some_and(|run| run.paused);
             self.run.paused = paused;
@@ -450,8 +465,8 @@ impl<'a> Work<'a> {
     }
 
     fn check_halt(&self) -> Result<()> {
-        let halt = self.volume.scrub.inner.lock().halt;
-        if halt { Err(Error::Interrupted) } else { self.volume.check_stop() }
+        let halt = self.volume.scrub.inner.lock().halt || self.volume.is_stopping();
+        if halt { Err(Error::Interrupted) } else { Ok(()) }
     }
 
     /// Sleeps, unless the run is to end.
@@ -462,9 +477,9 @@ impl<'a> Work<'a> {
             // In steps, for the end of the mount does not wake us.
             let step = (Instant::now() + Duration::from_millis(100)).min(until);
             self.volume.scrub.wake.wait_until(&mut inner, step);
-            drop(inner);
-            self.volume.check_stop()?;
-            inner = self.volume.scrub.inner.lock();
+            if self.volume.is_stopping() {
+                break;
+            }
         }
         drop(inner);
         self.check_halt()

@@ -8,6 +8,7 @@ use super::*;
 fn catalogs_are_compared_at_one_moment_however_much_is_committed() {
     let scratch = Scratch::new_in(3, "/dev/shm");
     let catalog = scratch.open_rooted();
+    let ids: Vec<ReplicaId> = ReplicaId::all().take(3).collect();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -20,7 +21,7 @@ fn catalogs_are_compared_at_one_moment_however_much_is_committed() {
         });
         let mut seen = Vec::new();
         for round in 0..20 {
-            let hashes = Catalog::table_hashes_at_once(&scratch.files, &mut || Ok(()));
+            let hashes = catalog.table_hashes_at_once(&ids, &mut || Ok(()));
             let hashes = hashes.unwrap().expect("a moment is met");
             assert!(hashes.iter().all(|one| *one == hashes[0]), "{round}");
             seen.extend(hashes.into_iter().next());
@@ -33,7 +34,8 @@ fn catalogs_are_compared_at_one_moment_however_much_is_committed() {
     let other = rusqlite::Connection::open(&scratch.files[1]).unwrap();
     other.execute("UPDATE node SET mode = mode + 1 WHERE id = 1", []).unwrap();
     drop(other);
-    let hashes = Catalog::table_hashes_at_once(&scratch.files, &mut || Ok(())).unwrap().unwrap();
+    let catalog = scratch.open();
+    let hashes = catalog.table_hashes_at_once(&ids, &mut || Ok(())).unwrap().unwrap();
     assert_eq!(hashes[0], hashes[2]);
     let differing = hashes[0].iter().zip(&hashes[1]).filter(|(one, other)| one != other);
     assert_eq!(differing.map(|((table, _), _)| table.as_str()).collect::<Vec<_>>(), ["node"]);
@@ -47,7 +49,8 @@ fn a_comparison_ends_when_it_is_told_to() {
         catalog.push(create(1, &format!("file {id}"), file(id, id))).unwrap();
     }
     catalog.flush(Durability::Written).unwrap();
-    let stop = Catalog::table_hashes_at_once(&scratch.files, &mut || Err(Error::Interrupted));
+    let ids: Vec<ReplicaId> = ReplicaId::all().take(2).collect();
+    let stop = catalog.table_hashes_at_once(&ids, &mut || Err(Error::Interrupted));
     assert!(matches!(stop, Err(Error::Interrupted)));
 }
 

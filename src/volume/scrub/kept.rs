@@ -118,7 +118,7 @@ impl<'a> Work<'a> {
         let alive = Alive::default();
         let mut inner = self.volume.scrub.inner.lock();
         inner.looking = alive.clone();
-        if inner.halt || self.volume.check_stop().is_err() {
+        if inner.halt || self.volume.is_stopping() {
             alive.end();
         }
         alive
@@ -130,10 +130,18 @@ impl<'a> Work<'a> {
         &mut self,
         sound: &[(ReplicaId, std::path::PathBuf)],
     ) -> Result<Option<Vec<ReplicaId>>> {
-        let files: Vec<_> = sound.iter().map(|(_, file)| file.clone()).collect();
-        let Some(hashes) = Catalog::table_hashes_at_once(&files, &mut || self.check_halt())? else {
-            self.run.busy += 1;
-            return Ok(Some(Vec::new()));
+        let of: Vec<ReplicaId> = sound.iter().map(|(on, _)| *on).collect();
+        // Whoever waits for room may need what the WALs take.
+        let mut go_on = || self.check_halt().and_then(|()| self.volume.check_stop());
+        let hashes = match self.volume.catalog().table_hashes_at_once(&of, &mut go_on) {
+            Ok(Some(hashes)) => hashes,
+            other => {
+                self.check_halt()?;
+                let why = other.err().map(|error| error.to_string()).unwrap_or_default();
+                log::info!("scrub: the catalogs were not compared this time: {why}");
+                self.run.busy += 1;
+                return Ok(Some(Vec::new()));
+            }
         };
         let agree = |one: &TableHashes| hashes.iter().filter(|other| *other == one).count();
         let Some(best) = hashes.iter().max_by_key(|one| agree(one)) else {
@@ -180,7 +188,7 @@ impl<'a> Work<'a> {
                 self.preserved_one(&content)?;
                 self.run.history_files += 1;
                 self.at.content = content.id;
-                self.did(content.size)?;
+                self.did(content.size, all)?;
             }
         }
         Ok(())
@@ -189,7 +197,8 @@ impl<'a> Work<'a> {
     fn preserved_one(&mut self, content: &WaitingContent) -> Result<()> {
         let volume = self.volume;
         // The file of an orphan that somebody can still write.
-        if volume.nodes.get(content.node).is_some() {
+        if volume.is_open_orphan(content.node) {
+            self.run.busy += 1;
             return Ok(());
         }
         let dir = preserved_dir(content.node);
@@ -481,7 +490,7 @@ impl<'a> Work<'a> {
             self.pack(row)?;
             self.run.history_files += 1;
             self.at.pack = row.id;
-            self.did(row.bytes)?;
+            self.did(row.bytes, all)?;
         }
         Ok(())
     }
@@ -495,9 +504,15 @@ impl<'a> Work<'a> {
         if copies.iter().all(|copy| copy.digest == Some(digest)) {
             return Ok(());
         }
+        // It may have been packed anew and removed meanwhile, and before nobody packs as well.
+        let is_there = || -> Result<bool> {
+            Ok(volume.catalog().packs()?.iter().any(|pack| pack.id == row.id))
+        };
+        if !is_there()? {
+            return Ok(());
+        }
         let Some(_alone) = self.alone()? else { return Ok(()) };
-        // It may have been packed anew and removed while it was read.
-        if !volume.catalog().packs()?.iter().any(|pack| pack.id == row.id) {
+        if !is_there()? {
             return Ok(());
         }
         let good = copies.iter().find(|copy| copy.digest == Some(digest)).map(|copy| copy.on);
