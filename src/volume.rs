@@ -33,7 +33,7 @@ mod sync;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
@@ -162,6 +162,8 @@ pub struct Volume {
     space: Mutex<retain::SpaceBook>,
     /// Who walks through directories.
     walks: ahead::Walks,
+    /// Told of objects that were healed, or changed behind our back: see [`Volume::on_healed`].
+    healed: OnceLock<Box<dyn Fn(NodeId) + Send + Sync>>,
     /// Files that have no digest yet.
     undigested: Mutex<digest::Waiting>,
     scrub: scrub::Scrub,
@@ -242,6 +244,7 @@ impl Volume {
             urgent: AtomicUsize::new(0),
             space: Mutex::default(),
             walks: ahead::Walks::new(),
+            healed: OnceLock::new(),
             undigested: Mutex::default(),
             scrub: scrub::Scrub::default(),
             store,

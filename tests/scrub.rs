@@ -356,6 +356,38 @@ fn history_is_looked_at_in_parts_and_a_run_goes_on_where_it_was() {
 }
 
 #[test]
+fn what_was_healed_is_read_through_the_mount_though_the_kernel_knew_the_rotten_bytes() {
+    let mut store = Mounted::new();
+    let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+    fs::write(store.path("file"), &bytes).unwrap();
+    digest(&mut store);
+    store.unmount();
+    for backing in store.backings.clone() {
+        let path = backing.join("file");
+        let mtime = fs::metadata(&path).unwrap().modified().unwrap();
+        let mut rotten = bytes.clone();
+        rotten[50_000] ^= 4;
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &rotten, 0).unwrap();
+        file.set_modified(mtime).unwrap();
+        drop(file);
+        store.mount().ok();
+        let open = fs::File::open(store.path("file")).unwrap();
+        let read = || {
+            let mut seen = vec![0; bytes.len()];
+            std::os::unix::fs::FileExt::read_exact_at(&open, &mut seen, 0).unwrap();
+            seen
+        };
+        let before = read();
+        let said = store.rearview(&["scrub", "start", "--all", "--wait"]).ok();
+        assert!(said.contains("1 found, all healed"), "{said}");
+        assert!(read() == bytes, "{}: read before: {}", path.display(), before == bytes);
+        drop(open);
+        store.unmount();
+    }
+}
+
+#[test]
 fn a_run_that_is_begun_while_the_last_one_ends_looks_at_everything() {
     let store = store_with_history();
     let opened = Opened::new(&store.backings);

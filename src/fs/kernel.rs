@@ -33,6 +33,8 @@ pub trait KernelCache: Send + Sync {
     fn forget_name(&self, dir: u64, name: &OsStr);
     /// Drops the attributes of an inode. Waits for nothing.
     fn forget_attributes(&self, ino: u64);
+    /// Drops the attributes and the content of an inode. Waits for what is being read of it.
+    fn forget_object(&self, ino: u64);
 }
 
 /// How long a command waits for the kernel to forget: who reads `.snapshots` into memory that he
@@ -134,10 +136,12 @@ fn carry_out(cache: &dyn KernelCache, orders: &Receiver<Order>, waiting: &Atomic
 impl Filesystem {
     /// Says how the kernel is made to forget; once, when it begins to ask.
     pub fn on_forget(&self, cache: Arc<dyn KernelCache>) -> Result<()> {
-        let forgetting = Arc::new(Forgetting::begin(cache)?);
+        let forgetting = Arc::new(Forgetting::begin(cache.clone())?);
         if self.forgetting.set(forgetting.clone()).is_ok() {
             let watch = move |nameless: &[&Snapshot]| forgetting.changed(nameless);
             self.volume.catalog().watch_snapshots(Box::new(watch));
+            // The scrub's thread serves nobody, and holds no lock then.
+            self.volume.on_healed(Box::new(move |node| cache.forget_object(node.0)));
         }
         Ok(())
     }
@@ -185,6 +189,10 @@ mod tests {
         fn forget_attributes(&self, ino: u64) {
             assert_eq!(ino, ROOT_SNAPSHOTS.encode());
             self.attributes.fetch_add(1, Ordering::SeqCst);
+        }
+
+        fn forget_object(&self, _: u64) {
+            unreachable!("nothing is healed here");
         }
     }
 

@@ -73,6 +73,11 @@ impl KernelCache for Cache {
         // An offset below 0 leaves alone what is known of the content.
         warn(self.notifier.inval_inode(INodeNo(ino), -1, 0));
     }
+
+    fn forget_object(&self, ino: u64) {
+        // A length of 0 means all of it.
+        warn(self.notifier.inval_inode(INodeNo(ino), 0, 0));
+    }
 }
 
 fn warn(told: std::io::Result<()>) {

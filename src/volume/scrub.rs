@@ -150,6 +150,18 @@ impl Volume {
         }
     }
 
+    /// Says who is told of objects that are not what they were, although nobody changed them by way
+    /// of the volume: what was read of them before may be wrong. Called without any lock.
+    pub fn on_healed(&self, told: Box<dyn Fn(NodeId) + Send + Sync>) {
+        let _ = self.healed.set(told);
+    }
+
+    fn tell_healed(&self, node: NodeId) {
+        if let Some(told) = self.healed.get() {
+            told(node);
+        }
+    }
+
     /// Ends what the scrub looks at; once the volume is to be closed.
     pub(super) fn scrub_end_look(&self) {
         self.scrub.inner.lock().looking.end();

@@ -129,10 +129,14 @@ impl Work<'_> {
     pub(super) fn node(&mut self, id: NodeId) -> Result<Looked> {
         let volume = self.volume;
         let Ok(node) = volume.node(id) else { return Ok(Looked::Done) };
+        let found = self.run.found;
         let looked = match node.kind {
             Kind::Dir => self.dir(&node),
             _ => self.object(&node),
         };
+        if self.run.found > found {
+            volume.tell_healed(id);
+        }
         volume.nodes.let_go(node);
         match looked {
             // Gone meanwhile.
