@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::store::marker::{Marker, Peer, PeerState};
 use crate::time::{Zone, local, parse_instant};
 use crate::types::{Generation, Kind, RelPath, Timestamp, escape};
+use crate::volume::scrub::ScrubStatus;
 use crate::volume::{Extent, Progressing};
 use condition::{AffectedReport, LagReport};
 
@@ -329,6 +330,9 @@ pub struct StatusReport {
     /// What is to be known of space.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
+    /// What a scrub does and found.
+    #[serde(default)]
+    pub scrub: ScrubStatus,
 }
 
 /// A moment of history that a user named.

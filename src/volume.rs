@@ -61,6 +61,7 @@ pub use namespace::Newborn;
 use nodes::{Node, Nodes};
 use resync::Resyncs;
 pub use resync::{Extent, ForeignReport, Progressing};
+use scrub::ScrubStatus;
 
 /// Stripes of directory locks: more than threads.
 const DIR_STRIPES: usize = 64;
@@ -216,6 +217,8 @@ pub struct VolumeStatus {
     pub marker: Option<Marker>,
     /// Whether as many replicas are in use as are asked for.
     pub writable: bool,
+    /// What a scrub does and found.
+    pub scrub: ScrubStatus,
 }
 
 impl Volume {
@@ -398,6 +401,7 @@ impl Volume {
             warning: self.space_warning(),
             marker: self.store.current_marker(),
             writable: replicas.check_writable().is_ok(),
+            scrub: self.scrub_status()?,
         })
     }
 

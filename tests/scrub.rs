@@ -268,8 +268,56 @@ fn the_same_damage_on_all_replicas_is_told_and_left_alone() {
         assert_eq!(wrong, None, "{what}");
         let after: Vec<_> = [&target, &other].map(|path| seen(path)).into();
         assert_eq!(before, after, "{what}");
+        let damage = opened.volume.status().unwrap().scrub.damage;
+        assert!(damage.iter().any(|finding| own(&finding.place)), "{what}: {damage:#?}");
     }
+    // What is rotten everywhere is known until all was seen sound, also while nothing is mounted.
+    let known = opened.volume.status().unwrap().scrub.damage.len();
+    let part = ScrubOptions { percent: Some(1), ..Default::default() };
+    opened.volume.scrub_start(part, false).unwrap();
+    assert!(opened.volume.scrub_wait(Duration::from_secs(120)).unwrap());
+    assert!(opened.volume.status().unwrap().scrub.damage.len() >= known);
     opened.close();
+    let mut store = store;
+    for mounted in [false, true] {
+        if mounted {
+            store.mount().ok();
+        }
+        let path = store.backings[0].display().to_string();
+        let status = store.rearview(&["status", &path]);
+        assert_eq!(status.code, 21, "{}", status.stdout);
+        for words in ["could not heal", "NOT HEALED", "scrub start --all", "scan: scrub begun"] {
+            assert!(status.stdout.contains(words), "{words}: {}", status.stdout);
+        }
+    }
+    store.unmount();
+}
+
+#[test]
+fn damage_that_is_gone_is_told_no_more() {
+    let mut store = Mounted::new();
+    fs::write(store.path("file"), vec![1; 10_000]).unwrap();
+    fs::write(store.path("other"), vec![2; 10_000]).unwrap();
+    digest(&mut store);
+    store.unmount();
+    let put = |backing: &Path, byte: u8| {
+        let path = backing.join("file");
+        let mtime = fs::metadata(&path).unwrap().modified().unwrap();
+        fs::write(&path, vec![byte; 10_000]).unwrap();
+        fs::File::open(&path).unwrap().set_modified(mtime).unwrap();
+    };
+    store.backings.iter().for_each(|backing| put(backing, 3));
+    store.mount().ok();
+    let scrub = ["scrub", "start", "--all", "--wait"];
+    let done = store.rearview(&scrub);
+    assert!(done.code == 21 && done.stdout.contains("2 NOT healed"), "{}", done.told());
+    let done = store.rearview(&["status"]);
+    assert!(done.code == 21 && done.stdout.contains("/file: damaged bytes"), "{}", done.told());
+    // From a backup of that disk.
+    put(&store.backings[0], 1);
+    assert!(store.rearview(&scrub).ok().contains("1 found, all healed"));
+    assert!(!store.rearview(&["status"]).ok().contains("NOT HEALED"));
+    store.finish();
 }
 
 /// What a program sees of a file.

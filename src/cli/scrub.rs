@@ -114,10 +114,8 @@ fn ask(located: &Located, request: ScrubRequest) -> Result<ScrubStatus> {
     }
 }
 
-fn status_text(status: &ScrubStatus) -> String {
-    let Some(run) = status.run.as_ref().or(status.last.as_ref()) else {
-        return "no scrub was made yet\n".into();
-    };
+/// How a run stands, in one line.
+pub(super) fn run_text(run: &ScrubRun) -> String {
     let local = |nanos: i64| text::local_time(&time_text(Timestamp::from_nanos(nanos)));
     let state = match run.ended {
         None if run.paused => "paused".to_string(),
@@ -125,7 +123,14 @@ fn status_text(status: &ScrubStatus) -> String {
         Some(at) if run.stopped => format!("stopped at {}", local(at)),
         Some(at) => format!("ended at {}", local(at)),
     };
-    let mut out = format!("scrub begun at {}: {state}\n", local(run.began));
+    format!("scrub begun at {}: {state}", local(run.began))
+}
+
+fn status_text(status: &ScrubStatus) -> String {
+    let Some(run) = status.run.as_ref().or(status.last.as_ref()) else {
+        return "no scrub was made yet\n".into();
+    };
+    let mut out = run_text(run) + "\n";
     out.push_str(&format!(
         "{} objects and {} files of history looked at, {} read\n",
         run.objects,

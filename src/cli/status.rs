@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::report::condition::LagReport;
 use crate::report::{self, PathText, ReplicaReport, StatusReport};
 use crate::types::escape;
+use crate::volume::scrub::ScrubStatus;
 
 /// So many of the paths that something failed on are listed for each replica.
 const AFFECTED_SHOWN_MAX: usize = 10;
@@ -27,7 +28,11 @@ pub fn status(args: &StatusArgs) -> Result<Exit> {
     } else {
         text::print(&status_text(&report))?;
     }
-    Ok(if report.degraded { Exit::Degraded } else { Exit::Done })
+    Ok(match (report.degraded, report.scrub.damage.is_empty()) {
+        (true, _) => Exit::Degraded,
+        (false, false) => Exit::Damaged,
+        (false, true) => Exit::Done,
+    })
 }
 
 /// What the catalog of an unmounted store tells.
@@ -72,6 +77,7 @@ fn unmounted(catalog: &Catalog, backing: &std::path::Path) -> Result<StatusRepor
         oldest: report::time_text(catalog.time_of(catalog.oldest()?)?),
         generation: catalog.generation().0,
         warning: None,
+        scrub: ScrubStatus::of(catalog)?,
     })
 }
 
@@ -100,6 +106,14 @@ fn status_text(report: &StatusReport) -> String {
              replica online', or exchange it with 'rearview replica replace'",
         );
     }
+    if !report.scrub.damage.is_empty() {
+        line("status", "a scrub found damage that it could not heal: it is listed below");
+        line(
+            "action",
+            "restore those files from a snapshot or a backup, then have all looked at again by \
+             'rearview scrub start --all'",
+        );
+    }
     if let Some(mountpoint) = &report.mountpoint {
         line("mount", &mountpoint.shown());
     }
@@ -108,7 +122,11 @@ fn status_text(report: &StatusReport) -> String {
             line("scan", &scan);
         }
     }
+    if let Some(run) = report.scrub.run.as_ref().or(report.scrub.last.as_ref()) {
+        line("scan", &super::scrub::run_text(run));
+    }
     out.push_str(&replicas_text(report));
+    out.push_str(&damage_text(report));
     totals_text(report, &mut out);
     out
 }
@@ -161,6 +179,25 @@ fn affected_text(report: &StatusReport) -> String {
             out.push_str(&format!("    and {more} more: see --json\n"));
         }
     }
+    out
+}
+
+/// What no scrub could heal, with a blank line after it.
+fn damage_text(report: &StatusReport) -> String {
+    let damage = &report.scrub.damage;
+    if damage.is_empty() {
+        return String::new();
+    }
+    let mut out = "  damage that could not be healed:\n".to_string();
+    damage
+        .iter()
+        .take(AFFECTED_SHOWN_MAX)
+        .for_each(|finding| out.push_str(&format!("    {finding}\n")));
+    if damage.len() > AFFECTED_SHOWN_MAX {
+        let more = damage.len() - AFFECTED_SHOWN_MAX;
+        out.push_str(&format!("    and {more} more: see --json\n"));
+    }
+    out.push('\n');
     out
 }
 
@@ -272,6 +309,7 @@ mod tests {
             oldest: "2026-11-22T19:30:00Z".into(),
             generation: 7,
             warning: None,
+            scrub: Default::default(),
         };
         let text = status_text(&report);
         for part in

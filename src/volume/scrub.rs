@@ -259,6 +259,12 @@ impl Volume {
                 return if matches!(error, Error::Interrupted) { Ok(()) } else { Err(error) };
             }
         }
+        if work.run.found > 0 {
+            let mut inner = self.scrub.inner.lock();
+            if self.plan(&mut inner)?.note_damage(&work.run) {
+                self.save(&inner)?;
+            }
+        }
         let run = {
             let mut inner = self.scrub.inner.lock();
             inner.halt = false;

@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::META_KEY;
+use crate::catalog::Catalog;
+use crate::error::Result;
 use crate::types::{ContentId, NodeId, PackId, Timestamp};
 
 /// Findings of one run that are kept one by one; all of them are in the log.
@@ -199,6 +202,8 @@ pub(super) struct Plan {
     pub run: Option<ScrubRun>,
     /// The last one that ended.
     pub last: Option<ScrubRun>,
+    /// What could not be healed and was not seen sound since.
+    pub damage: Vec<ScrubFinding>,
 }
 
 impl Plan {
@@ -210,13 +215,32 @@ impl Plan {
     /// Ends the run.
     pub fn end_run(&mut self, stopped: bool) {
         if let Some(run) = self.run.take() {
+            if run.options.all && !stopped {
+                // It looked at everything.
+                self.damage.clear();
+            }
+            self.note_damage(&run);
             let ended = Some(Timestamp::now().as_nanos());
             self.last = Some(ScrubRun { ended, stopped, paused: false, ..run });
         }
     }
 
+    /// Takes over what a run could not heal. Whether anything is known anew.
+    pub fn note_damage(&mut self, run: &ScrubRun) -> bool {
+        let known = self.damage.clone();
+        self.damage.retain(|old| run.findings.iter().all(|new| new.place != old.place));
+        let unhealed = |one: &&ScrubFinding| one.outcome == Outcome::Unhealed;
+        self.damage.extend(run.findings.iter().filter(unhealed).cloned());
+        self.damage.truncate(FINDINGS_MAX);
+        self.damage != known
+    }
+
     pub fn status(&self) -> ScrubStatus {
-        ScrubStatus { run: self.run.clone(), last: self.last.clone() }
+        let mut now = self.clone();
+        if let Some(run) = &self.run {
+            now.note_damage(run);
+        }
+        ScrubStatus { run: now.run, last: now.last, damage: now.damage }
     }
 }
 
@@ -227,4 +251,16 @@ pub struct ScrubStatus {
     pub run: Option<ScrubRun>,
     /// The last one that ended.
     pub last: Option<ScrubRun>,
+    /// What could not be healed, by whichever run, and was not seen sound since: the first hundred.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub damage: Vec<ScrubFinding>,
+}
+
+impl ScrubStatus {
+    /// What the catalog of an unmounted store tells.
+    pub fn of(catalog: &Catalog) -> Result<ScrubStatus> {
+        let stored = catalog.meta(META_KEY)?;
+        let plan: Option<Plan> = stored.and_then(|text| serde_json::from_str(&text).ok());
+        Ok(plan.unwrap_or_default().status())
+    }
 }
