@@ -243,9 +243,12 @@ fn check_catalog(member: &Member, report: &mut CheckReport) -> Result<Option<Hea
         report.damage(&member.site.path, "it is no whole copy yet: its filling was interrupted");
         return Ok(None);
     }
-    let audited = member
-        .look(|file, alive| Ok((Catalog::inspect(file)?, Catalog::audit_alive(file, alive)?)));
-    let (head, audit) = match audited {
+    let audited = member.look(|file, alive| {
+        let head = Catalog::inspect(file)?;
+        let rotten = Catalog::rotten_at_rest(file, &head.chain, alive)?;
+        Ok(((head, Catalog::audit_alive(file, alive)?), rotten))
+    });
+    let ((head, audit), rotten) = match audited {
         Ok(both) => both,
         Err(error) if error.to_errno() == Errno::TIMEDOUT => return Err(error),
         Err(error) => {
@@ -253,7 +256,12 @@ fn check_catalog(member: &Member, report: &mut CheckReport) -> Result<Option<Hea
             return Ok(None);
         }
     };
-    let sound = audit.flaws.is_empty();
+    // Else the one that was given first would be taken for the good one.
+    if let Some(first) = rotten.first() {
+        let text = format!("{} pages are not as they were written, first {first}", rotten.len());
+        report.damage(&file, text);
+    }
+    let sound = audit.flaws.is_empty() && rotten.is_empty();
     audit.flaws.into_iter().for_each(|flaw| report.damage(&file, flaw));
     audit.leftovers.into_iter().for_each(|text| report.leftover(&file, text));
     if head.store != member.marker.store {

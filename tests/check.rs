@@ -108,6 +108,26 @@ fn damage_on_one_replica_is_repaired() {
 }
 
 #[test]
+fn a_catalog_that_is_rotten_but_consistent_is_named_and_not_the_sound_one() {
+    let store = store_with_history();
+    for (rotten, sound) in [(0, 1), (1, 0)] {
+        let file = store.backings[rotten].join(".rearview/catalog.db");
+        let db = rusqlite::Connection::open(&file).unwrap();
+        db.execute("UPDATE node SET uid = uid + 1 WHERE kind = 8", []).unwrap();
+        drop(db);
+        let done = checked(&store);
+        assert_eq!(done.code, 21, "{}", done.told());
+        let (bad, good) = (format!("backing{rotten}"), format!("backing{sound}"));
+        assert!(done.stdout.contains("not as they were written"), "{}", done.told());
+        assert!(done.stdout.contains(&bad) && !done.stdout.contains(&good), "{}", done.told());
+        let mut words = vec!["check".into(), "--repair".into()];
+        words.extend(store.backings.iter().map(|path| path.clone().into_os_string()));
+        assert!(rearview(words).ok().contains("no damage found"));
+        store.assert_sound();
+    }
+}
+
+#[test]
 fn of_a_mounted_store_the_catalogs_are_checked() {
     let store = Mounted::new();
     fs::write(store.path("file"), "bytes").unwrap();

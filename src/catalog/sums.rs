@@ -24,11 +24,13 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use super::commit::Writer;
 use super::database::{Db, Place};
 use super::failure::Failure;
 use crate::error::{IoContext, Result};
+use crate::sys::device::Alive;
 use crate::types::ReplicaId;
 
 const MAGIC: [u8; 4] = *b"RVCS";
@@ -94,15 +96,8 @@ impl Sums {
     /// with `None` they are of no use.
     pub fn take_up(&mut self, chain: Option<&[u8; 32]>) -> Result<()> {
         let left = self.place.beside(SUFFIX)?;
-        if let (Some(chain), Some(file)) = (chain, left.open()?) {
-            let size = file.metadata().context("look at", left.shown())?.len();
-            // More than the database has pages is none of ours.
-            let pages = self.file.metadata()?.len() / PAGE_BYTES as u64;
-            if size <= pages * 8 + (HEADER_BYTES + HASH_BYTES) as u64 {
-                let mut bytes = vec![0; size as usize];
-                file.read_exact_at(&mut bytes, 0).context("read", left.shown())?;
-                self.pages = decode(&bytes, chain).unwrap_or_default();
-            }
+        if let Some(chain) = chain {
+            self.pages = left_sums(&left, self.file.metadata()?.len(), chain)?.unwrap_or_default();
         }
         // From here on the database changes.
         left.remove()
@@ -223,6 +218,19 @@ impl Sums {
     }
 }
 
+/// The sums that lie in a file, if they are of a database of so many bytes and with this chain.
+fn left_sums(left: &Place, size: u64, chain: &[u8; 32]) -> Result<Option<Vec<u64>>> {
+    let Some(file) = left.open()? else { return Ok(None) };
+    let length = file.metadata().context("look at", left.shown())?.len();
+    // More than the database has pages is none of ours.
+    if length > size / PAGE_BYTES as u64 * 8 + (HEADER_BYTES + HASH_BYTES) as u64 {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; length as usize];
+    file.read_exact_at(&mut bytes, 0).context("read", left.shown())?;
+    Ok(decode(&bytes, chain))
+}
+
 fn decode(bytes: &[u8], chain: &[u8; 32]) -> Option<Vec<u64>> {
     let (body, hash) = bytes.split_at_checked(bytes.len().checked_sub(HASH_BYTES)?)?;
     let (header, pages) = body.split_at_checked(HEADER_BYTES)?;
@@ -245,6 +253,25 @@ impl Writer {
 }
 
 impl super::Catalog {
+    /// The pages, from 0, of the database in `file`, which nobody has open, that are not as they
+    /// were written up to its last clean end; none where that left no sums. `chain` is its head's.
+    pub fn rotten_at_rest(file: &Path, chain: &[u8; 32], alive: &Alive) -> Result<Vec<usize>> {
+        let place = Place::of(file)?;
+        let database = place.beside("")?.open()?.ok_or(rustix::io::Errno::NOENT)?;
+        let size = database.metadata().context("look at", file)?.len();
+        let sums = left_sums(&place.beside(SUFFIX)?, size, chain)?.unwrap_or_default();
+        let mut page = vec![0; PAGE_BYTES];
+        let mut rotten = Vec::new();
+        for (index, known) in sums.into_iter().enumerate().filter(|(_, known)| *known != 0) {
+            let there = database.read_exact_at(&mut page, (index * PAGE_BYTES) as u64);
+            if there.is_err() || sum(&page) != known {
+                rotten.push(index);
+            }
+            alive.tell();
+        }
+        Ok(rotten)
+    }
+
     /// The pages of a replica's database, from 0, that are not as they were written. Little is
     /// looked at between two commits; `step` is told how many bytes, and may end the work.
     pub fn rotten_pages(
