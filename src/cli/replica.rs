@@ -58,7 +58,9 @@ pub enum ReplicaCommand {
         wait: bool,
     },
     /// Take a replica out of use until it is brought back
-    #[command(after_help = "Example:\n  rearview replica offline usb-disk")]
+    #[command(after_help = "Example:\n  rearview replica offline usb-disk\n\n\
+                            All is durable on it then, and the disk can be pulled out. To unmount \
+                            it while the store is mounted, use 'umount -l'.")]
     Offline {
         /// The replica's label, or the path of its backing
         replica: String,
