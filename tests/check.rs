@@ -277,3 +277,15 @@ fn a_log_of_the_catalog_that_is_lost_with_a_crash_is_made_good() {
     assert_eq!(fs::read(store.past("late").join("late")).unwrap(), b"written before the end");
     store.finish();
 }
+
+#[test]
+fn what_writes_to_a_store_is_refused_while_it_is_mounted() {
+    let mut store = store_with_history();
+    store.mount().ok();
+    for option in ["--repair", "--rebuild-catalog"] {
+        let words = [option, "rearview umount", &store.backings[1].to_string_lossy()];
+        store.rearview(&["check", option, "."]).fails(11, &words);
+    }
+    store.rearview(&["check", "."]).ok();
+    store.finish();
+}

@@ -1,6 +1,6 @@
 //! `rearview check`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
@@ -9,7 +9,8 @@ use super::locate::{locate, unexpected};
 use super::{Exit, progress, text};
 use crate::check::{CheckOptions, CheckReport, Finding, RebuildReport};
 use crate::control::{Request, Response};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::mountpoint::show;
 
 /// What `--help` shows at its end.
 pub const EXAMPLES: &str = "\
@@ -48,8 +49,11 @@ pub struct CheckArgs {
 pub fn check(args: &CheckArgs) -> Result<Exit> {
     if let [path] = args.backings.as_slice()
         && let Ok(located) = locate(path)
-        && located.mountpoint.is_some()
+        && let Some(mountpoint) = &located.mountpoint
     {
+        if args.repair || args.rebuild_catalog {
+            return Err(mounted(mountpoint, &located.backings, args));
+        }
         let Response::Checked(report) = located.ask(&Request::Check)? else {
             return Err(unexpected());
         };
@@ -86,6 +90,21 @@ pub fn check(args: &CheckArgs) -> Result<Exit> {
         text::print(&report_text(&report))?;
     }
     Ok(exit_of(&report))
+}
+
+/// What writes to a store as a whole has to have it alone.
+fn mounted(mountpoint: &Path, backings: &[PathBuf], args: &CheckArgs) -> Error {
+    let option = if args.repair { "--repair" } else { "--rebuild-catalog" };
+    let backings: Vec<String> = backings.iter().map(|path| show(path)).collect();
+    let heal = match args.repair {
+        true => "; while it is mounted, 'rearview scrub start --all' heals",
+        false => "",
+    };
+    let (mountpoint, backings) = (show(mountpoint), backings.join(" "));
+    Error::InUse(format!(
+        "the store is mounted on {mountpoint}, and {option} needs it unmounted: 'rearview umount \
+         {mountpoint}', then 'rearview check {option} {backings}'{heal}"
+    ))
 }
 
 fn exit_of(report: &CheckReport) -> Exit {
