@@ -498,6 +498,8 @@ fn the_daemon_keeps_nothing_of_its_caller() {
     let daemon = store.daemon();
     let cwd = fs::read_link(format!("/proc/{daemon}/cwd")).unwrap();
     assert_eq!(cwd, Path::new("/"), "it does not pin the folder it was started in");
+    let name = fs::read_to_string(format!("/proc/{daemon}/comm")).unwrap();
+    assert_eq!(name, "rearview\n", "ps and fuser tell what it is");
     for fd in 0..3 {
         let target = fs::read_link(format!("/proc/{daemon}/fd/{fd}")).unwrap();
         assert!(!target.starts_with("/dev/shm") && !target.to_string_lossy().contains("(deleted)"));

@@ -84,6 +84,8 @@ pub fn serve(
     progress: impl FnOnce(Arc<AtomicBool>) -> Progress,
 ) -> ! {
     let handle = log::for_daemon(verbose, false);
+    // Else ps, pgrep and fuser show the last name of what was executed: exe, of /proc/self/exe.
+    let _ = rustix::thread::set_name(c"rearview");
     // Fails only if we lead a session already, which is as good.
     let _ = rustix::process::setsid();
     let mut told = false;
