@@ -79,7 +79,17 @@ pub fn serve(
         backings: plan.backings.iter().filter(answer).cloned().collect(),
         ..plan.clone()
     };
-    let ready = |info: &DaemonInfo| ready(info, &plan.backings);
+    let ready = |info: &DaemonInfo| {
+        ready(info, &plan.backings)?;
+        // What was said before went to the terminal only.
+        for path in &silent {
+            ::log::warn!(
+                "{} was left out of this mount: it is taken in when it answers",
+                show(path)
+            );
+        }
+        Ok(())
+    };
     let served = serve_volume(plan, &place.target, &volume, &signals, ready);
     if served.is_err() {
         place.undo();

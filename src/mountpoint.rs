@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, IoContext, Result};
+use crate::store::is_of_disk;
 use crate::types::escape;
 
 pub mod device;
@@ -203,7 +204,11 @@ fn refuse_entries(target: &Path) -> Result<()> {
 /// paths are resolved, and directories are compared by device and inode number all the way up, so
 /// that a bind mount is seen through.
 pub fn refuse_overlap(target: &Path, backing: &Path) -> Result<()> {
-    let resolved = resolve_existing(backing)?;
+    let resolved = match resolve_existing(backing) {
+        // The store may do without it.
+        Err(error) if is_of_disk(&error) => backing.to_path_buf(),
+        other => other?,
+    };
     let same = |a: &Path, b: &Path| match (identity(a), identity(b)) {
         (Some(a), Some(b)) => a == b,
         _ => a == b,

@@ -17,7 +17,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::io::Errno;
 use uuid::Uuid;
 
 use crate::catalog::{Catalog, Head};
@@ -34,6 +33,7 @@ use lock::StoreLock;
 use marker::{Marker, Peer, PeerState, Phase};
 use member::Member;
 use settle::Settled;
+use silent::Out;
 use site::Site;
 
 mod between;
@@ -67,6 +67,7 @@ pub use inspect::{StoreInfo, inspect, inspect_within, open_catalog};
 pub use join::{Arrival, Fork};
 pub use lock::Owner;
 pub use settle::import_tree;
+pub use silent::is_of_disk;
 
 /// The catalog's file name in the private directory.
 pub const CATALOG_FILE: &str = "catalog.db";
@@ -76,7 +77,8 @@ pub const CATALOG_FILE: &str = "catalog.db";
 pub struct OpenOptions {
     /// A new store is meant, or a new replica where one that is gone was: refuse what is neither.
     pub init: bool,
-    /// Make no store where there is none: the disks may not be there yet.
+    /// Make no store where there is none, and no replica: the disks may not be there yet. Those
+    /// that are missing are left out.
     pub existing_only: bool,
     /// Name of the replicas that are made, instead of their directories' names.
     pub label: Option<String>,
@@ -116,7 +118,7 @@ pub struct Store {
     owner: Owner,
     /// How backings that come are opened.
     between: Between,
-    /// Backings that do not answer, and are no replicas of this mount before they do.
+    /// Backings that do not answer, or are not there, and are no replicas of this mount before.
     silent: Mutex<Vec<PathBuf>>,
 }
 
@@ -128,58 +130,64 @@ pub fn open(
     recover: Recover<'_>,
     progress: &Progress,
 ) -> Result<Store> {
-    let mut silent = options.silent.clone();
+    let silent = options.silent.iter();
+    let mut out: Vec<Out> = silent.map(|path| Out::silent(path, &options.between)).collect();
     loop {
-        let opened = open_answering(paths, &mut silent, options, recover, progress);
-        // One that fell silent meanwhile; whatever step it was in is finished by its next mount.
-        let hung = match &opened {
-            Err(error) if error.to_errno() == Errno::TIMEDOUT => {
-                let hung = silent::among(paths, &silent, error, &options.between);
-                for path in &hung {
-                    log::error!(
-                        "{error}: {} is left out of this mount, and taken in when it answers: \
-                         check the disk",
-                        path.display()
-                    );
-                }
-                hung
-            }
-            _ => Vec::new(),
+        let opened = open_answering(paths, &mut out, options, recover, progress);
+        let error = match opened {
+            Err(error) => error,
+            opened => return opened,
         };
-        if hung.is_empty() {
-            return opened.map_err(|error| silent::explain(error, &silent, &options.between));
+        // Some that failed meanwhile; whatever step it was in is finished by its next mount.
+        let failed = silent::failed(paths, &out, &error, &options.between);
+        if failed.is_empty() {
+            return Err(silent::explain(silent::with_remedy(error), &out));
         }
-        silent.extend(hung);
+        for one in &failed {
+            log::error!(
+                "{error}: {} is left out of this mount, and taken in when it answers: {}",
+                one.path.display(),
+                one.remedy
+            );
+        }
+        out.extend(failed);
     }
 }
 
-/// Opens the store in those of `paths` that answer; `silent` are the others.
+/// Opens the store in those of `paths` that answer; `out` are the others.
 fn open_answering(
     paths: &[PathBuf],
-    silent: &mut Vec<PathBuf>,
+    out: &mut Vec<Out>,
     options: &OpenOptions,
     recover: Recover<'_>,
     progress: &Progress,
 ) -> Result<Store> {
-    let paths: Vec<_> = paths.iter().filter(|path| !silent.contains(path)).cloned().collect();
-    let (candidates, found) = identify::look_all(&paths, &options.between)?;
-    silent.extend(found);
+    let is_out = |path: &PathBuf| out.iter().any(|one| one.path == *path);
+    let paths: Vec<_> = paths.iter().filter(|path| !is_out(path)).cloned().collect();
+    let between = &options.between;
+    let (mut candidates, found) = identify::look_all(&paths, options.existing_only, between)?;
+    out.extend(found.iter().map(|path| Out::silent(path, between)));
     if candidates.is_empty() {
         return Err(Error::Refused("no other backing is given".into()));
     }
+    if options.existing_only {
+        let missing = silent::take_missing(&mut candidates, out)?;
+        out.extend(missing);
+    }
     let mut members = match identify::decide(&candidates, options.init)? {
         Plan::Create { .. } if options.existing_only => return Err(no_store(&paths)),
-        Plan::Create { .. } if !silent.is_empty() => {
+        Plan::Create { .. } if !out.is_empty() => {
             return Err(Error::Refused("no store is made without it".into()));
         }
         Plan::Create { source } => create(&candidates, source, options)?,
         Plan::Open => join(&candidates, options)?,
     };
+    silent::check_current(out, &members)?;
     let sites: Vec<Site> = members.iter().map(|member| member.site.clone()).collect();
     let settled = settle::settle(&mut members, recover, options, progress);
     let opened = settled.and_then(|Settled { winner, behind, found }| {
         let (members, winner) = join::current_first(members, winner, &behind);
-        finish_open(members, (winner, found), silent, options)
+        finish_open(members, (winner, found), out, options)
     });
     opened.map_err(|error| silent::blame(error, &sites))
 }
@@ -296,15 +304,14 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
 fn finish_open(
     mut members: Vec<Member>,
     (winner, found): (usize, Option<Head>),
-    silent: &[PathBuf],
+    out: &[Out],
     options: &OpenOptions,
 ) -> Result<Store> {
     let head = members[winner].site.catalog_head()?;
     let uuid = members[winner].marker.store;
     let now = Timestamp::now().as_nanos();
     let absent = absent_peers(&members, winner);
-    let is_silent =
-        |peer: &Peer| silent.iter().any(|path| identify::record_path(path) == peer.path);
+    let out_at = |peer: &Peer| out.iter().find(|one| identify::record_path(&one.path) == peer.path);
     let present: Vec<Peer> = members.iter().map(Member::as_present).collect();
     let left_behind: Vec<Uuid> =
         absent.iter().filter(|peer| peer.state == PeerState::Ok).map(|peer| peer.replica).collect();
@@ -313,13 +320,13 @@ fn finish_open(
             "replica '{}' (last at {}) {}: the store runs without it",
             crate::types::escape(peer.label.as_bytes()),
             peer.path,
-            if is_silent(peer) { "does not answer" } else { "is absent" }
+            out_at(peer).map_or("is absent", |one| &one.why)
         );
     }
     let is_known =
-        |path: &&PathBuf| absent.iter().any(|peer| peer.path == identify::record_path(path));
-    for path in silent.iter().filter(|path| !is_known(path)) {
-        log::warn!("{} does not answer: the store runs without it", path.display());
+        |path: &PathBuf| absent.iter().any(|peer| peer.path == identify::record_path(path));
+    for one in out.iter().filter(|one| !is_known(&one.path)) {
+        log::warn!("{} {}: the store runs without it", one.path.display(), one.why);
     }
     let absent: Vec<Peer> = absent
         .into_iter()
@@ -328,10 +335,8 @@ fn finish_open(
                 peer.state = PeerState::Stale;
                 peer.reason = format!("absent since {}", jiff::Timestamp::now());
             }
-            if is_silent(&peer) {
-                let limit = options.between.timeout.as_secs_f64();
-                let now = jiff::Timestamp::now();
-                peer.reason = format!("it did not answer within {limit} s, as of {now}");
+            if let Some(reason) = out_at(&peer).and_then(Out::reason) {
+                peer.reason = reason;
             }
             peer
         })
@@ -390,7 +395,7 @@ fn finish_open(
         opened_at: found.unwrap_or(head),
         owner: Owner::this(options.mountpoint.as_deref()),
         between: options.between.clone(),
-        silent: Mutex::new(silent.to_vec()),
+        silent: Mutex::new(out.iter().map(|one| one.path.clone()).collect()),
     })
 }
 

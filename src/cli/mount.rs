@@ -15,6 +15,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::excludes::Patterns;
 use crate::mountpoint::options::{MountOptions, parse_replicas_min};
 use crate::mountpoint::{self, device, show, table};
+use crate::store;
 use crate::sys::patience;
 use crate::types::{PRIVATE_DIR, REPLICAS_MAX};
 
@@ -163,6 +164,10 @@ fn find_backings(paths: &[PathBuf], timeout: Duration) -> Result<(Vec<PathBuf>, 
     let mut backings = Vec::new();
     for (path, found) in given.iter().zip(patience::each_within(timeout, looks)) {
         match found {
+            // Whether the store can do without it is not known yet.
+            Some(Err(error)) if store::is_of_disk(&error) => {
+                backings.push(std::path::absolute(path).context("find", path)?);
+            }
             Some(resolved) => backings.push(resolved?),
             None => silent.push(path.clone()),
         }

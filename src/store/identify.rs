@@ -56,13 +56,18 @@ pub enum Plan {
 
 /// Looks at one path; `ETIMEDOUT` if it does not answer.
 pub fn look(path: &Path, between: &Between) -> Result<Candidate> {
-    let (mut found, _) = look_all(&[path.to_path_buf()], between)?;
+    let (mut found, _) = look_all(&[path.to_path_buf()], false, between)?;
     found.pop().ok_or(Errno::TIMEDOUT).context("look at", path)
 }
 
 /// Looks at the paths, no longer than a call may take, and applies all rules about a path alone and
-/// about two of them. Returns apart which do not answer.
-pub fn look_all(paths: &[PathBuf], between: &Between) -> Result<(Vec<Candidate>, Vec<PathBuf>)> {
+/// about two of them. Returns apart which do not answer. `may_lack` takes a path that leads nowhere
+/// as absent, though it could not be made.
+pub fn look_all(
+    paths: &[PathBuf],
+    may_lack: bool,
+    between: &Between,
+) -> Result<(Vec<Candidate>, Vec<PathBuf>)> {
     if paths.is_empty() || paths.len() > REPLICAS_MAX {
         return Err(Error::Refused(format!(
             "a store has 1 to {REPLICAS_MAX} backings; {} are given",
@@ -71,7 +76,7 @@ pub fn look_all(paths: &[PathBuf], between: &Between) -> Result<(Vec<Candidate>,
     }
     let looks = paths.iter().cloned().map(|path| {
         let between = between.clone();
-        move || look_at(&path, &between)
+        move || look_at(&path, may_lack, &between)
     });
     let (mut candidates, mut silent) = (Vec::new(), Vec::new());
     for (path, found) in paths.iter().zip(patience::each_within(between.timeout, looks)) {
@@ -90,8 +95,11 @@ pub fn look_all(paths: &[PathBuf], between: &Between) -> Result<(Vec<Candidate>,
     Ok((candidates, silent))
 }
 
-fn look_at(given: &Path, between: &Between) -> Result<Candidate> {
+fn look_at(given: &Path, may_lack: bool, between: &Between) -> Result<Candidate> {
     let path = match fs::canonicalize(given) {
+        Err(error) if may_lack && error.kind() == io::ErrorKind::NotFound => {
+            return Ok(Candidate { path: given.into(), site: None, found: Found::Absent });
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => return absent(given),
         other => other.context("look at the backing", given)?,
     };

@@ -1,23 +1,174 @@
-//! Backings that hang while a store is opened: it is opened without them, and they come when they
-//! answer.
+//! Backings that hang, fail or are missing while a store is opened: it is opened without them, and
+//! they come when they answer.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
+use uuid::Uuid;
 
+use super::identify::{self, Candidate, Found};
+use super::marker::{Marker, Peer};
+use super::settle::holds_stale;
 use super::site::Site;
-use super::{Arrival, Between, Fork, Store};
+use super::{Arrival, Between, Fork, Member, Store};
 use crate::error::{Error, IoContext, Result};
 use crate::sys::patience;
 use crate::types::PRIVATE_DIR;
 
-/// Those of `paths`, but for `known`, that are why an opening failed with `error`.
-pub(super) fn among(
-    paths: &[PathBuf],
-    known: &[PathBuf],
-    error: &Error,
-    between: &Between,
-) -> Vec<PathBuf> {
+/// A backing that a store is opened without.
+#[derive(Debug)]
+pub(super) struct Out {
+    pub(super) path: PathBuf,
+    /// What is with it, said of it.
+    pub(super) why: String,
+    /// What a person can do.
+    pub(super) remedy: &'static str,
+    /// Its disk is there, and failed.
+    failed: bool,
+    /// What it says of the others, where that can be read.
+    marker: Option<Box<Marker>>,
+}
+
+impl Out {
+    /// One on which a call hangs.
+    pub(super) fn silent(path: &Path, between: &Between) -> Out {
+        let limit = between.timeout.as_secs_f64();
+        Out {
+            path: path.into(),
+            why: format!("did not answer within {limit} s"),
+            remedy: "check the disk",
+            failed: true,
+            marker: None,
+        }
+    }
+
+    /// What `status` tells of it; `None` for one that is merely absent.
+    pub(super) fn reason(&self) -> Option<String> {
+        let (why, now) = (&self.why, jiff::Timestamp::now());
+        self.failed.then(|| format!("it {why}, as of {now}: {}", self.remedy))
+    }
+}
+
+/// What to do about an error that tells of a disk, and not of what lies on it.
+fn remedy(error: &Error) -> Option<&'static str> {
+    let Error::Io { source, .. } = error else { return None };
+    match Errno::from_io_error(source)? {
+        Errno::ROFS => Some("remount it read-write"),
+        Errno::IO | Errno::STALE | Errno::NOTCONN => Some("check the disk, and mount it anew"),
+        _ => None,
+    }
+}
+
+/// Whether a backing failed with `error` because of its disk.
+pub fn is_of_disk(error: &Error) -> bool {
+    remedy(error).is_some()
+}
+
+/// The error of an opening that nothing else is left for.
+pub(super) fn with_remedy(error: Error) -> Error {
+    match remedy(&error) {
+        // With `-o ro` too: what the last mount left has to be finished, and nobody else to write.
+        Some(remedy) if error.to_errno() == Errno::ROFS => Error::Refused(format!(
+            "{error}: a store that is mounted, also with -o ro, writes to its backings: {remedy}, \
+             or copy it elsewhere"
+        )),
+        Some(remedy) => Error::Refused(format!("{error}: {remedy}")),
+        None => error,
+    }
+}
+
+/// Those of `paths`, but for those that are `out` already, without which an opening that ended with
+/// `error` can go on.
+pub(super) fn failed(paths: &[PathBuf], out: &[Out], error: &Error, between: &Between) -> Vec<Out> {
+    let known: Vec<PathBuf> = out.iter().map(|one| one.path.clone()).collect();
+    if error.to_errno() == Errno::TIMEDOUT {
+        let hung = among(paths, &known, error, between);
+        return hung.iter().map(|path| Out::silent(path, between)).collect();
+    }
+    let mut rest = paths.iter().filter(|path| !known.contains(path));
+    let (Some(remedy), Error::Io { path: at, .. }) = (remedy(error), error) else {
+        return Vec::new();
+    };
+    let Some(path) = rest.clone().find(|path| at.starts_with(path)) else { return Vec::new() };
+    if rest.all(|other| other == path) {
+        return Vec::new();
+    }
+    let marker = match identify::look(path, between).map(|candidate| candidate.found) {
+        Ok(Found::Replica(marker)) => Some(marker),
+        // It was to become a replica: that it cannot is no fault of the store's.
+        Ok(_) => return Vec::new(),
+        Err(_) => None,
+    };
+    let why = format!("failed: {error}");
+    vec![Out { path: path.clone(), why, remedy, failed: true, marker }]
+}
+
+/// Takes out those that hold no replica, where another does: their disks are missing. Refused if
+/// the store misses fewer, for then one was never a replica.
+pub(super) fn take_missing(candidates: &mut Vec<Candidate>, out: &[Out]) -> Result<Vec<Out>> {
+    let markers = candidates.iter().filter_map(|one| match &one.found {
+        Found::Replica(marker) => Some(marker.as_ref()),
+        _ => None,
+    });
+    let present: Vec<Uuid> = markers.clone().map(|marker| marker.replica).collect();
+    if present.is_empty() {
+        return Ok(Vec::new());
+    }
+    let is_out = |peer: &&Peer| {
+        out.iter().any(|one| one.failed && identify::record_path(&one.path) == peer.path)
+    };
+    let absent: BTreeSet<Uuid> = markers
+        .flat_map(|marker| &marker.peers)
+        .filter(|peer| !present.contains(&peer.replica) && !is_out(peer))
+        .map(|peer| peer.replica)
+        .collect();
+    let missing = candidates.extract_if(.., |one| !matches!(one.found, Found::Replica(_)));
+    let missing: Vec<Out> = missing
+        .map(|one| Out {
+            why: match one.found {
+                Found::Absent => "does not exist".into(),
+                _ => "has no store marker (is its disk mounted?)".into(),
+            },
+            path: one.path,
+            remedy: "mount its disk",
+            failed: false,
+            marker: None,
+        })
+        .collect();
+    let before = out.iter().filter(|one| !one.failed).count();
+    match missing.last() {
+        Some(one) if missing.len() + before > absent.len() => Err(Error::Refused(format!(
+            "{} {}, and the store misses {} of its replicas: with --existing-only no new one is \
+             made (mount once without it, if it is to become one)",
+            one.path.display(),
+            one.why,
+            absent.len()
+        ))),
+        _ => Ok(missing),
+    }
+}
+
+/// Refuses to go on with what is known to be old: a disk that failed, but can be read, says that it
+/// has changes that those at hand missed.
+pub(super) fn check_current(out: &[Out], members: &[Member]) -> Result<()> {
+    for one in out {
+        let Some(marker) = &one.marker else { continue };
+        if members.iter().all(|member| holds_stale(marker, &member.marker)) {
+            return Err(Error::Refused(format!(
+                "{} {}, and the other replicas miss changes that it has: {} (or give the others \
+                 alone, to go on with what they have)",
+                one.path.display(),
+                one.why,
+                one.remedy
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Those of `paths`, but for `known`, that are why an opening hung, which ended with `error`.
+fn among(paths: &[PathBuf], known: &[PathBuf], error: &Error, between: &Between) -> Vec<PathBuf> {
     let rest: Vec<&PathBuf> = paths.iter().filter(|path| !known.contains(path)).collect();
     let told =
         |path: &&PathBuf| matches!(error, Error::Io { path: at, .. } if at.starts_with(path));
@@ -54,15 +205,19 @@ pub(super) fn blame(error: Error, sites: &[Site]) -> Error {
     hung.unwrap_or(error)
 }
 
-/// Tells of a refusal that it came to that because backings do not answer.
-pub(super) fn explain(error: Error, silent: &[PathBuf], between: &Between) -> Error {
-    let Error::Refused(why) = error else { return error };
-    let shown: Vec<String> = silent.iter().map(|path| path.display().to_string()).collect();
-    let (paths, limit) = (shown.join(", "), between.timeout.as_secs_f64());
-    Error::Refused(match silent {
-        [] => why,
-        _ => format!("{paths} did not answer within {limit} s (check the disk), and {why}"),
-    })
+/// Tells of a refusal that it came to that because backings are left out.
+pub(super) fn explain(error: Error, out: &[Out]) -> Error {
+    let told = |one: &Out| format!("{} {} ({})", one.path.display(), one.why, one.remedy);
+    let told: Vec<String> = out.iter().map(told).collect();
+    match error {
+        Error::Refused(why) if !out.is_empty() => {
+            Error::Refused(format!("{}, and {why}", told.join(", ")))
+        }
+        Error::NoStore(why) if !out.is_empty() => {
+            Error::NoStore(format!("{}, and {why}", told.join(", ")))
+        }
+        error => error,
+    }
 }
 
 /// Whether the disk of a replica takes a write.
@@ -83,7 +238,7 @@ impl Store {
         self.between.within(backing, move || try_write(&own))
     }
 
-    /// The backings that did not answer when the store was opened, and have not come since.
+    /// The backings that were left out when the store was opened, and have not come since.
     pub fn silent(&self) -> Vec<PathBuf> {
         let present: Vec<PathBuf> =
             self.replicas.ids().map(|id| self.replicas.get(id).path.clone()).collect();

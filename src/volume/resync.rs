@@ -258,6 +258,10 @@ impl Volume {
                     log::info!("{}: it answers and is brought in", path.display());
                     self.enter(arrival, Fork::Refuse);
                 }
+                // Its disk is not mounted yet.
+                Err(error) if error.to_errno() == Errno::NOENT => {
+                    log::debug!("{}: not brought in: {error}", path.display());
+                }
                 Err(error) => log::warn!("{}: not brought in: {error}", path.display()),
             }
         }

@@ -61,7 +61,8 @@ fn a_resync_can_be_stopped_anywhere_and_the_copy_is_not_used_alone() {
 fn a_creation_that_died_between_two_markers_goes_on() {
     let bench = Bench::new();
     write(&bench.path("a/f"), b"one");
-    let candidates = identify::look_all(&bench.paths(&["a", "b"]), &Between::default()).unwrap().0;
+    let candidates =
+        identify::look_all(&bench.paths(&["a", "b"]), false, &Between::default()).unwrap().0;
     let members = create(&candidates, 0, &OpenOptions::default()).unwrap();
     drop(members);
     fs::remove_file(bench.path("b/.rearview/store.toml")).unwrap();
@@ -72,7 +73,8 @@ fn a_creation_that_died_between_two_markers_goes_on() {
 fn markers_alone_are_enough_to_go_on() {
     let bench = Bench::new();
     write(&bench.path("a/f"), b"one");
-    let candidates = identify::look_all(&bench.paths(&["a", "b"]), &Between::default()).unwrap().0;
+    let candidates =
+        identify::look_all(&bench.paths(&["a", "b"]), false, &Between::default()).unwrap().0;
     drop(create(&candidates, 0, &OpenOptions::default()).unwrap());
     let options = OpenOptions { init: true, ..OpenOptions::default() };
     let store = open_with(&bench.paths(&["a", "b"]), &options, &Progress::silent()).unwrap();

@@ -6,6 +6,8 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use super::space::Image;
+use rustix::io::Errno;
+
 use super::*;
 use crate::check::{CheckOptions, check};
 use crate::store::site::Site;

@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
+use rustix::io::Errno;
+
 use super::*;
 use crate::replica::faulty::{Call, Faulty, Injected};
 use crate::replica::intent::Dirty;
@@ -198,5 +200,47 @@ fn a_backing_that_hangs_while_all_is_compared_is_left_out() {
             died(bench);
             bench.lose_logs();
         });
+    }
+}
+
+#[test]
+fn a_backing_whose_disk_fails_while_the_store_is_opened_is_left_out() {
+    for errno in [Errno::IO, Errno::STALE, Errno::NOTCONN, Errno::ROFS] {
+        for (op, bad) in [("open_dir", "a"), ("open_dir", "b"), ("mkdir", "b"), ("sync", "a")] {
+            let bench = Bench::in_memory();
+            write(&bench.path("a/file"), b"content");
+            bench.settle(&["a", "b"]);
+            let (broken, place) = (Arc::new(AtomicBool::new(true)), bench.path(bad));
+            let fails = broken.clone();
+            let between = Between::new(move |path, inner| {
+                let fails = fails.clone();
+                let plan = move |call: Call<'_>| {
+                    let fails = call.op == op && fails.load(Ordering::Relaxed);
+                    fails.then_some(Injected::Error(errno))
+                };
+                match path == place {
+                    true => Box::new(Faulty::new(inner, Arc::new(plan))),
+                    false => inner,
+                }
+            });
+            let options = OpenOptions { between, resync_later: true, ..OpenOptions::default() };
+            // Alone it is an error, which tells what to do.
+            let alone = open_with(&bench.paths(&[bad]), &options, &Progress::silent());
+            let Err(Error::Refused(text)) = alone else { panic!("{op} {errno}: not refused") };
+            assert!(
+                text.contains(if errno == Errno::ROFS { "remount" } else { "check" }),
+                "{text}"
+            );
+            let paths = bench.paths(&["a", "b"]);
+            let store = open_with(&paths, &options, &Progress::silent()).unwrap();
+            assert_eq!(store.silent(), [bench.path(bad)], "{op} {errno}");
+            let reason = &store.current_marker().unwrap().peers[0].reason;
+            assert!(reason.contains(&std::io::Error::from(errno).to_string()), "{reason}");
+            broken.store(false, Ordering::Relaxed);
+            store.spoke(&bench.path(bad)).unwrap();
+            store.close().unwrap();
+            drop(store);
+            bench.settle(&["a", "b"]);
+        }
     }
 }
