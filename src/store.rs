@@ -270,6 +270,8 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
         _ => None,
     });
     let store = any.expect("a store is opened where a replica was found");
+    // What is asked for, or was when a mount that died began to make the store.
+    let is_meant = options.init || store.phase == Phase::Adopting;
     let (store, created) = (store.store, store.created.clone());
     // The replicas are locked before anything new is made.
     let mut order: Vec<usize> = (0..candidates.len()).collect();
@@ -286,6 +288,9 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
             Some(marker) => marker,
             None => {
                 let label = label_of(&site, options);
+                if !is_meant {
+                    tell_new(&candidates[index], &label);
+                }
                 let marker = Marker::new(store, label, created.clone(), Phase::Filling);
                 marker.write(&site)?;
                 marker
@@ -297,6 +302,18 @@ fn join(candidates: &[Candidate], options: &OpenOptions) -> Result<Vec<Member>> 
     }
     members.sort_by_key(|(index, _)| *index);
     Ok(members.into_iter().map(|(_, member)| member).collect())
+}
+
+/// A path that was mistyped must not become a replica unnoticed.
+fn tell_new(candidate: &Candidate, label: &str) {
+    let path = identify::record_path(&candidate.path);
+    if matches!(candidate.found, Found::Absent) {
+        log::warn!("{path} did not exist: made");
+    }
+    log::warn!(
+        "{path} is new to this store: it becomes one more replica, '{label}', and is filled; \
+         'rearview replica remove {label}' takes it out again"
+    );
 }
 
 /// Notes durably who takes part, and opens the catalog; `found` is what the winner's was before it

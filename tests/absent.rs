@@ -96,6 +96,20 @@ fn what_the_store_does_not_miss_is_not_left_out() {
 }
 
 #[test]
+fn a_new_replica_of_an_old_store_is_told_of() {
+    let mut store = store();
+    let typo = store.beside("typo");
+    let done = store.mount_only(&[store.backings[0].clone(), typo.clone()]);
+    done.fails(0, &["typo did not exist", "new to this store", "rearview replica remove typo"]);
+    assert!(degraded(&store).contains("rearview replica remove NAME"));
+    store.rearview(&["resync", "--wait"]);
+    store.rearview(&["replica", "remove", "typo"]).ok();
+    store.rearview(&["replica", "remove", "backing1"]).ok();
+    assert_eq!(store.rearview(&["status"]).code, 0);
+    store.unmount();
+}
+
+#[test]
 fn a_disk_that_is_read_only_is_left_out_and_comes_back() {
     for bad in [0, 1] {
         let disks = [LoopFs::ext4(64), LoopFs::ext4(64)];

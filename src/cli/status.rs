@@ -103,7 +103,8 @@ fn status_text(report: &StatusReport) -> String {
         line(
             "action",
             "the mount goes on with the other replicas; bring the disk back and run 'rearview \
-             replica online', or exchange it with 'rearview replica replace'",
+             replica online', exchange it with 'rearview replica replace', or give it up with \
+             'rearview replica remove NAME'",
         );
     }
     if !report.scrub.damage.is_empty() {
