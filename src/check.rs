@@ -20,7 +20,7 @@ use crate::catalog::{Catalog, Head};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::replica::guarded::CALL_TIMEOUT;
-use crate::store::lock::{Owner, StoreLock, acquire};
+use crate::store::lock::{Owner, StoreLock, acquire_to_look};
 use crate::store::marker::{CleanMark, Marker, PeerState, Phase};
 use crate::store::site::Site;
 use crate::store::{CATALOG_FILE, inspect_within};
@@ -229,7 +229,7 @@ fn open(
 fn open_one(path: &Path, timeout: Duration) -> Result<Member> {
     let path = inspect_within(path, timeout)?.path;
     let site = Site::open_in_time(&path, timeout)?;
-    let lock = acquire(&site, &Owner::this(None))?;
+    let lock = acquire_to_look(&site, &Owner::this(None))?;
     let Some(marker) = Marker::read(&site)? else {
         return Err(Error::NoStore(format!("{} holds no store", path.display())));
     };

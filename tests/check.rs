@@ -289,3 +289,41 @@ fn what_writes_to_a_store_is_refused_while_it_is_mounted() {
     store.rearview(&["check", "."]).ok();
     store.finish();
 }
+
+/// The names in the private directory of a backing.
+fn private_names(backing: &Path) -> Vec<std::ffi::OsString> {
+    common::tree::names_in(&backing.join(".rearview"))
+}
+
+#[test]
+fn a_backing_on_a_disk_that_is_read_only_can_be_looked_at() {
+    let disk = common::disk::LoopFs::ext4(64);
+    let backing = disk.root().join("b");
+    let mut store = Mounted::over(vec![backing.clone()]);
+    fs::write(store.path("file"), "kept").unwrap();
+    store.snapshot("one");
+    store.unmount();
+    let found = private_names(&backing);
+    disk.read_only();
+    let said = checked(&store).ok();
+    assert!(said.contains("no damage found"), "{said}");
+    let own = backing.to_str().unwrap();
+    assert!(rearview(["snapshot", "list", own]).ok().contains("one"));
+    assert!(rearview(["status", own]).ok().contains("NOT MOUNTED"));
+    assert_eq!(private_names(&backing), found);
+    // After an unclean end somebody has to take in the log first.
+    let writable = || {
+        let mut remount = std::process::Command::new("mount");
+        common::run(remount.args(["-o", "remount,rw"]).arg(disk.root())).ok();
+    };
+    writable();
+    store.mount().ok();
+    fs::write(store.path("late"), "before the end").unwrap();
+    store.snapshot("late");
+    store.kill();
+    disk.read_only();
+    rearview(["snapshot", "list", own]).fails(1, &["remount it read-write"]);
+    writable();
+    store.mount().ok();
+    store.unmount();
+}

@@ -13,8 +13,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rusqlite::{Connection, OpenFlags};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags};
 use rustix::io::Errno;
 
 use super::schema::show;
@@ -74,10 +74,19 @@ impl Place {
     }
 
     fn connect(&self, access: OpenFlags) -> rusqlite::Result<Connection> {
-        let path = self.path();
+        self.connect_by(self.path(), access)
+    }
+
+    fn connect_by(&self, path: PathBuf, access: OpenFlags) -> rusqlite::Result<Connection> {
         let Some(vfs) = plain_path_vfs() else { return Err(rusqlite::Error::InvalidPath(path)) };
         let flags = access | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
         Connection::open_with_flags_and_vfs(path, flags, vfs)
+    }
+
+    /// Whether its disk is mounted read-only: then nobody changes what lies here.
+    pub fn is_read_only(&self) -> bool {
+        let stat = rustix::fs::fstatvfs(&self.dir);
+        stat.is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY))
     }
 
     /// By which SQLite reaches it.
@@ -157,6 +166,31 @@ impl Db {
         let identity = identity(&place.dir, &place.name);
         let identity = identity.map_err(|error| not_opened(&place.file, error))?;
         Ok(Db { connection: place.connect(access)?, place, identity })
+    }
+
+    /// Opens for reading a catalog that could not be opened plainly, with `error`, if that came of
+    /// a disk that is mounted read-only: SQLite cannot make there what it reads by, and needs none
+    /// of it, for nobody changes the file. What is still in a log cannot be read so.
+    pub fn open_unchanging(place: Place, error: rusqlite::Error) -> Result<Db> {
+        let needs_writing =
+            matches!(error.sqlite_error_code(), Some(ErrorCode::CannotOpen | ErrorCode::ReadOnly));
+        if !needs_writing || !place.is_read_only() {
+            return Err(Error::Catalog(error));
+        }
+        if place.beside("-wal")?.size() > 0 {
+            return Err(Error::Refused(format!(
+                "the catalog {} was not closed cleanly and is on a disk that is mounted \
+                 read-only: remount it read-write, or copy the backing elsewhere",
+                show(&place.file)
+            )));
+        }
+        let identity = identity(&place.dir, &place.name);
+        let identity = identity.map_err(|error| not_opened(&place.file, error))?;
+        let mut path = OsString::from("file:");
+        path.push(place.path());
+        path.push("?immutable=1");
+        let access = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
+        Ok(Db { connection: place.connect_by(path.into(), access)?, place, identity })
     }
 
     /// Fails if another file than the one that was found has been opened.

@@ -262,7 +262,16 @@ pub(super) fn connect_at(place: Place, for_use: Use) -> Result<Db> {
 /// As [`connect`], which takes long where the catalog is of an older version.
 pub(super) fn connect_alive(place: Place, for_use: Use, alive: &Alive) -> Result<Db> {
     let file = &place.shown().to_path_buf();
-    match connect_plainly(place, file, for_use, alive) {
+    let mut opened =
+        Db::open(place, access_for(for_use)).and_then(|db| connected(db, file, for_use, alive));
+    if let Err(Error::Catalog(error)) = opened {
+        opened = match for_use {
+            Use::Read => Db::open_unchanging(Place::of(file)?, error)
+                .and_then(|db| connected(db, file, for_use, alive)),
+            _ => Err(Error::Catalog(error)),
+        };
+    }
+    match opened {
         Err(Error::Catalog(error)) => Err(name_damage(file, error)),
         other => other,
     }
@@ -286,12 +295,14 @@ pub(super) fn while_alive<T>(
     outcome
 }
 
-fn connect_plainly(place: Place, file: &Path, for_use: Use, alive: &Alive) -> Result<Db> {
-    let access = match for_use {
+fn access_for(for_use: Use) -> OpenFlags {
+    match for_use {
         Use::Write | Use::Hold => OpenFlags::SQLITE_OPEN_READ_WRITE,
         Use::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
-    };
-    let mut db = Db::open(place, access)?;
+    }
+}
+
+fn connected(mut db: Db, file: &Path, for_use: Use, alive: &Alive) -> Result<Db> {
     settle(&db, for_use)?;
     let id: i32 = db.query_row("PRAGMA application_id", [], |row| row.get(0))?;
     let format: i32 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;

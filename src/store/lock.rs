@@ -111,6 +111,22 @@ impl Owner {
     }
 }
 
+/// Takes the lock of a backing for somebody who changes nothing there: its disk may be mounted
+/// read-only.
+pub fn acquire_to_look(site: &Site, owner: &Owner) -> Result<StoreLock> {
+    match acquire(site, owner) {
+        Err(error) if error.to_errno() == Errno::ROFS => {
+            let path = site.private_path(LOCK_FILE);
+            let dir = site.dir(&private(""))?;
+            let file = site.backing.open_file(&dir, &own_name(LOCK_FILE), Access::Read);
+            let file = file.context("open the lock", &path)?;
+            take(site, &file)?;
+            Ok(StoreLock { file, owner: owner.clone() })
+        }
+        acquired => acquired,
+    }
+}
+
 /// Takes the lock of a backing whose private directory exists.
 pub fn acquire(site: &Site, owner: &Owner) -> Result<StoreLock> {
     let path = site.private_path(LOCK_FILE);
@@ -129,23 +145,27 @@ pub fn acquire(site: &Site, owner: &Owner) -> Result<StoreLock> {
         other => other,
     }
     .context("open the lock", &path)?;
-    let mut tries = 0;
-    loop {
-        match flock(site, &file, FlockOperation::NonBlockingLockExclusive)? {
-            Ok(()) => break,
-            Err(Errno::WOULDBLOCK) if tries < TRIES => {
-                tries += 1;
-                std::thread::sleep(TRY_PAUSE);
-            }
-            Err(Errno::WOULDBLOCK) => return Err(in_use(site, &file)),
-            Err(error) => return Err(error).context("lock", &path),
-        }
-    }
+    take(site, &file)?;
     // The record is for people: a full disk must not keep the store from being mounted.
     if let Err(error) = write_text(site, &file, &owner.text()) {
         log::warn!("write {}: {error}", path.display());
     }
     Ok(StoreLock { file, owner: owner.clone() })
+}
+
+fn take(site: &Site, file: &Handle) -> Result<()> {
+    let mut tries = 0;
+    loop {
+        match flock(site, file, FlockOperation::NonBlockingLockExclusive)? {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if tries < TRIES => {
+                tries += 1;
+                std::thread::sleep(TRY_PAUSE);
+            }
+            Err(Errno::WOULDBLOCK) => return Err(in_use(site, file)),
+            Err(error) => return Err(error).context("lock", site.private_path(LOCK_FILE)),
+        }
+    }
 }
 
 /// On a disk of another computer this is asked of that.
