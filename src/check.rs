@@ -22,7 +22,7 @@ use crate::progress::Progress;
 use crate::replica::guarded::CALL_TIMEOUT;
 use crate::store::lock::{Owner, StoreLock, acquire_to_look};
 use crate::store::marker::{CleanMark, Marker, PeerState, Phase};
-use crate::store::site::Site;
+use crate::store::site::{Site, own_name, private};
 use crate::store::{CATALOG_FILE, inspect_within};
 use crate::sys::device::Alive;
 use crate::types::{ContentId, NodeId};
@@ -115,6 +115,8 @@ fn finding(place: &Path, what: String) -> Finding {
 struct Member {
     site: Site,
     marker: Marker,
+    /// Nothing lay beside its catalog.
+    is_tidy: bool,
     _lock: StoreLock,
 }
 
@@ -173,7 +175,21 @@ pub fn check(
         let checked = check_files(member, options, &mut common, &mut report, progress);
         report.unless_it_hangs(&member.site.path, checked)?;
     }
+    members.iter().for_each(|member| leave_tidy(member, &report));
     Ok(report)
+}
+
+/// Leaves a backing as it was found: without the files by which SQLite reads. One that hangs is not
+/// touched again.
+fn leave_tidy(member: &Member, report: &CheckReport) {
+    let own = finding(&member.site.path, String::new()).place;
+    if !member.is_tidy || report.silent.iter().any(|silent| silent.place == own) {
+        return;
+    }
+    if let Err(error) = member.look(|file, _| Catalog::tidy(file)) {
+        // Somebody else looks at it, or its disk is mounted read-only, where nothing was made.
+        log::debug!("{}: {error}", member.site.path.display());
+    }
 }
 
 /// A replica's files against its catalog.
@@ -233,7 +249,12 @@ fn open_one(path: &Path, timeout: Duration) -> Result<Member> {
     let Some(marker) = Marker::read(&site)? else {
         return Err(Error::NoStore(format!("{} holds no store", path.display())));
     };
-    Ok(Member { site, marker, _lock: lock })
+    let dir = site.dir(&private(""))?;
+    let is_tidy = ["-wal", "-shm"].iter().all(|end| {
+        let beside = site.backing.stat_at(&dir, &own_name(&format!("{CATALOG_FILE}{end}")));
+        beside.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+    });
+    Ok(Member { site, marker, is_tidy, _lock: lock })
 }
 
 /// A replica's catalog by itself; its head if it is sound enough to go on with.

@@ -296,6 +296,26 @@ fn private_names(backing: &Path) -> Vec<std::ffi::OsString> {
 }
 
 #[test]
+fn a_backing_is_left_as_it_was_found() {
+    let mut store = store_with_history();
+    let found = store.backings.iter().map(|path| private_names(path)).collect::<Vec<_>>();
+    assert!(!format!("{found:?}").contains("catalog.db-"), "{found:?}");
+    let catalog = fs::read(store.backings[0].join(".rearview/catalog.db")).unwrap();
+    checked(&store).ok();
+    for (backing, found) in store.backings.iter().zip(&found) {
+        assert_eq!(&private_names(backing), found);
+    }
+    assert_eq!(fs::read(store.backings[0].join(".rearview/catalog.db")).unwrap(), catalog);
+    // What others left there is not the check's.
+    let log = store.backings[0].join(".rearview/catalog.db-wal");
+    fs::write(&log, "").unwrap();
+    checked(&store).ok();
+    assert!(log.exists());
+    store.mount().ok();
+    store.finish();
+}
+
+#[test]
 fn a_backing_on_a_disk_that_is_read_only_can_be_looked_at() {
     let disk = common::disk::LoopFs::ext4(64);
     let backing = disk.root().join("b");

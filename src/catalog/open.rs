@@ -295,6 +295,15 @@ impl Catalog {
         Ok(catalog)
     }
 
+    /// Removes what readers of a catalog left beside it, if nobody has it open.
+    pub fn tidy(file: &Path) -> Result<()> {
+        let held = connect(file, Use::Hold)?;
+        held.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
+        held.place().beside("-shm")?.remove()?;
+        // SQLite removes the log, which is empty, with the last one who has it open.
+        Ok(held.close()?)
+    }
+
     /// Commits all, durably, and ends the committer. Later pushes fail.
     pub fn close(&self) -> Result<()> {
         if self.shared.read_only {
