@@ -1,5 +1,7 @@
 //! Which files of history there must be: for whoever looks whether they are there and whole.
 
+use std::collections::HashMap;
+
 use rusqlite::{OptionalExtension, params};
 
 use super::digest::Digest;
@@ -159,6 +161,17 @@ impl Catalog {
                 "SELECT DISTINCT segment FROM undo WHERE segment > 0 ORDER BY segment",
             )?;
             statement.query_map([], |row| unsigned(row, 0))?.collect()
+        })
+    }
+
+    /// The bytes of the before-images in each undo segment that has any.
+    pub fn segment_bytes(&self) -> Result<HashMap<u64, u64>> {
+        self.settle_pending()?;
+        self.shared.read(|db| {
+            let mut statement = db.prepare_cached(
+                "SELECT segment, sum(length) FROM undo WHERE segment > 0 GROUP BY segment",
+            )?;
+            statement.query_map([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?)))?.collect()
         })
     }
 }

@@ -14,8 +14,8 @@
 
 use std::collections::HashMap;
 
-use super::chunker::{Chunker, cut_fixed};
-use super::journal::{ImageRecord, PARTS_MAX, Parts, Record};
+use super::chunker::Chunker;
+use super::journal::{PARTS_MAX, Parts, Record};
 use super::pack::{PackBuilder, PackedChunk, scan};
 use super::{Extents, History, Place, run_at};
 use crate::catalog::digest::first_half;
@@ -27,13 +27,12 @@ use crate::replica::ReplicaSet;
 use crate::types::{ChunkId, ContentId, NodeId, PackId};
 
 mod repack;
+mod segments;
 
 /// Contents are packed in runs of about this many bytes; after each the originals go.
 const RUN_BYTES: u64 = 64 << 20;
 /// Contents that one run takes at most.
 const RUN_CONTENTS: usize = 4096;
-/// Streams of before-images end at about this many bytes: what is to stay of one keeps all of it.
-const STREAM_BYTES: u64 = 1 << 20;
 /// The longest hole that one part of a recipe stands for.
 const HOLE_BYTES_MAX: u64 = 1 << 30;
 /// Rows that one commit of ours writes, about: whoever waits for the commit of something else waits
@@ -123,7 +122,7 @@ impl<'a> Packer<'a> {
     }
 
     /// The same, in runs that end once they have taken `bytes`, where there is little room for what
-    /// a run writes: the originals go after it only.
+    /// a run writes: the originals go after it only. Runs of no bytes would get nowhere.
     pub fn in_runs_of(mut self, bytes: u64) -> Packer<'a> {
         self.run_bytes = bytes.min(RUN_BYTES);
         self
@@ -268,88 +267,6 @@ impl<'a> Packer<'a> {
             let (node, content, offset) = (row.node, row.content, row.offset);
             Change::Forget(ForgetChange::Undo { node, content, offset })
         }));
-        changes.push(group);
-        Ok(())
-    }
-
-    /// Packs the before-images of all segments that are complete.
-    pub fn segments(&mut self) -> Result<Packed> {
-        let mut packed = Packed::default();
-        for segment in self.history.undo.complete(self.replicas)? {
-            let rows = self.catalog.segment_rows(segment)?;
-            if !rows.is_empty() {
-                let mut changes = Groups::new();
-                let images = self.history.undo.load(self.replicas, segment, &rows)?;
-                let mut first = 0;
-                while first < rows.len() {
-                    let mut bytes = Vec::new();
-                    let mut end = first;
-                    while end < rows.len() && (bytes.len() as u64) < STREAM_BYTES {
-                        if let Some(image) = &images[end] {
-                            bytes.extend_from_slice(image);
-                        }
-                        end += 1;
-                    }
-                    let part = rows[first..end].iter().zip(&images[first..end]);
-                    self.stream(&bytes, part, &mut changes)?;
-                    packed.count += (end - first) as u64;
-                    packed.bytes += bytes.len() as u64;
-                    first = end;
-                }
-                self.record(changes)?;
-            } else {
-                // Records of holes leave rows that point nowhere, which must not go with them.
-                self.catalog.flush(Durability::Durable)?;
-            }
-            // What no replica has whole stays where it is.
-            if !self.catalog.needs_segment(segment)? {
-                self.history.undo.remove(self.replicas, segment)?;
-                (self.step)(SEGMENT_REMOVED)?;
-            }
-        }
-        packed.done = true;
-        Ok(packed)
-    }
-
-    fn stream<'r>(
-        &mut self,
-        bytes: &[u8],
-        rows: impl Iterator<Item = (&'r UndoRow, &'r Option<Vec<u8>>)>,
-        changes: &mut Groups,
-    ) -> Result<()> {
-        let stream = self.catalog.next_content();
-        let mut parts = Cut::default();
-        for range in cut_fixed(bytes) {
-            let chunk = &bytes[range];
-            parts.chunk(self.chunk(chunk)?, chunk.len() as u32);
-        }
-        self.note_recipe(stream, &parts);
-        let chunks = parts.chunks;
-        let mut group = vec![Change::Pack(PackChange::RecipeAdd { id: stream, chunks })];
-        let mut at = 0;
-        let mut told = None;
-        for (row, image) in rows {
-            if image.is_none() {
-                continue;
-            }
-            let (node, content, offset, length) = (row.node, row.content, row.offset, row.length);
-            if told.replace((node, content)) != Some((node, content)) {
-                self.note_version(node, content)?;
-            }
-            self.note(Record::Image(ImageRecord { stream, node, content, offset, length, at }));
-            group.push(Change::Pack(PackChange::UndoMove {
-                node: row.node,
-                content: row.content,
-                offset: row.offset,
-                stream,
-                at,
-            }));
-            at += row.length;
-            // The first group has at least one image, by which the stream is known.
-            if group.len() >= COMMIT_ROWS {
-                changes.push(std::mem::take(&mut group));
-            }
-        }
         changes.push(group);
         Ok(())
     }

@@ -167,6 +167,12 @@ impl UndoLog {
         Ok(())
     }
 
+    /// The segment that is appended to, if one was begun.
+    pub fn open_segment(&self) -> Option<u64> {
+        let tail = self.tail.lock();
+        tail.files.is_some().then_some(tail.segment)
+    }
+
     /// Bytes in the open segment.
     pub fn open_bytes(&self) -> u64 {
         self.tail.lock().end

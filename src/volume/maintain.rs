@@ -40,13 +40,21 @@ pub(super) struct Maintenance {
     activity: u64,
     /// When it applied the store's policy.
     policy: Option<Instant>,
+    /// The catalog's epoch when it last looked for undo segments of no use.
+    segments: Option<u64>,
     /// An error of the last pass, so that it is told once.
     told: Option<String>,
 }
 
 impl Maintenance {
     pub(super) fn new() -> Maintenance {
-        Maintenance { packed: Instant::now(), activity: 0, policy: None, told: None }
+        Maintenance {
+            packed: Instant::now(),
+            activity: 0,
+            policy: None,
+            segments: None,
+            told: None,
+        }
     }
 }
 
@@ -60,7 +68,9 @@ impl Volume {
             Err(error) => log::error!("no automatic snapshot: {error}"),
         }
         let Some(mut state) = self.maintenance.try_lock() else { return };
-        let outcome = self.maintain_due(&mut state);
+        // First, and whatever else fails: it needs no room, and may make some.
+        let removed = self.remove_segments_if_any(&mut state);
+        let outcome = self.maintain_due(&mut state).and(removed);
         match outcome {
             Err(Error::Interrupted) | Ok(()) => state.told = None,
             Err(error) => {
@@ -97,6 +107,28 @@ impl Volume {
         Ok(())
     }
 
+    /// Removes undo segments of no use, if any may have become so since the last time.
+    fn remove_segments_if_any(&self, state: &mut Maintenance) -> Result<()> {
+        let epoch = self.catalog().history_epoch();
+        if state.segments != Some(epoch) {
+            self.remove_segments()?;
+            state.segments = Some(epoch);
+        }
+        Ok(())
+    }
+
+    /// Removes the undo segments in which nothing lies that history needs, the open one as well.
+    pub(super) fn remove_segments(&self) -> Result<()> {
+        let undo = self.history.undo();
+        if let Some(open) = undo.open_segment()
+            && !self.catalog().needs_segment(open)?
+        {
+            // If a row is on its way to the catalog, its segment is not complete until it is there.
+            undo.rotate(self.replicas())?;
+        }
+        self.packer(&|_| Ok(())).unneeded_segments()
+    }
+
     /// Does all the background work there is, now: sweeps every gap, packs everything that waits,
     /// frees packs that nobody uses.
     pub fn tidy_history(&self) -> Result<Packed> {
@@ -116,10 +148,11 @@ impl Volume {
         self.tidy_history().map(|_| ())
     }
 
-    /// Sweeps, and removes packs that nobody uses: what frees space and needs none. `stop` fails
-    /// when it is to end early.
+    /// Sweeps, and removes undo segments and packs that nobody uses: what frees space and needs
+    /// none. `stop` fails when it is to end early.
     pub(super) fn free_unused(&self, stop: &(dyn Fn() -> Result<()> + Sync)) -> Result<()> {
         self.sweep(None, stop)?;
+        self.remove_segments()?;
         // To its end, which is near: what was recorded as removed must go.
         self.packer(&|_| Ok(())).repack(0)?;
         Ok(())
@@ -147,8 +180,22 @@ impl Volume {
     pub(super) fn pack_for_room(&self, enough: &dyn Fn() -> bool) -> Result<()> {
         let begin = Instant::now();
         self.forget_scratch(&|_| Ok(()))?;
+        let is_over = || enough() || begin.elapsed() >= PACK_TIME_URGENT;
+        self.pack_in_pieces(&|_| Ok(()), &is_over)?;
+        if is_over() {
+            return Ok(());
+        }
+        self.history.undo().rotate(self.replicas())?;
+        match self.packer(&|_| Ok(())).until(&is_over).segments() {
+            Err(error) if error.is(Errno::NOSPC) => Ok(()),
+            packed => packed.map(|_| ()),
+        }
+    }
+
+    /// Packs those preserved contents for which there is room, in pieces, until `is_over` says so.
+    fn pack_in_pieces(&self, step: Step<'_>, is_over: &dyn Fn() -> bool) -> Result<()> {
         let mut after = ContentId::EMPTY;
-        while !enough() && begin.elapsed() < PACK_TIME_URGENT {
+        while !is_over() {
             // The copy and the originals both lie there for a moment; what is left is the reserve.
             let space = self.replicas().space()?;
             let piece = space.available.saturating_mul(space.block_bytes) / 2;
@@ -156,7 +203,7 @@ impl Volume {
                 true => self.claim(content),
                 false => Ok(Claim::Wait),
             };
-            let mut packer = self.packer(&|_| Ok(())).in_runs_of(piece);
+            let mut packer = self.packer(step).in_runs_of(piece.max(1));
             let (last, run) = match packer.contents(after, &mut fits) {
                 Err(error) if error.is(Errno::NOSPC) => return Ok(()),
                 packed => packed?,
@@ -180,15 +227,45 @@ impl Volume {
         Ok(packed)
     }
 
-    fn packer<'a>(&'a self, step: Step<'a>) -> Packer<'a> {
+    pub(super) fn packer<'a>(&'a self, step: Step<'a>) -> Packer<'a> {
         Packer::new(&self.history, self.replicas(), self.catalog(), step)
     }
 
     fn pack(&self, step: Step<'_>) -> Result<Packed> {
         self.forget_scratch(step)?;
         let is_over = || self.check_stop().is_err();
-        let mut packer = self.packer(step).until(&is_over);
         let mut all = Packed::default();
+        let contents = self.pack_contents(step, &is_over, &mut all);
+        let full = match contents {
+            Err(error) if error.is(Errno::NOSPC) => Some(error),
+            packed => packed.map(|()| None)?,
+        };
+        if full.is_some() {
+            // One that does not fit keeps neither the smaller ones waiting nor the segments, which
+            // may be large and have little in them.
+            self.pack_in_pieces(step, &is_over)?;
+            self.check_stop()?;
+        }
+        if self.history.undo().open_bytes() > 0 {
+            self.history.undo().rotate(self.replicas())?;
+        }
+        // Not the packer of the contents: it may hold chunks for which there was no room.
+        let images = self.packer(step).until(&is_over).segments()?;
+        self.check_stop()?;
+        all.count += images.count;
+        all.bytes += images.bytes;
+        all.done = true;
+        full.map_or(Ok(all), Err)
+    }
+
+    /// Packs all preserved contents, and adds to `all` what it did.
+    fn pack_contents(
+        &self,
+        step: Step<'_>,
+        is_over: &dyn Fn() -> bool,
+        all: &mut Packed,
+    ) -> Result<()> {
+        let mut packer = self.packer(step).until(is_over);
         let mut after = ContentId::EMPTY;
         loop {
             let (last, run) = packer.contents(after, &mut |content| self.claim(content))?;
@@ -197,17 +274,9 @@ impl Volume {
             all.bytes += run.bytes;
             after = last;
             if run.done {
-                break;
+                return Ok(());
             }
         }
-        if self.history.undo().open_bytes() > 0 {
-            self.history.undo().rotate(self.replicas())?;
-        }
-        let images = packer.segments()?;
-        all.count += images.count;
-        all.bytes += images.bytes;
-        all.done = true;
-        Ok(all)
     }
 
     /// What is to be done with a preserved content.
@@ -291,7 +360,7 @@ impl Volume {
     }
 
     /// The same for the packer, which ends only where nothing is half done.
-    fn check_stop_after(&self, step: &str) -> Result<()> {
+    pub(super) fn check_stop_after(&self, step: &str) -> Result<()> {
         if ENDS.contains(&step) { self.check_stop() } else { Ok(()) }
     }
 }

@@ -368,6 +368,7 @@ impl Volume {
         let policy = self.policy();
         let mut told = false;
         let mut packed = false;
+        self.remove_segments()?;
         let (mut waiting, begun) = (usize::MAX, Instant::now());
         loop {
             match self.replicas().ensure_room(need) {

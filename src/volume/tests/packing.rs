@@ -180,3 +180,69 @@ fn a_copy_of_packs_that_fails_midway_leaves_no_pack_that_nobody_knows() {
     assert_eq!((known(), on_disk()), (PACKS.into(), PACKS.into()));
     volume.close().unwrap();
 }
+
+/// A file of `count` bytes that were overwritten in place.
+fn overwritten_file(volume: &Volume, name: &str, seed: u8, count: usize) -> NodeId {
+    let name = EntryName::new(name).unwrap();
+    let (node, _) = volume.create(NodeId::ROOT, &name, 0o644, true, &CALLER).unwrap();
+    volume.write(&node, 0, &noise(seed, count), false, &CALLER).unwrap();
+    volume.create_snapshot(&format!("before-{seed}"), false, &[]).unwrap();
+    volume.write(&node, 0, &noise(seed + 1, count), false, &CALLER).unwrap();
+    volume.release(&node, true).unwrap();
+    let id = node.id;
+    drop(node);
+    volume.forget(id, 1);
+    volume.settle().unwrap();
+    id
+}
+
+fn undo_segments(dir: &tempfile::TempDir) -> usize {
+    std::fs::read_dir(dir.path().join(".rearview/undo")).unwrap().count()
+}
+
+#[test]
+fn a_segment_of_which_nothing_is_left_goes_with_the_next_pass_whatever_else_waits() {
+    let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
+    let volume = volume_with_deleted_files(&dirs);
+    let node = overwritten_file(&volume, "a", 1, 1 << 20);
+    volume.history.undo().rotate(volume.replicas()).unwrap();
+    let b = overwritten_file(&volume, "b", 3, 64 << 10);
+    volume.maintain();
+    assert_eq!(dirs.each_ref().map(undo_segments), [2, 2]);
+    volume.forget_nodes(&[node]).unwrap();
+    // Nothing is packed in this volume by itself, so what was deleted goes on waiting.
+    volume.maintain();
+    assert_eq!(dirs.each_ref().map(undo_segments), [1, 1]);
+    assert_eq!(waiting(&volume), DELETED);
+    // The one that is appended to is no exception.
+    let late = overwritten_file(&volume, "c", 5, 64 << 10);
+    volume.forget_nodes(&[late, b]).unwrap();
+    volume.maintain();
+    assert_eq!(dirs.each_ref().map(undo_segments), [0, 0]);
+    assert_eq!(waiting(&volume), DELETED);
+    all_is_there(&volume);
+    volume.close().unwrap();
+}
+
+#[test]
+fn contents_for_which_there_is_no_room_keep_no_segment_from_being_packed() {
+    let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
+    let volume = volume_with_deleted_files(&dirs);
+    overwritten_file(&volume, "a", 1, 1 << 20);
+    assert_eq!(dirs.each_ref().map(undo_segments), [1, 1]);
+    // No pack of contents has room: the first try, and the one in pieces.
+    let tries = AtomicUsize::new(0);
+    let step = |step: &str| match step {
+        "a pack was written" if tries.fetch_add(1, Ordering::Relaxed) < 2 => {
+            Err(Error::Posix(rustix::io::Errno::NOSPC))
+        }
+        _ => Ok(()),
+    };
+    let packed = volume.pack_in_steps(&step);
+    assert!(matches!(&packed, Err(error) if error.is(rustix::io::Errno::NOSPC)), "{packed:?}");
+    assert_eq!(tries.into_inner(), 3);
+    assert_eq!(waiting(&volume), DELETED);
+    assert_eq!(dirs.each_ref().map(undo_segments), [0, 0]);
+    all_is_there(&volume);
+    volume.close().unwrap();
+}
