@@ -10,6 +10,26 @@ use common::json::{parsed, texts};
 use common::tree::{assert_trees, names_in, read_tree};
 use common::{Mounted, run, shell};
 
+/// Bytes that no codec makes smaller, so that they can be found wherever they lie.
+fn noise(seed: u8, kibibytes: usize) -> Vec<u8> {
+    let mut bytes = vec![0; kibibytes << 10];
+    blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// The files of history on all backings, but for the catalogs, in which some of these bytes lie.
+fn history_with(store: &Mounted, bytes: &[u8]) -> String {
+    let pieces = bytes.chunks(64 << 10).map(|chunk| {
+        let whole = |piece: &&[u8]| !piece.contains(&b'\n');
+        let piece = chunk.windows(16).find(whole).expect("most have no line end");
+        piece.iter().map(|byte| format!("\\x{byte:02x}")).collect::<String>()
+    });
+    let pattern = pieces.collect::<Vec<_>>().join("|");
+    let mut grep = std::process::Command::new("grep");
+    grep.env("LC_ALL", "C").args(["-rlaP", "--exclude=catalog*", &pattern]);
+    run(grep.args(store.backings.iter().map(|backing| backing.join(".rearview")))).stdout
+}
+
 /// A store with a history of secrets between other things, and what two snapshots should show.
 fn with_secrets() -> Mounted {
     let store = Mounted::new();
@@ -180,5 +200,61 @@ fn a_purge_whose_files_cannot_be_removed_says_so_and_they_go_later() {
         assert_eq!(preserved_with(backing, "TOPSECRET"), "");
     }
     store.mount().ok();
+    store.finish();
+}
+
+#[test]
+fn the_bytes_of_what_is_purged_are_in_no_file_of_history_when_it_returns() {
+    let mut store = Mounted::new();
+    let marker = b"SECRETMARKER ".repeat(240 << 10);
+    let (packed, gone, beside) = (noise(1, 2048), noise(2, 1024), noise(3, 1024));
+    let other = noise(4, 2048);
+    let files = [("marker", &marker), ("packed", &packed), ("gone", &gone), ("beside", &beside)];
+    for (name, bytes) in files.into_iter().chain([("other", &other)]) {
+        fs::write(store.path(name), bytes).unwrap();
+    }
+    store.snapshot("s");
+    let overwrite = |name: &str, kibibytes: usize| {
+        let bytes = vec![b'n'; kibibytes << 10];
+        let file = fs::OpenOptions::new().write(true).open(store.path(name)).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0).unwrap();
+    };
+    // Some of it is in packs, beside what stays.
+    overwrite("packed", 1024);
+    shell(&store.mnt, "rm gone beside");
+    store.rearview(&["prune"]).ok();
+    let found = history_with(&store, &gone);
+    assert!(found.contains("/packs/") && !found.contains("/preserved/"), "{found}");
+    assert!(history_with(&store, &packed).contains("/packs/"));
+    // And some in the segment that is appended to, beside what stays as well.
+    overwrite("marker", 2048);
+    overwrite("other", 1024);
+    for bytes in [&marker, &other] {
+        let found = history_with(&store, bytes);
+        assert!(found.contains("/undo/"), "{found}");
+    }
+    let live = read_tree(&store.mnt);
+    store.rearview(&["purge", "--yes", "marker", "packed", "gone"]).ok();
+    for (name, bytes) in [("marker", &marker), ("packed", &packed), ("gone", &gone)] {
+        assert_eq!(history_with(&store, bytes), "", "{name}");
+    }
+    assert_trees("live", &live, &read_tree(&store.mnt));
+    let others_are_there = |store: &Mounted| {
+        assert_eq!(names_in(&store.past("s")), ["beside", "other"]);
+        for (name, bytes) in [("beside", &beside), ("other", &other)] {
+            assert!(fs::read(store.past("s").join(name)).unwrap() == *bytes, "{name}");
+        }
+    };
+    others_are_there(&store);
+    // What is overwritten next is history as ever.
+    store.snapshot("t");
+    overwrite("other", 2048);
+    shell(&store.mnt, "echo later > marker");
+    store.remount();
+    others_are_there(&store);
+    assert!(
+        fs::read(store.past("t").join("marker")).unwrap()[2048 << 10..] == marker[2048 << 10..]
+    );
+    assert!(fs::read(store.past("t").join("other")).unwrap()[1024 << 10..] == other[1024 << 10..]);
     store.finish();
 }

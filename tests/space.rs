@@ -168,6 +168,47 @@ fn where_nothing_may_yield_writes_are_refused_and_status_says_why() {
     store.finish();
 }
 
+/// Bytes of the undo segments on each backing.
+fn undo_bytes(store: &Mounted) -> Vec<u64> {
+    let bytes = |backing: &PathBuf| {
+        let segments = fs::read_dir(backing.join(".rearview/undo")).unwrap().flatten();
+        segments.map(|segment| segment.metadata().unwrap().len()).sum()
+    };
+    store.backings.iter().map(bytes).collect()
+}
+
+#[test]
+fn a_purge_on_a_full_disk_makes_room_at_once_though_something_else_finds_none_to_be_packed() {
+    let Small { mut store, _disks } = small(64, "every = \"0\"\nprotect = \"1h\"\n");
+    for (seed, (name, mebibytes)) in (0..).zip([("kept", 12), ("f", 13), ("g", 1)]) {
+        fs::write(store.path(name), noise(seed, mebibytes)).unwrap();
+    }
+    store.snapshot("young");
+    for (name, mebibytes) in [("f", 13), ("g", 1)] {
+        let file = fs::OpenOptions::new().write(true).open(store.path(name)).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &noise(9, mebibytes), 0).unwrap();
+    }
+    fs::remove_file(store.path("kept")).unwrap();
+    let mut file = fs::File::create(store.path("big")).unwrap();
+    let refused = (10..80).find_map(|seed| file.write_all(&noise(seed, 1)).err());
+    assert_eq!(refused.expect("it is full").raw_os_error(), Some(libc::ENOSPC));
+    let before = undo_bytes(&store);
+    assert!(before.iter().all(|&bytes| bytes >= 14 << 20), "{before:?}");
+    store.rearview(&["purge", "--yes", "f"]).ok();
+    // What lies beside it in its segment was packed.
+    assert_eq!(undo_bytes(&store), [0, 0]);
+    assert!(status(&store)["totals"]["preserved_bytes"].as_u64() >= Some(12 << 20));
+    for seed in 80..88 {
+        file.write_all(&noise(seed, 1)).unwrap();
+    }
+    drop(file);
+    store.remount();
+    assert!(!store.past("young").join("f").exists());
+    assert!(fs::read(store.past("young").join("kept")).unwrap() == noise(0, 12));
+    assert!(fs::read(store.past("young").join("g")).unwrap() == noise(2, 1));
+    store.finish();
+}
+
 #[test]
 fn history_keeps_to_its_limits() {
     let Small { mut store, _disks } = small(96, UNPROTECTED);

@@ -3,7 +3,7 @@
 //! What is live stays: its present state begins anew, and all that was before it goes. If we die on
 //! the way, a part has gone; asked for again, the rest does.
 
-use crate::catalog::{Change, Durability, ForgetChange, PurgeRow};
+use crate::catalog::{Change, Durability, ForgetChange, PackRow, PurgeRow};
 use crate::error::{Error, Result};
 use crate::types::{Generation, NodeId};
 
@@ -15,8 +15,9 @@ const NODES_MAX: usize = 512;
 const STEPS_MAX: usize = 256;
 
 impl Volume {
-    /// Removes all past states and names of these nodes, and records `rows` when that is done.
-    /// Where the bytes that only they had lie in packs, they leave the disks when those are copied.
+    /// Removes all past states and names of these nodes, and records `rows` when that is done. When
+    /// it returns, the bytes that only they had have left the disks in use, but for before-images
+    /// that were packed together with those of other files: these stay as long as the others do.
     pub fn purge(&self, nodes: &[NodeId], rows: Vec<PurgeRow>) -> Result<()> {
         // What history may have to yield for is done while it can.
         self.carry_out_all();
@@ -26,6 +27,7 @@ impl Volume {
         for nodes in nodes.chunks(NODES_MAX) {
             self.begin_anew(nodes)?;
         }
+        let before = self.catalog().packs()?;
         let last = self.forget_nodes(nodes)?;
         // What is known of the times and actors of what went goes with the sweep.
         self.catalog().sweep_again(Generation(0), last)?;
@@ -38,6 +40,8 @@ impl Volume {
         self.remove_useless()?;
         self.catalog().flush(Durability::Durable)?;
         self.history.forget_maps();
+        log::warn!("purged from all history: {}", told.join(", "));
+        let emptied = self.empty_segments_and_packs(&before);
         // Whoever purges must not believe that the bytes are gone while they are not.
         let left = self.history.useless_count();
         if left > 0 {
@@ -46,8 +50,37 @@ impl Volume {
                  backings, unmount and run `rearview check`"
             )));
         }
-        log::warn!("purged from all history: {}", told.join(", "));
-        Ok(())
+        emptied.map_err(|error| {
+            Error::Refused(format!(
+                "history shows it no more, but overwritten bytes of it are still on the disks, \
+                 until what lies beside them is packed: {error}; see to it that there is room, \
+                 then run `rearview prune`"
+            ))
+        })
+    }
+
+    /// Gets what was forgotten out of undo segments, and out of packs that have less in use than
+    /// `before` says. What others need of them is copied, and what takes no room comes first. If we
+    /// die on the way, each file is there as long as the catalog may need it.
+    fn empty_segments_and_packs(&self, before: &[PackRow]) -> Result<()> {
+        let undo = self.history.undo();
+        let until = {
+            // Nobody appends, so no row is on its way: all segments up to here are complete.
+            let _cut = self.stop_changes();
+            undo.rotate(self.replicas())?;
+            undo.first_open()
+        };
+        self.remove_segments()?;
+        let is_over = || self.check_stop().is_err();
+        let step = |step: &str| self.check_stop_after(step);
+        self.packer(&|_| Ok(())).repack(0)?;
+        self.packer(&step).until(&is_over).segments()?;
+        self.packer(&step).until(&is_over).repack_since(before)?;
+        let left = undo.complete(self.replicas())?.into_iter().filter(|&one| one < until).count();
+        match left {
+            0 => Ok(()),
+            _ => Err(Error::Refused(format!("{left} undo segments cannot be packed"))),
+        }
     }
 
     /// Takes all past states and names of these nodes out of history. Files that this makes useless

@@ -3,7 +3,7 @@
 //! The order is the packer's: the copy is written and synced, the catalog learns where the chunks
 //! lie from then on, and only then the pack that they lay in goes.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::{Groups, Packer};
 use crate::catalog::{Change, ChunkRow, PackChange, PackRow};
@@ -33,6 +33,26 @@ impl Packer<'_> {
             pack.live == 0 || unused || (small && pack.bytes < JOIN_BYTES)
         };
         self.copy_out(packs.into_iter().filter(is_due).collect(), bytes_max)
+    }
+
+    /// Copies what is used out of every pack of which something fell out of use since they were as
+    /// `before` has them, however little that saves. One after the other, so that there need be
+    /// room for one only.
+    pub fn repack_since(&mut self, before: &[PackRow]) -> Result<u64> {
+        let was: HashMap<PackId, u64> = before.iter().map(|pack| (pack.id, pack.live)).collect();
+        let fell = |pack: &PackRow| was.get(&pack.id).is_some_and(|&live| pack.live < live);
+        let mut packs = self.catalog.packs()?;
+        packs.retain(fell);
+        // What costs least makes room for the rest.
+        packs.sort_by_key(|pack| pack.live);
+        let mut count = 0;
+        for pack in packs {
+            if (self.is_over)() {
+                return Err(Error::Interrupted);
+            }
+            count += self.copy_out(vec![pack], u64::MAX)?;
+        }
+        Ok(count)
     }
 
     /// Where space is short: copies what is used out of the pack with the most that is not, if that
