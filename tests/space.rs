@@ -157,6 +157,8 @@ fn where_nothing_may_yield_writes_are_refused_and_status_says_why() {
     for words in ["full; writes are refused", "held or younger than 1h", "free space"] {
         assert!(told.contains(words), "no '{words}' in {told}");
     }
+    // Nothing is held, so the one thing left to do is said.
+    assert!(told.contains("`rearview purge PATH`") && !told.contains("release"), "{told}");
     assert!(log_of(&store).contains("writes are refused"));
     assert!(fs::read(store.past("young").join("old")).unwrap() == noise(0, 8));
     // Reading and the past go on; once something may yield, so does writing.

@@ -253,9 +253,10 @@ impl Volume {
             dropped = true;
             if !self.yield_oldest(policy, now)? {
                 let mut warning = self.space.lock();
+                let remedy = self.remedy();
                 let text = format!(
-                    "{short}, and there is no history left that may yield: free space, release \
-                     snapshots that are held, or change the limits"
+                    "{short}, and there is no history left that may yield: {remedy}, or change \
+                     the limits"
                 );
                 if warning.warning.as_ref() != Some(&text) {
                     log::warn!("{text}");
@@ -427,8 +428,9 @@ impl Volume {
             ),
             false => format!(
                 "{path}: full; writes are refused, because what is left of history is held or \
-                 younger than {}: free space, or release snapshots that are held",
-                policy.protect
+                 younger than {}: {}",
+                policy.protect,
+                self.remedy()
             ),
         };
         let mut book = self.space.lock();
@@ -437,6 +439,18 @@ impl Volume {
         }
         book.refused = Some(need);
         book.warning = Some(text);
+    }
+
+    /// What frees space where no history may yield by itself.
+    fn remedy(&self) -> &'static str {
+        let snapshots = self.catalog().snapshots();
+        match snapshots.is_ok_and(|all| all.iter().any(|snapshot| snapshot.held)) {
+            true => {
+                "free space, release snapshots that are held, or take files out of history with \
+                 `rearview purge PATH`"
+            }
+            false => "free space, or take files out of history with `rearview purge PATH`",
+        }
     }
 
     /// What is to be known of space. That a write was refused is over once there is room for it.
