@@ -210,9 +210,12 @@ fn the_bytes_of_what_is_purged_are_in_no_file_of_history_when_it_returns() {
     let (packed, gone, beside) = (noise(1, 2048), noise(2, 1024), noise(3, 1024));
     let other = noise(4, 2048);
     let files = [("marker", &marker), ("packed", &packed), ("gone", &gone), ("beside", &beside)];
+    let around = [("first", noise(5, 256)), ("last", noise(6, 256))];
+    fs::write(store.path("first"), &around[0].1).unwrap();
     for (name, bytes) in files.into_iter().chain([("other", &other)]) {
         fs::write(store.path(name), bytes).unwrap();
     }
+    fs::write(store.path("last"), &around[1].1).unwrap();
     store.snapshot("s");
     let overwrite = |name: &str, kibibytes: usize| {
         let bytes = vec![b'n'; kibibytes << 10];
@@ -220,7 +223,10 @@ fn the_bytes_of_what_is_purged_are_in_no_file_of_history_when_it_returns() {
         std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0).unwrap();
     };
     // Some of it is in packs, beside what stays.
-    overwrite("packed", 1024);
+    // In one stream with those of others.
+    for name in ["packed", "first", "last"] {
+        overwrite(name, 256);
+    }
     shell(&store.mnt, "rm gone beside");
     store.rearview(&["prune"]).ok();
     let found = history_with(&store, &gone);
@@ -240,7 +246,10 @@ fn the_bytes_of_what_is_purged_are_in_no_file_of_history_when_it_returns() {
     }
     assert_trees("live", &live, &read_tree(&store.mnt));
     let others_are_there = |store: &Mounted| {
-        assert_eq!(names_in(&store.past("s")), ["beside", "other"]);
+        assert_eq!(names_in(&store.past("s")), ["beside", "first", "last", "other"]);
+        for (name, bytes) in &around {
+            assert!(fs::read(store.past("s").join(name)).unwrap() == *bytes, "{name}");
+        }
         for (name, bytes) in [("beside", &beside), ("other", &other)] {
             assert!(fs::read(store.past("s").join(name)).unwrap() == *bytes, "{name}");
         }

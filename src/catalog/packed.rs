@@ -124,15 +124,7 @@ impl Catalog {
     /// The before-images that lie in an undo segment, ordered by node, content and offset.
     pub fn segment_rows(&self, segment: u64) -> Result<Vec<UndoRow>> {
         self.settle_pending()?;
-        self.shared.read(|db| {
-            let mut statement = db.prepare_cached(
-                "SELECT content, offset, length, segment, segment_offset, node FROM undo \
-                 WHERE segment = ?1 ORDER BY node, content, offset",
-            )?;
-            let rows =
-                statement.query_map(params![segment as i64], |row| undo_row(row, row.get(5)?))?;
-            rows.collect()
-        })
+        self.shared.read(|db| rows_in(db, segment as i64))
     }
 
     /// Whether any before-image lies in an undo segment.
@@ -200,6 +192,17 @@ impl Catalog {
             })
         })
     }
+}
+
+/// The before-images in a segment, or in a stream by its negative number as `undo.segment` has it,
+/// ordered by node, content and offset.
+pub(super) fn rows_in(db: &Connection, segment: i64) -> rusqlite::Result<Vec<UndoRow>> {
+    db.prepare_cached(
+        "SELECT content, offset, length, segment, segment_offset, node FROM undo \
+         WHERE segment = ?1 ORDER BY node, content, offset",
+    )?
+    .query_map(params![segment], |row| undo_row(row, row.get(5)?))?
+    .collect()
 }
 
 /// The content of a live file that has the size of a preserved one.

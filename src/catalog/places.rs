@@ -1,13 +1,14 @@
 //! Which files of history there must be: for whoever looks whether they are there and whole.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::digest::Digest;
+use super::packed::rows_in;
 use super::query::{path_at, time_of};
 use super::schema::{NODE_COLUMNS, Time, node_row, unsigned};
-use super::{Catalog, NodeRow, WaitingContent};
+use super::{Catalog, NodeRow, UndoRow, WaitingContent};
 use crate::error::Result;
 use crate::types::{ContentId, Generation, Kind, NodeId, RelPath, Timestamp};
 
@@ -164,6 +165,37 @@ impl Catalog {
         })
     }
 
+    /// The packed streams in which before-images of these nodes lie, each with the bytes of all
+    /// before-images in it.
+    pub fn streams_of(&self, nodes: &[NodeId]) -> Result<HashMap<ContentId, u64>> {
+        self.settle_pending()?;
+        self.shared.read_at_once(|db| {
+            let mut statement = db.prepare_cached(
+                "SELECT DISTINCT segment FROM undo WHERE node = ?1 AND segment < 0",
+            )?;
+            let mut streams = BTreeSet::new();
+            for node in nodes {
+                for segment in statement.query_map(params![node], |row| row.get::<_, i64>(0))? {
+                    streams.insert(ContentId(segment?.unsigned_abs()));
+                }
+            }
+            let with_bytes = |stream| Ok((stream, stream_bytes(db, stream)?));
+            streams.into_iter().map(with_bytes).collect()
+        })
+    }
+
+    /// The bytes of all before-images in a packed stream.
+    pub fn stream_bytes(&self, stream: ContentId) -> Result<u64> {
+        self.settle_pending()?;
+        self.shared.read(|db| stream_bytes(db, stream))
+    }
+
+    /// The before-images in a packed stream, ordered by node, content and offset.
+    pub fn stream_rows(&self, stream: ContentId) -> Result<Vec<UndoRow>> {
+        self.settle_pending()?;
+        self.shared.read(|db| rows_in(db, -(stream.0 as i64)))
+    }
+
     /// The bytes of the before-images in each undo segment that has any.
     pub fn segment_bytes(&self) -> Result<HashMap<u64, u64>> {
         self.settle_pending()?;
@@ -174,4 +206,9 @@ impl Catalog {
             statement.query_map([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?)))?.collect()
         })
     }
+}
+
+fn stream_bytes(db: &Connection, stream: ContentId) -> rusqlite::Result<u64> {
+    db.prepare_cached("SELECT coalesce(sum(length), 0) FROM undo WHERE segment = ?1")?
+        .query_row(params![-(stream.0 as i64)], |row| unsigned(row, 0))
 }

@@ -3,9 +3,11 @@
 //! What is live stays: its present state begins anew, and all that was before it goes. If we die on
 //! the way, a part has gone; asked for again, the rest does.
 
+use std::collections::HashMap;
+
 use crate::catalog::{Change, Durability, ForgetChange, PackRow, PurgeRow};
 use crate::error::{Error, Result};
-use crate::types::{Generation, NodeId};
+use crate::types::{ContentId, Generation, NodeId};
 
 use super::Volume;
 
@@ -16,8 +18,7 @@ const STEPS_MAX: usize = 256;
 
 impl Volume {
     /// Removes all past states and names of these nodes, and records `rows` when that is done. When
-    /// it returns, the bytes that only they had have left the disks in use, but for before-images
-    /// that were packed together with those of other files: these stay as long as the others do.
+    /// it returns, the bytes that only they had have left the disks in use.
     pub fn purge(&self, nodes: &[NodeId], rows: Vec<PurgeRow>) -> Result<()> {
         // What history may have to yield for is done while it can.
         self.carry_out_all();
@@ -27,7 +28,8 @@ impl Volume {
         for nodes in nodes.chunks(NODES_MAX) {
             self.begin_anew(nodes)?;
         }
-        let before = self.catalog().packs()?;
+        let before =
+            Before { packs: self.catalog().packs()?, streams: self.catalog().streams_of(nodes)? };
         let last = self.forget_nodes(nodes)?;
         // What is known of the times and actors of what went goes with the sweep.
         self.catalog().sweep_again(Generation(0), last)?;
@@ -62,7 +64,7 @@ impl Volume {
     /// Gets what was forgotten out of undo segments, and out of packs that have less in use than
     /// `before` says. What others need of them is copied, and what takes no room comes first. If we
     /// die on the way, each file is there as long as the catalog may need it.
-    fn empty_segments_and_packs(&self, before: &[PackRow]) -> Result<()> {
+    fn empty_segments_and_packs(&self, before: &Before) -> Result<()> {
         let undo = self.history.undo();
         let until = {
             // Nobody appends, so no row is on its way: all segments up to here are complete.
@@ -75,7 +77,8 @@ impl Volume {
         let step = |step: &str| self.check_stop_after(step);
         self.packer(&|_| Ok(())).repack(0)?;
         self.packer(&step).until(&is_over).segments()?;
-        self.packer(&step).until(&is_over).repack_since(before)?;
+        self.packer(&step).until(&is_over).restream(&before.streams)?;
+        self.packer(&step).until(&is_over).repack_since(&before.packs)?;
         let left = undo.complete(self.replicas())?.into_iter().filter(|&one| one < until).count();
         match left {
             0 => Ok(()),
@@ -130,6 +133,13 @@ impl Volume {
         }
         Ok(())
     }
+}
+
+/// What lay in packs before a purge.
+struct Before {
+    packs: Vec<PackRow>,
+    /// Streams that have before-images of what is purged, with the bytes of all that they have.
+    streams: HashMap<ContentId, u64>,
 }
 
 /// Where what a change takes out ended.

@@ -1,10 +1,13 @@
 //! Before-images: out of the undo log into streams, and segments that are of no use away.
 
+use std::collections::HashMap;
+
 use super::{COMMIT_ROWS, Cut, Groups, Packed, Packer, SEGMENT_REMOVED};
-use crate::catalog::{Change, Durability, PackChange, UndoRow};
-use crate::error::Result;
+use crate::catalog::{Change, Durability, ForgetChange, PackChange, UndoFile, UndoPlace, UndoRow};
+use crate::error::{Error, Result};
 use crate::history::chunker::cut_fixed;
 use crate::history::journal::{ImageRecord, Record};
+use crate::types::ContentId;
 
 /// Streams of before-images end at about this many bytes: what is to stay of one keeps all of it.
 const STREAM_BYTES: u64 = 1 << 20;
@@ -76,6 +79,35 @@ impl Packer<'_> {
         Ok(packed)
     }
 
+    /// Copies what is left of streams that have lost before-images since they had so many bytes of
+    /// them: what was lost would stay in their packs as long as they do. If we die on the way, some
+    /// before-images lie in the copy and the others where they were.
+    pub fn restream(&mut self, before: &HashMap<ContentId, u64>) -> Result<()> {
+        for (&old, &bytes) in before {
+            let left = self.catalog.stream_bytes(old)?;
+            if left == 0 || left >= bytes {
+                continue;
+            }
+            if (self.is_over)() {
+                return Err(Error::Interrupted);
+            }
+            let rows = self.catalog.stream_rows(old)?;
+            let mut images = Vec::with_capacity(rows.len());
+            for row in &rows {
+                let mut image = vec![0; row.length as usize];
+                if let Some(place) = row.at {
+                    self.history.read_undo(self.replicas, self.catalog, place, &mut image)?;
+                }
+                images.push(Some(image));
+            }
+            let all: Vec<u8> = images.iter().flatten().flatten().copied().collect();
+            let mut changes = Groups::new();
+            self.stream(&all, rows.iter().zip(&images), &mut changes)?;
+            self.record(changes)?;
+        }
+        Ok(())
+    }
+
     fn stream<'r>(
         &mut self,
         bytes: &[u8],
@@ -102,13 +134,15 @@ impl Packer<'_> {
                 self.note_version(node, content)?;
             }
             self.note(Record::Image(ImageRecord { stream, node, content, offset, length, at }));
-            group.push(Change::Pack(PackChange::UndoMove {
-                node: row.node,
-                content: row.content,
-                offset: row.offset,
-                stream,
-                at,
-            }));
+            if matches!(row.at, Some(UndoPlace { file: UndoFile::Stream(_), .. })) {
+                let place = UndoPlace { file: UndoFile::Stream(stream), offset: at };
+                group.push(Change::Forget(ForgetChange::Undo { node, content, offset }));
+                let row = UndoRow { at: Some(place), ..row.clone() };
+                group.push(Change::Forget(ForgetChange::UndoPut(row)));
+            } else {
+                let moved = PackChange::UndoMove { node, content, offset, stream, at };
+                group.push(Change::Pack(moved));
+            }
             at += row.length;
             // The first group has at least one image, by which the stream is known.
             if group.len() >= COMMIT_ROWS {
