@@ -104,7 +104,8 @@ impl Volume {
         self.history.packs().heal(self.replicas())?;
         // Our own passes count as well, so only what comes between them tells of others.
         state.activity = self.resyncs.activity();
-        Ok(())
+        // Last, for it may find no room.
+        self.finish_purges()
     }
 
     /// Removes undo segments of no use, if any may have become so since the last time.
@@ -136,6 +137,7 @@ impl Volume {
         self.sweep(None, &|| self.check_stop())?;
         let packed = self.pack(&|step| self.check_stop_after(step))?;
         while self.packer(&|step| self.check_stop_after(step)).repack(REPACK_BYTES)? > 0 {}
+        self.finish_purges()?;
         Ok(packed)
     }
 

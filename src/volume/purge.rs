@@ -1,13 +1,17 @@
 //! Removing objects from all history, on request.
 //!
 //! What is live stays: its present state begins anew, and all that was before it goes. If we die on
-//! the way, a part has gone; asked for again, the rest does.
+//! the way, a part has gone; asked for again, the rest does. What is then to be emptied of bytes that
+//! history has forgotten is on record before that, so that the background work does it if we cannot.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
-use crate::catalog::{Change, Durability, ForgetChange, PackRow, PurgeRow};
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::{Change, Durability, ForgetChange, PurgeRow};
 use crate::error::{Error, Result};
-use crate::types::{ContentId, Generation, NodeId};
+use crate::types::{ContentId, Generation, NodeId, PackId};
 
 use super::Volume;
 
@@ -15,6 +19,10 @@ use super::Volume;
 const NODES_MAX: usize = 512;
 /// Removals between two durable commits, after which files are removed.
 const STEPS_MAX: usize = 256;
+/// The place in the catalog of what is to be emptied; an empty text where nothing is.
+const META_KEY: &str = "purge";
+/// How long it is waited until nobody changes anything.
+const CUT_WAIT: Duration = Duration::from_secs(2);
 
 impl Volume {
     /// Removes all past states and names of these nodes, and records `rows` when that is done. When
@@ -28,8 +36,7 @@ impl Volume {
         for nodes in nodes.chunks(NODES_MAX) {
             self.begin_anew(nodes)?;
         }
-        let before =
-            Before { packs: self.catalog().packs()?, streams: self.catalog().streams_of(nodes)? };
+        self.note_before(nodes)?;
         let last = self.forget_nodes(nodes)?;
         // What is known of the times and actors of what went goes with the sweep.
         self.catalog().sweep_again(Generation(0), last)?;
@@ -43,7 +50,7 @@ impl Volume {
         self.catalog().flush(Durability::Durable)?;
         self.history.forget_maps();
         log::warn!("purged from all history: {}", told.join(", "));
-        let emptied = self.empty_segments_and_packs(&before);
+        let emptied = self.finish_purges();
         // Whoever purges must not believe that the bytes are gone while they are not.
         let left = self.history.useless_count();
         if left > 0 {
@@ -55,10 +62,41 @@ impl Volume {
         emptied.map_err(|error| {
             Error::Refused(format!(
                 "history shows it no more, but overwritten bytes of it are still on the disks, \
-                 until what lies beside them is packed: {error}; see to it that there is room, \
-                 then run `rearview prune`"
+                 until what lies beside them is packed: {error}; see to it that there is room: it \
+                 is tried again in the background, and by `rearview prune`"
             ))
         })
+    }
+
+    /// Puts on record what is in use of packs, and of streams with before-images of these nodes; of
+    /// what an earlier purge could not empty it stays what that said. Durable with what follows.
+    fn note_before(&self, nodes: &[NodeId]) -> Result<()> {
+        let mut before = self.purges_begun()?.unwrap_or_default();
+        for pack in self.catalog().packs()? {
+            before.packs.entry(pack.id).or_insert(pack.live);
+        }
+        for (stream, bytes) in self.catalog().streams_of(nodes)? {
+            before.streams.entry(stream).or_insert(bytes);
+        }
+        let value = serde_json::to_string(&before)
+            .map_err(|error| Error::Refused(format!("cannot write what is purged: {error}")))?;
+        self.catalog().push(vec![Change::MetaPut { key: META_KEY, value }])?;
+        Ok(())
+    }
+
+    /// What purges that are not finished left on record.
+    fn purges_begun(&self) -> Result<Option<Before>> {
+        let text = self.catalog().meta(META_KEY)?;
+        Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
+    }
+
+    /// Gets the bytes that purges made useless off the disks, if some are left. The caller keeps
+    /// others from packing.
+    pub(super) fn finish_purges(&self) -> Result<()> {
+        let Some(before) = self.purges_begun()? else { return Ok(()) };
+        self.empty_segments_and_packs(&before)?;
+        self.catalog().push(vec![Change::MetaPut { key: META_KEY, value: String::new() }])?;
+        Ok(())
     }
 
     /// Gets what was forgotten out of undo segments, and out of packs that have less in use than
@@ -67,8 +105,12 @@ impl Volume {
     fn empty_segments_and_packs(&self, before: &Before) -> Result<()> {
         let undo = self.history.undo();
         let until = {
-            // Nobody appends, so no row is on its way: all segments up to here are complete.
-            let _cut = self.stop_changes();
+            // Nobody appends, so no row is on its way: all segments up to here are complete. Not
+            // waited for long: whoever changes something may wait for room, and that for us.
+            self.carry_out_all();
+            let cut = self.cut.try_write_for(CUT_WAIT);
+            let _cut = cut.ok_or_else(|| Error::InUse("changes are going on".into()))?;
+            self.carry_out_all();
             undo.rotate(self.replicas())?;
             undo.first_open()
         };
@@ -135,10 +177,11 @@ impl Volume {
     }
 }
 
-/// What lay in packs before a purge.
+/// What was in use before a purge, in bytes.
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Before {
-    packs: Vec<PackRow>,
-    /// Streams that have before-images of what is purged, with the bytes of all that they have.
+    packs: HashMap<PackId, u64>,
+    /// Streams that have before-images of what is purged, with all that they have.
     streams: HashMap<ContentId, u64>,
 }
 

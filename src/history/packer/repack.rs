@@ -38,9 +38,8 @@ impl Packer<'_> {
     /// Copies what is used out of every pack of which something fell out of use since they were as
     /// `before` has them, however little that saves. One after the other, so that there need be
     /// room for one only.
-    pub fn repack_since(&mut self, before: &[PackRow]) -> Result<u64> {
-        let was: HashMap<PackId, u64> = before.iter().map(|pack| (pack.id, pack.live)).collect();
-        let fell = |pack: &PackRow| was.get(&pack.id).is_some_and(|&live| pack.live < live);
+    pub fn repack_since(&mut self, before: &HashMap<PackId, u64>) -> Result<u64> {
+        let fell = |pack: &PackRow| before.get(&pack.id).is_some_and(|&live| pack.live < live);
         let mut packs = self.catalog.packs()?;
         packs.retain(fell);
         // What costs least makes room for the rest.

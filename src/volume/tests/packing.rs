@@ -246,3 +246,44 @@ fn contents_for_which_there_is_no_room_keep_no_segment_from_being_packed() {
     all_is_there(&volume);
     volume.close().unwrap();
 }
+
+/// Whether some of these bytes lie in a pack.
+fn is_packed(dir: &tempfile::TempDir, bytes: &[u8]) -> bool {
+    let packs = files_below(&dir.path().join(".rearview/packs"));
+    packs.iter().any(|pack| {
+        let all = std::fs::read(pack).unwrap();
+        all.windows(64).any(|window| window == &bytes[1000..1064])
+    })
+}
+
+/// All files below a directory.
+fn files_below(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn a_purge_that_is_ended_midway_is_finished_in_the_background() {
+    let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
+    let volume = open_volume(open_store(&dirs));
+    // In one stream, for they lie in one segment.
+    let a = overwritten_file(&volume, "a", 1, 64 << 10);
+    overwritten_file(&volume, "b", 3, 64 << 10);
+    volume.tidy_history().unwrap();
+    let packed = |seed| dirs.each_ref().map(|dir| is_packed(dir, &noise(seed, 64 << 10)));
+    assert_eq!((packed(1), packed(3)), ([true; 2], [true; 2]));
+    volume.urgent.fetch_add(1, Ordering::Relaxed);
+    let ended = volume.purge(&[a], Vec::new());
+    assert!(
+        matches!(&ended, Err(Error::Refused(text)) if text.contains("tried again")),
+        "{ended:?}"
+    );
+    volume.urgent.fetch_sub(1, Ordering::Relaxed);
+    assert_eq!(packed(1), [true; 2]);
+    volume.close().unwrap();
+    drop(volume);
+    let volume = open_volume(open_store(&dirs));
+    volume.maintain();
+    assert_eq!((packed(1), packed(3)), ([false; 2], [true; 2]));
+    volume.close().unwrap();
+}
