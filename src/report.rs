@@ -332,7 +332,7 @@ pub struct StatusReport {
     pub warning: Option<String>,
     /// What a scrub does and found.
     #[serde(default)]
-    pub scrub: ScrubStatus,
+    pub scrub: Box<ScrubStatus>,
 }
 
 /// A moment of history that a user named.

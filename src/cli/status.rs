@@ -77,7 +77,7 @@ fn unmounted(catalog: &Catalog, backing: &std::path::Path) -> Result<StatusRepor
         oldest: report::time_text(catalog.time_of(catalog.oldest()?)?),
         generation: catalog.generation().0,
         warning: None,
-        scrub: ScrubStatus::of(catalog)?,
+        scrub: Box::new(ScrubStatus::of(catalog)?),
     })
 }
 

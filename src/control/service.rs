@@ -246,7 +246,7 @@ fn status_report(status: &VolumeStatus, mountpoint: PathText) -> StatusReport {
         oldest: report::time_text(status.oldest),
         generation: status.generation.0,
         warning: status.warning.clone(),
-        scrub: status.scrub.clone(),
+        scrub: Box::new(status.scrub.clone()),
     }
 }
 

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::identify::{self, Candidate, Found};
-use super::marker::{Marker, Peer};
+use super::marker::{Marker, Peer, Phase};
 use super::settle::holds_stale;
 use super::site::Site;
 use super::{Arrival, Between, Fork, Member, Store};
@@ -154,7 +154,10 @@ pub(super) fn take_missing(candidates: &mut Vec<Candidate>, out: &[Out]) -> Resu
 pub(super) fn check_current(out: &[Out], members: &[Member]) -> Result<()> {
     for one in out {
         let Some(marker) = &one.marker else { continue };
-        if members.iter().all(|member| holds_stale(marker, &member.marker)) {
+        // One that is new, or was not filled to its end, has nothing of its own.
+        let mut whole = members.iter().filter(|one| one.marker.phase == Phase::Ok).peekable();
+        let any = whole.peek().is_some();
+        if any && whole.all(|member| holds_stale(marker, &member.marker)) {
             return Err(Error::Refused(format!(
                 "{} {}, and the other replicas miss changes that it has: {} (or give the others \
                  alone, to go on with what they have)",

@@ -126,7 +126,7 @@ impl Volume {
 
     /// Ends the run that is under way. The next one goes on from there.
     pub fn scrub_stop(&self) -> Result<()> {
-        self.change_run("stop", |plan| plan.end_run(true))
+        self.change_run("stop", |plan| plan.end_run(true, true))
     }
 
     /// How the scrub stands.
@@ -249,6 +249,7 @@ impl Volume {
         self.scrub.inner.lock().halt = false;
         let mut suspects = std::mem::take(&mut *self.scrub.suspects.lock()).into_iter();
         let mut work = Work::new(self, ScrubRun::default());
+        let mut failed = None;
         while let Some(node) = suspects.next() {
             let looked = work.node(node);
             if !looked.as_ref().is_ok_and(|looked| *looked != Looked::Busy) {
@@ -256,7 +257,8 @@ impl Volume {
             }
             if let Err(error) = looked {
                 self.scrub.suspects.lock().extend(suspects);
-                return if matches!(error, Error::Interrupted) { Ok(()) } else { Err(error) };
+                failed = Some(error);
+                break;
             }
         }
         if work.run.found > 0 {
@@ -264,6 +266,11 @@ impl Volume {
             if self.plan(&mut inner)?.note_damage(&work.run) {
                 self.save(&inner)?;
             }
+        }
+        match failed {
+            Some(Error::Interrupted) => return Ok(()),
+            Some(error) => return Err(error),
+            None => {}
         }
         let run = {
             let mut inner = self.scrub.inner.lock();
@@ -467,10 +474,12 @@ impl<'a> Work<'a> {
             self.run.paused = paused;
             plan.run = Some(self.run.clone());
             if done {
-                plan.end_run(false);
+                let replicas = self.volume.replicas();
+                plan.end_run(false, !replicas.ids().all(|id| replicas.is_online(id)));
             }
         } else if plan.last.as_ref().is_some_and(same) {
             let ended = plan.last.as_ref().and_then(|run| run.ended);
+            plan.note_damage(&self.run);
             plan.last = Some(ScrubRun { ended, stopped: true, ..self.run.clone() });
         }
     }

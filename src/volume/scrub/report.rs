@@ -181,6 +181,14 @@ impl ScrubRun {
         } else {
             log::warn!("scrub: {finding}");
         }
+        // What was not healed is what a person has to know.
+        let healed = |one: &ScrubFinding| one.outcome != Outcome::Unhealed;
+        if self.findings.len() >= FINDINGS_MAX
+            && finding.outcome == Outcome::Unhealed
+            && let Some(at) = self.findings.iter().rposition(healed)
+        {
+            self.findings.remove(at);
+        }
         if self.findings.len() < FINDINGS_MAX {
             self.findings.push(finding);
         }
@@ -212,10 +220,10 @@ impl Plan {
         self.last.as_ref().map_or(self.since, |run| run.began)
     }
 
-    /// Ends the run.
-    pub fn end_run(&mut self, stopped: bool) {
+    /// Ends the run. `partly` tells that it did not look at all replicas.
+    pub fn end_run(&mut self, stopped: bool, partly: bool) {
         if let Some(run) = self.run.take() {
-            if run.options.all && !stopped {
+            if run.options.all && !stopped && run.busy == 0 && !partly {
                 // It looked at everything.
                 self.damage.clear();
             }
