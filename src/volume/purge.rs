@@ -1,8 +1,9 @@
 //! Removing objects from all history, on request.
 //!
 //! What is live stays: its present state begins anew, and all that was before it goes. If we die on
-//! the way, a part has gone; asked for again, the rest does. What is then to be emptied of bytes that
-//! history has forgotten is on record before that, so that the background work does it if we cannot.
+//! the way, a part has gone; asked for again, the rest does. What is then to be emptied of bytes
+//! that history has forgotten is on record before that, so that the background work does it if we
+//! cannot.
 
 use std::collections::HashMap;
 use std::time::Duration;
