@@ -250,7 +250,15 @@ impl Volume {
 
     /// Looks at those that did not answer when the store was opened, if it is time.
     fn probe_silent(&self) {
-        let due = self.resyncs.silent.lock().0 <= Instant::now();
+        let due = {
+            let (next, wait) = &mut *self.resyncs.silent.lock();
+            let due = *next <= Instant::now();
+            if due {
+                // Whoever else comes now leaves it to us.
+                *next = Instant::now() + *wait;
+            }
+            due
+        };
         let silent = if due { self.store.silent() } else { Vec::new() };
         for path in &silent {
             match self.store.answers(path).and_then(|()| self.store.spoke(path)) {

@@ -165,6 +165,8 @@ impl Volume {
     pub fn resync_now(&self) {
         self.enter_failed();
         self.resyncs.silent.lock().0 = Instant::now();
+        // Here, so that whoever waits for the resyncs knows of theirs.
+        self.probe_silent();
         for job in self.resyncs.jobs.lock().values_mut() {
             if let Stage::Failed(at) = &mut job.stage {
                 *at = Instant::now();
