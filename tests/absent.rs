@@ -160,3 +160,24 @@ fn a_disk_that_is_read_only_and_alone_or_ahead_is_an_error_that_tells_what_to_do
     rearview(["mount", &both, &word(&elsewhere)]).fails(11, &["in use"]);
     store.unmount();
 }
+
+#[test]
+fn what_may_be_behind_is_not_mounted_at_boot_without_the_disk_that_may_be_ahead() {
+    let mut store = store();
+    store.mount().ok();
+    fs::write(store.path("late"), "written").unwrap();
+    store.kill();
+    let _ = run(Command::new("umount").arg("-l").arg(&store.mnt));
+    let (backing, away) = (store.backings[1].clone(), store.beside("away"));
+    fs::rename(&backing, &away).unwrap();
+    as_fstab(&store, &store.backings).fails(1, &[&word(&backing), "did not end cleanly"]);
+    nothing_made(&backing);
+    // By hand it is gone on with, and from then on that is known.
+    let words = ["mount".as_ref(), store.backings[0].as_os_str(), store.mnt.as_os_str()];
+    rearview(words.map(std::ffi::OsString::from).to_vec()).ok();
+    assert_eq!(fs::read(store.path("late")).unwrap(), b"written");
+    store.kill();
+    let _ = run(Command::new("umount").arg("-l").arg(&store.mnt));
+    as_fstab(&store, &store.backings).fails(0, &["runs without it"]);
+    store.unmount();
+}

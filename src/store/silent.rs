@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::identify::{self, Candidate, Found};
-use super::marker::{Marker, Peer, Phase};
+use super::marker::{Marker, Peer, PeerState, Phase};
 use super::settle::holds_stale;
 use super::site::Site;
 use super::{Arrival, Between, Fork, Member, Store};
@@ -105,7 +105,8 @@ pub(super) fn failed(paths: &[PathBuf], out: &[Out], error: &Error, between: &Be
 }
 
 /// Takes out those that hold no replica, where another does: their disks are missing. Refused if
-/// the store misses fewer, for then one was never a replica.
+/// the store misses fewer, for then one was never a replica; and if no replica at hand ended
+/// cleanly, while one that is missing may have gone on: one that failed in use does not know it.
 pub(super) fn take_missing(candidates: &mut Vec<Candidate>, out: &[Out]) -> Result<Vec<Out>> {
     let markers = candidates.iter().filter_map(|one| match &one.found {
         Found::Replica(marker) => Some(marker.as_ref()),
@@ -118,11 +119,16 @@ pub(super) fn take_missing(candidates: &mut Vec<Candidate>, out: &[Out]) -> Resu
     let is_out = |peer: &&Peer| {
         out.iter().any(|one| one.failed && identify::record_path(&one.path) == peer.path)
     };
+    let is_clean = markers.clone().any(|marker| marker.clean.is_some());
     let absent: BTreeSet<Uuid> = markers
+        .clone()
         .flat_map(|marker| &marker.peers)
         .filter(|peer| !present.contains(&peer.replica) && !is_out(peer))
         .map(|peer| peer.replica)
         .collect();
+    let peers = markers.flat_map(|marker| &marker.peers);
+    let behind: BTreeSet<Uuid> =
+        peers.filter(|peer| peer.state == PeerState::Stale).map(|peer| peer.replica).collect();
     let missing = candidates.extract_if(.., |one| !matches!(one.found, Found::Replica(_)));
     let missing: Vec<Out> = missing
         .map(|one| Out {
@@ -144,6 +150,13 @@ pub(super) fn take_missing(candidates: &mut Vec<Candidate>, out: &[Out]) -> Resu
             one.path.display(),
             one.why,
             absent.len()
+        ))),
+        Some(one) if !is_clean && !absent.is_subset(&behind) => Err(Error::Refused(format!(
+            "{} {}, and what is at hand did not end cleanly, so that it may miss changes which \
+             that has: {}, or give the others alone, to go on with what they have",
+            one.path.display(),
+            one.why,
+            one.remedy
         ))),
         _ => Ok(missing),
     }
