@@ -7,11 +7,12 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
+use common::run::rearview;
 use common::scrub::{Damage, Damager};
 use common::{Mounted, shell, wait_until};
 use rearviewfs::catalog::{Catalog, Change};
@@ -541,4 +542,46 @@ fn busy(root: &Path, seed: u32, stop: &std::sync::atomic::AtomicBool) {
             _ => drop(fs::remove_dir_all(&dir)),
         }
     }
+}
+
+/// What a power cut leaves of such a file is on one disk what was written to it, and on another not.
+#[test]
+fn what_was_written_to_a_deleted_file_is_no_damage() {
+    let mut store = Mounted::new();
+    fs::write(store.path("gone"), [b'a'; 40_000]).unwrap();
+    store.snapshot("one");
+    let file = fs::OpenOptions::new().write(true).open(store.path("gone")).unwrap();
+    fs::remove_file(store.path("gone")).unwrap();
+    file.write_all_at(&[b'b'; 100], 20_000).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    store.unmount();
+    let backings = store.backings.clone();
+    let spoil = |at: u64| {
+        let found = shell(&backings[1], "find $PWD/.rearview/preserved -type f");
+        let kept = fs::OpenOptions::new().write(true).open(found.trim()).unwrap();
+        kept.write_all_at(b"spoilt", at).unwrap();
+    };
+    let check = || {
+        let mut words = vec!["check".into(), "--read-data".into()];
+        words.extend(backings.iter().map(|path| path.clone().into_os_string()));
+        rearview(words)
+    };
+    // What the content has there is in a before-image.
+    spoil(20_010);
+    let said = check().ok();
+    assert!(said.contains("no damage found"), "{said}");
+    store.mount().ok();
+    let said = store.rearview(&["scrub", "start", "--all", "--wait"]).ok();
+    assert!(said.contains("no damage"), "{said}");
+    assert!(fs::read(store.past("one").join("gone")).unwrap() == [b'a'; 40_000]);
+    store.unmount();
+    // What no before-image has is the content's.
+    spoil(30_000);
+    let said = check().fails(21, &[]).stdout;
+    assert!(said.contains("its bytes are not those of another replica"), "{said}");
+    store.mount().ok();
+    let said = store.rearview(&["scrub", "start", "--all", "--wait"]).fails(21, &[]).stdout;
+    assert!(said.contains("no copy is proven good"), "{said}");
+    store.unmount();
 }

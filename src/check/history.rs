@@ -2,14 +2,15 @@
 //! and what lies beside them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 
-use super::tree::hash_named;
 use super::{CheckOptions, CheckReport, Common, Member, differs, has_digest};
 use crate::catalog::{Catalog, UndoRow};
 use crate::error::{IoContext, Result};
 use crate::history::pack::{PACK_BYTES_MAX, scan};
 use crate::history::packs::{pack_dir, parse_pack_name};
-use crate::history::{parse_preserved_name, preserved_dir, undo};
+use crate::history::ranges::ByteRange;
+use crate::history::{Extents, parse_preserved_name, preserved_dir, undo};
 use crate::progress::Progress;
 use crate::replica::backing::Access;
 use crate::store::site::{PRIVATE_DIRS, Site, private};
@@ -127,21 +128,17 @@ impl Files<'_> {
                 };
                 // An orphan that was changed while it was open is its own preserved file: what its
                 // content had lies in before-images, and the file may be another, or longer.
-                let own = !self.catalog.has_images(node, content)?;
-                if own && size < wanted {
+                let sources = self.catalog.sources(node, content)?;
+                let parts = Extents::resolve(wanted, sources).parts_in_base();
+                if parts.is_none() && size < wanted {
                     let what = format!("it has {size} bytes, {wanted} are recorded");
                     self.report.damage(place, what);
                     continue;
                 }
                 if self.options.read_data {
-                    let (hash, bytes) = hash_named(self.site, &dir, &name)?;
-                    self.report.bytes += bytes;
-                    let key = format!("preserved/{name}");
-                    if own && size == wanted && !has_digest(self.catalog, content, &hash)? {
-                        self.report.damage(place, "its bytes are not those that were recorded");
-                    } else if differs(&mut self.common.history, key, hash) {
-                        self.report.damage(place, "its bytes are not those of another replica");
-                    }
+                    let own = parts.is_none() && size == wanted;
+                    let digest_of = own.then_some(content);
+                    self.preserved_bytes(&dir, &name, parts.as_deref(), digest_of)?;
                 }
                 progress.advance(1, 0)?;
             }
@@ -150,6 +147,45 @@ impl Files<'_> {
             let dir = preserved_dir(node).path();
             let name = crate::history::preserved_name(node, content);
             self.report.damage(self.site.at(&dir.join(&name)), "it is missing");
+        }
+        Ok(())
+    }
+
+    /// Every byte of a preserved file that counts: against the digest of the content, if it has one
+    /// and the file is just that, and the other replicas.
+    fn preserved_bytes(
+        &mut self,
+        dir: &RelPath,
+        name: &EntryName,
+        parts: Option<&[ByteRange]>,
+        digest_of: Option<ContentId>,
+    ) -> Result<()> {
+        let place = self.site.at(&dir.join(name));
+        let handle = self.site.dir(dir)?;
+        let read = (|| {
+            let file = self.site.backing.open_file(&handle, name, Access::Read)?;
+            match parts {
+                Some(parts) => self.site.hash_parts(&file, parts),
+                None => self.site.hash(&file),
+            }
+        })();
+        let (hash, bytes) = match read {
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                self.report.damage(place, "it lacks bytes that no before-image has");
+                return Ok(());
+            }
+            Err(error) => {
+                self.report.damage(place, format!("it cannot be read: {error}"));
+                return Ok(());
+            }
+        };
+        self.report.bytes += bytes;
+        let is_recorded = |content| has_digest(self.catalog, content, &hash);
+        if !digest_of.map_or(Ok(true), is_recorded)? {
+            self.report.damage(place, "its bytes are not those that were recorded");
+        } else if differs(&mut self.common.history, format!("preserved/{name}"), hash) {
+            self.report.damage(place, "its bytes are not those of another replica");
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::{CheckOptions, CheckReport, Common, differs, has_digest};
 use crate::catalog::Catalog;
-use crate::error::{IoContext, Result};
+use crate::error::Result;
 use crate::progress::Progress;
 use crate::replica::backing::{Access, Handle};
 use crate::store::record::Record;
@@ -168,12 +168,4 @@ impl Tree<'_> {
         }
         self.progress.advance(0, bytes)
     }
-}
-
-/// The BLAKE3 of a named file and its size, with the error in a person's words.
-pub(super) fn hash_named(site: &Site, dir: &RelPath, name: &EntryName) -> Result<([u8; 32], u64)> {
-    let path = site.at(&dir.join(name));
-    let handle = site.dir(dir)?;
-    let file = site.backing.open_file(&handle, name, Access::Read).context("open", &path)?;
-    site.hash(&file).context("read", &path)
 }

@@ -54,6 +54,24 @@ impl Extents {
         extents
     }
 
+    /// The parts that the base must have; in the rest of it may be anything, another on each
+    /// replica. `None` for all of it, as it is: no before-image covers any.
+    ///
+    /// That is how a file is preserved that was written to after it had lost its last name, by
+    /// who had it open still.
+    pub fn parts_in_base(&self) -> Option<Vec<ByteRange>> {
+        let covered = self.overlay.iter().map(|(&start, &(end, _))| ByteRange { start, end });
+        let mut parts = Vec::new();
+        let mut at = 0;
+        for ByteRange { start, end } in covered {
+            parts.push(ByteRange { start: at, end: start });
+            at = end;
+        }
+        parts.push(ByteRange { start: at, end: self.size });
+        parts.retain(|part| !part.is_empty());
+        (!self.overlay.is_empty()).then_some(parts)
+    }
+
     /// The run that begins at `at`, cut at `limit` and at the content's end. `at` lies before both.
     pub fn run(&self, at: u64, limit: u64) -> Extent {
         let limit = limit.min(self.size);
@@ -116,5 +134,16 @@ mod tests {
         assert_eq!(extents.run(0, 40).range, ByteRange { start: 0, end: 10 });
         assert_eq!(extents.run(0, 40).place, Place::Base);
         assert_eq!(extents.run(20, 30).range, ByteRange { start: 20, end: 30 });
+    }
+
+    #[test]
+    fn the_base_must_have_what_no_before_image_covers() {
+        let part = |start, end| ByteRange { start, end };
+        let parts =
+            |size, undo| Extents::resolve(size, Sources { undo, base: LIVE }).parts_in_base();
+        assert_eq!(parts(40, vec![]), None);
+        let covered = vec![row(1, 0, 10, 1), row(1, 10, 5, 1), row(1, 20, 10, 1)];
+        assert_eq!(parts(40, covered), Some(vec![part(15, 20), part(30, 40)]));
+        assert_eq!(parts(40, vec![row(1, 0, 100, 1)]), Some(vec![]));
     }
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use crate::error::{Error, IoContext, Result};
+use crate::history::ranges::ByteRange;
 use crate::replica::backing::{
     Access, Backing, Creds, DirEntry, Handle, RenameMode, SetTime, Stat,
 };
@@ -285,6 +286,26 @@ impl Site {
             .and_then(|dir| self.backing.list(&dir));
         // Unreadable to an ordinary user: it cannot be theirs.
         listed.map_or(true, |entries| entries.is_empty())
+    }
+
+    /// The BLAKE3 of parts of an open file and how many bytes they have; of a file that lacks some
+    /// of them the error is [`io::ErrorKind::UnexpectedEof`].
+    pub fn hash_parts(&self, file: &Handle, parts: &[ByteRange]) -> io::Result<([u8; 32], u64)> {
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; READ_BYTES];
+        for part in parts {
+            let mut left = *part;
+            while !left.is_empty() {
+                let wanted = left.len().min(READ_BYTES as u64) as usize;
+                let count = self.backing.read_at(file, &mut buffer[..wanted], left.start)?;
+                if count < wanted {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                hasher.update(&buffer[..count]);
+                left.start += count as u64;
+            }
+        }
+        Ok((*hasher.finalize().as_bytes(), parts.iter().map(ByteRange::len).sum()))
     }
 
     /// The BLAKE3 of an open file and its size.

@@ -13,7 +13,8 @@ use crate::catalog::digest::Digest;
 use crate::catalog::{Catalog, PackRow, TableHashes, UndoRow, WaitingContent};
 use crate::error::{Error, Result};
 use crate::history::packs::{pack_dir, pack_name};
-use crate::history::{OWN, preserved_dir, preserved_name, undo};
+use crate::history::ranges::ByteRange;
+use crate::history::{Extents, OWN, preserved_dir, preserved_name, undo};
 use crate::replica::PrivateDir;
 use crate::replica::backing::{Access, Backing, Handle, RenameMode, SetTime};
 use crate::sys::device::Alive;
@@ -203,9 +204,11 @@ impl<'a> Work<'a> {
         }
         let dir = preserved_dir(content.node);
         let name = preserved_name(content.node, content.id);
-        let copies = self.read_kept(dir, &name)?;
         // The file of an orphan that was changed while it was open may be another, or longer.
-        let own = !volume.catalog().has_images(content.node, content.id)?;
+        let sources = volume.catalog().sources(content.node, content.id)?;
+        let parts = Extents::resolve(content.size, sources).parts_in_base();
+        let own = parts.is_none();
+        let copies = self.read_kept(dir, &name, parts.as_deref())?;
         let whole = copies.iter().any(|copy| copy.size == Some(content.size));
         let digest = if own && whole { volume.catalog().digest(content.id)? } else { None };
         let is_good = |copy: &Kept| match digest {
@@ -276,8 +279,13 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Reads a file of ours on every replica, past the page cache.
-    fn read_kept(&mut self, dir: PrivateDir, name: &EntryName) -> Result<Vec<Kept>> {
+    /// Reads a file of ours, or parts of it, on every replica, past the page cache.
+    fn read_kept(
+        &mut self,
+        dir: PrivateDir,
+        name: &EntryName,
+        parts: Option<&[ByteRange]>,
+    ) -> Result<Vec<Kept>> {
         let volume = self.volume;
         let mut copies = Vec::new();
         for on in volume.replicas().online().collect::<Vec<_>>() {
@@ -287,7 +295,7 @@ impl<'a> Work<'a> {
                 Ok(None) => {}
                 Ok(Some((dir, size))) => {
                     copy.size = Some(size);
-                    match self.digest_on(&*b, &dir, name)? {
+                    match self.digest_on(&*b, &dir, name, parts)? {
                         Ok(digest) => copy.digest = Some(digest),
                         Err(error) => copy.error = Some(error),
                     }
@@ -500,7 +508,7 @@ impl<'a> Work<'a> {
         let volume = self.volume;
         let (dir, name) = (pack_dir(row.id), pack_name(row.id));
         let digest = crate::catalog::digest::first_half(&row.hash);
-        let copies = self.read_kept(dir, &name)?;
+        let copies = self.read_kept(dir, &name, None)?;
         if copies.iter().all(|copy| copy.digest == Some(digest)) {
             return Ok(());
         }

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 
 use crate::catalog::digest::{Digest, digest_of};
 use crate::error::Result;
+use crate::history::ranges::ByteRange;
 use crate::replica::backing::{Access, Backing, Handle};
 use crate::store::record::Record;
 use crate::store::site::Object;
@@ -181,7 +182,7 @@ impl Work<'_> {
                     let is_file = object.stat.kind == Kind::File;
                     copy.object = Some(object);
                     if let (true, true, Some(name)) = (read, is_file, name) {
-                        match self.digest_on(&*b, &dir, &name)? {
+                        match self.digest_on(&*b, &dir, &name, None)? {
                             Ok(digest) => copy.digest = Some(digest),
                             Err(error) => copy.error = Some(error),
                         }
@@ -195,12 +196,13 @@ impl Work<'_> {
         Ok(copies)
     }
 
-    /// The digest of a file on one replica.
+    /// The digest of a file on one replica, or of parts of it, all of which it must have.
     pub(super) fn digest_on(
         &mut self,
         b: &dyn Backing,
         dir: &Handle,
         name: &EntryName,
+        parts: Option<&[ByteRange]>,
     ) -> Result<io::Result<Digest>> {
         let file = match b.open_file(dir, name, Access::Read) {
             Ok(file) => file,
@@ -209,19 +211,26 @@ impl Work<'_> {
         b.forget_cached(&file);
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; PIECE_BYTES];
-        let mut at = 0;
-        loop {
-            let count = match b.read_at(&file, &mut buffer, at) {
-                Ok(count) => count,
-                Err(error) => return Ok(Err(error)),
-            };
-            hasher.update(&buffer[..count]);
-            at += count as u64;
-            self.took(count as u64)?;
-            if count < buffer.len() {
-                return Ok(Ok(digest_of(&hasher)));
+        for part in parts.unwrap_or(&[ByteRange { start: 0, end: u64::MAX }]) {
+            let mut left = *part;
+            while !left.is_empty() {
+                let wanted = left.len().min(PIECE_BYTES as u64) as usize;
+                let count = match b.read_at(&file, &mut buffer[..wanted], left.start) {
+                    Ok(count) => count,
+                    Err(error) => return Ok(Err(error)),
+                };
+                hasher.update(&buffer[..count]);
+                left.start += count as u64;
+                self.took(count as u64)?;
+                if count < wanted {
+                    break;
+                }
+            }
+            if parts.is_some() && !left.is_empty() {
+                return Ok(Err(io::ErrorKind::UnexpectedEof.into()));
             }
         }
+        Ok(Ok(digest_of(&hasher)))
     }
 
     /// Whether every copy is as recorded.
