@@ -12,8 +12,9 @@ from bench_systems import Borg, Restic, settle_history, status
 
 NAMES = ["ext4", "ext4-twice", "btrfs", "mergerfs", "bindfs", "rearview", "rearview-xfs"]
 BROWSERS = ["restic", "borg"]
-# What FUSE alone takes (tests/floor.rs). Measured when it is asked for: it is built for that.
-FLOOR = "floor"
+# What FUSE alone takes, in memory, and with bare copies on two disks (tests/floor.rs). Measured
+# when they are asked for: the server is built for that.
+FLOORS = ["floor", "floor-twice"]
 FLOOR_SERVER = os.environ.get("FLOOR_SERVER", "")
 MKFS = {"ext4": ["-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0"], "xfs": []}
 SNAPSHOT = "before"
@@ -125,14 +126,17 @@ def serve(command, *words, point, env=None):
 
 
 class Floor(Live):
-    """A FUSE filesystem that keeps all in memory."""
+    """A FUSE filesystem that keeps all in memory, or files on two disks and nothing beside them."""
 
     def up(self):
         if not FLOOR_SERVER:
             raise Failure("FLOOR_SERVER does not name the server: run scripts/bench")
         mnt = self.folder / "mnt"
         mnt.mkdir(parents=True)
-        serve('"$1" --ignored serve', FLOOR_SERVER, point=mnt, env={"FLOOR": str(mnt)})
+        count = 2 if self.name == "floor-twice" else 0
+        disks = ":".join(str(self.disk(f"disk{number}")) for number in range(count))
+        env = {"FLOOR": str(mnt), "FLOOR_DISKS": disks}
+        serve('"$1" --ignored serve', FLOOR_SERVER, point=mnt, env=env)
         self.folders = [mnt]
 
     def check(self):
@@ -228,7 +232,8 @@ class Browser(Live):
 def lives(place, wanted, size):
     """The wanted systems."""
     kinds = {"ext4": Plain, "ext4-twice": Plain, "btrfs": Btrfs, "mergerfs": Over, "bindfs": Over}
-    kinds.update({"rearview": Rearview, "rearview-xfs": Rearview, "restic": Browser, FLOOR: Floor})
+    kinds.update({"rearview": Rearview, "rearview-xfs": Rearview, "restic": Browser})
+    kinds.update({name: Floor for name in FLOORS})
     return [kinds.get(name, Browser)(place, name, size) for name in wanted]
 
 

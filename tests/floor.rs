@@ -2,7 +2,16 @@
 //! memory, on no disk, once, without history. It has the library, the kernel options and the
 //! answers of ours, so what the same work takes here no change below `src/fuse` can undercut.
 //!
-//! `scripts/bench speed --systems floor,...` measures it beside the others.
+//! With disks it keeps files on each of them, and what is deleted as well, and does nothing else
+//! ([`floor::disks`]): the least that a mirror costs which keeps what was. Names and attributes are
+//! told from memory then as before. One lock is held meanwhile, so it bounds one program at a time.
+//!
+//! `scripts/bench speed --systems floor,floor-twice,...` measures it beside the others.
+
+mod floor {
+    pub mod disks;
+    pub mod nodes;
+}
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
@@ -10,6 +19,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use floor::disks::Disks;
+use floor::nodes::{Body, DIR, Node, Nodes, attr_of, errno};
 use fuser::{
     BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, FopenFlags,
     Generation, INodeNo, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr,
@@ -19,115 +30,8 @@ use fuser::{
 use parking_lot::Mutex;
 
 const TTL: Duration = Duration::from_secs(86400);
-const DIR: FileType = FileType::Directory;
-
-/// What a node has beside its attributes.
-enum Body {
-    Dir(BTreeMap<OsString, u64>),
-    Bytes(Vec<u8>),
-}
-
-struct Node {
-    attr: FileAttr,
-    body: Body,
-}
-
-struct Nodes {
-    all: HashMap<u64, Node>,
-    last: u64,
-}
 
 struct Memory(Mutex<Nodes>);
-
-impl Nodes {
-    fn node(&mut self, ino: INodeNo) -> Result<&mut Node, Errno> {
-        self.all.get_mut(&ino.0).ok_or(Errno::ESTALE)
-    }
-
-    fn names(&mut self, ino: INodeNo) -> Result<&mut BTreeMap<OsString, u64>, Errno> {
-        match &mut self.node(ino)?.body {
-            Body::Dir(names) => Ok(names),
-            Body::Bytes(_) => Err(Errno::ENOTDIR),
-        }
-    }
-
-    fn bytes(&mut self, ino: INodeNo) -> Result<&mut Vec<u8>, Errno> {
-        match &mut self.node(ino)?.body {
-            Body::Bytes(bytes) => Ok(bytes),
-            Body::Dir(_) => Err(Errno::EISDIR),
-        }
-    }
-
-    fn named(&mut self, parent: INodeNo, name: &OsStr) -> Result<INodeNo, Errno> {
-        self.names(parent)?.get(name).map(|&ino| INodeNo(ino)).ok_or(Errno::ENOENT)
-    }
-
-    fn attr(&mut self, ino: INodeNo) -> Result<FileAttr, Errno> {
-        let node = self.node(ino)?;
-        if let Body::Bytes(bytes) = &node.body {
-            node.attr.size = bytes.len() as u64;
-            node.attr.blocks = node.attr.size.div_ceil(512);
-        }
-        Ok(node.attr)
-    }
-
-    fn make(
-        &mut self,
-        (parent, name): (INodeNo, &OsStr),
-        (kind, mode): (FileType, u32),
-        bytes: &[u8],
-        req: &Request,
-    ) -> Result<FileAttr, Errno> {
-        let ino = self.last + 1;
-        if self.names(parent)?.contains_key(name) {
-            return Err(Errno::EEXIST);
-        }
-        self.names(parent)?.insert(name.into(), ino);
-        self.last = ino;
-        let attr = attr_of(ino, kind, mode, (req.uid(), req.gid()));
-        let body = if kind == DIR { Body::Dir(BTreeMap::new()) } else { Body::Bytes(bytes.into()) };
-        self.all.insert(ino, Node { attr, body });
-        self.attr(INodeNo(ino))
-    }
-
-    fn remove(&mut self, parent: INodeNo, name: &OsStr) -> Result<(), Errno> {
-        let ino = self.named(parent, name)?;
-        if self.names(ino).is_ok_and(|names| !names.is_empty()) {
-            return Err(Errno::ENOTEMPTY);
-        }
-        self.names(parent)?.remove(name);
-        self.all.remove(&ino.0);
-        Ok(())
-    }
-
-    fn listed(&mut self, dir: INodeNo, offset: u64) -> Result<Vec<(OsString, FileAttr)>, Errno> {
-        let names = self.names(dir)?;
-        let names: Vec<(OsString, u64)> =
-            names.iter().skip(offset as usize).map(|(name, ino)| (name.clone(), *ino)).collect();
-        names.into_iter().map(|(name, ino)| Ok((name, self.attr(INodeNo(ino))?))).collect()
-    }
-}
-
-fn attr_of(ino: u64, kind: FileType, mode: u32, (uid, gid): (u32, u32)) -> FileAttr {
-    let now = SystemTime::now();
-    FileAttr {
-        ino: INodeNo(ino),
-        size: 0,
-        blocks: 0,
-        atime: now,
-        mtime: now,
-        ctime: now,
-        crtime: now,
-        kind,
-        perm: (mode & 0o7777) as u16,
-        nlink: if kind == DIR { 2 } else { 1 },
-        uid,
-        gid,
-        rdev: 0,
-        blksize: 4096,
-        flags: 0,
-    }
-}
 
 fn answer(reply: ReplyEmpty, done: Result<(), Errno>) {
     match done {
@@ -189,17 +93,9 @@ impl fuser::Filesystem for Memory {
         let mut nodes = self.0.lock();
         let done = (|| {
             if let Some(size) = size {
-                nodes.bytes(ino)?.resize(size as usize, 0);
+                nodes.resize(ino, size)?;
             }
-            let attr = &mut nodes.node(ino)?.attr;
-            attr.perm = mode.map_or(attr.perm, |mode| (mode & 0o7777) as u16);
-            attr.uid = uid.unwrap_or(attr.uid);
-            attr.gid = gid.unwrap_or(attr.gid);
-            match mtime {
-                Some(TimeOrNow::SpecificTime(time)) => attr.mtime = time,
-                Some(TimeOrNow::Now) => attr.mtime = SystemTime::now(),
-                None => {}
-            }
+            nodes.set(ino, mode, (uid, gid), mtime)?;
             nodes.attr(ino)
         })();
         answer_attr(reply, done);
@@ -279,25 +175,36 @@ impl fuser::Filesystem for Memory {
         _flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        let mut nodes = self.0.lock();
-        let done = (|| {
-            let ino = nodes.named(parent, name)?;
-            let _ = nodes.remove(newparent, newname);
-            nodes.names(parent)?.remove(name);
-            nodes.names(newparent)?.insert(newname.into(), ino.0);
-            Ok(())
-        })();
+        let done = self.0.lock().rename((parent, name), (newparent, newname));
         answer(reply, done);
     }
 
-    fn open(&self, _req: &Request, _ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let mut answer = FopenFlags::FOPEN_KEEP_CACHE;
-        match flags.0 & libc::O_ACCMODE {
+        let mode = flags.0 & libc::O_ACCMODE;
+        match mode {
             libc::O_RDONLY => answer |= FopenFlags::FOPEN_NOFLUSH,
             libc::O_WRONLY => answer |= FopenFlags::FOPEN_DIRECT_IO,
             _ => {}
         }
-        reply.opened(FileHandle(1), answer);
+        match self.0.lock().open(ino, mode != libc::O_RDONLY) {
+            Ok(()) => reply.opened(FileHandle(1), answer),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.0.lock().disks.release(ino.0);
+        reply.ok();
     }
 
     fn read(
@@ -311,11 +218,8 @@ impl fuser::Filesystem for Memory {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match self.0.lock().bytes(ino) {
-            Ok(bytes) => {
-                let from = bytes.len().min(offset as usize);
-                reply.data(&bytes[from..bytes.len().min(from + size as usize)]);
-            }
+        match self.0.lock().read(ino, offset, size as usize) {
+            Ok(bytes) => reply.data(&bytes),
             Err(errno) => reply.error(errno),
         }
     }
@@ -332,15 +236,8 @@ impl fuser::Filesystem for Memory {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        match self.0.lock().bytes(ino) {
-            Ok(bytes) => {
-                let (from, to) = (offset as usize, offset as usize + data.len());
-                if bytes.len() < to {
-                    bytes.resize(to, 0);
-                }
-                bytes[from..to].copy_from_slice(data);
-                reply.written(data.len() as u32);
-            }
+        match self.0.lock().write(ino, offset, data) {
+            Ok(written) => reply.written(written as u32),
             Err(errno) => reply.error(errno),
         }
     }
@@ -360,15 +257,8 @@ impl fuser::Filesystem for Memory {
     ) {
         let mut nodes = self.0.lock();
         let copied = (|| {
-            let from = nodes.bytes(ino_in)?;
-            let start = from.len().min(offset_in as usize);
-            let part = from[start..from.len().min(start + len as usize)].to_vec();
-            let (to, at) = (nodes.bytes(ino_out)?, offset_out as usize);
-            if to.len() < at + part.len() {
-                to.resize(at + part.len(), 0);
-            }
-            to[at..at + part.len()].copy_from_slice(&part);
-            Ok(part.len())
+            let part = nodes.read(ino_in, offset_in, len as usize)?.into_owned();
+            nodes.write(ino_out, offset_out, &part)
         })();
         match copied {
             Ok(copied) => reply.written(copied as u32),
@@ -387,8 +277,8 @@ impl fuser::Filesystem for Memory {
         reply.ok();
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        reply.ok();
+    fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        answer(reply, self.0.lock().disks.sync(ino.0).map_err(errno));
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -460,13 +350,19 @@ impl fuser::Filesystem for Memory {
     }
 }
 
-/// Serves the mountpoint `FLOOR` until it is unmounted.
+/// Serves the mountpoint `FLOOR` until it is unmounted, from the empty directories `FLOOR_DISKS`,
+/// which are separated by colons.
 #[test]
 #[ignore = "a server for scripts/bench"]
 fn serve() {
     let point = PathBuf::from(std::env::var_os("FLOOR").expect("FLOOR names a mountpoint"));
-    let root = Node { attr: attr_of(1, DIR, 0o755, (0, 0)), body: Body::Dir(BTreeMap::new()) };
-    let memory = Memory(Mutex::new(Nodes { all: HashMap::from([(1, root)]), last: 1 }));
+    let paths = std::env::var_os("FLOOR_DISKS").unwrap_or_default();
+    let paths: Vec<PathBuf> =
+        std::env::split_paths(&paths).filter(|path| !path.as_os_str().is_empty()).collect();
+    let disks = Disks::new(paths.iter().map(PathBuf::as_path), 1).expect("its disks are there");
+    let attr = attr_of(1, DIR, 0o755, (0, 0));
+    let root = Node { attr, place: (1, OsString::new()), body: Body::Dir(BTreeMap::new()) };
+    let memory = Memory(Mutex::new(Nodes { all: HashMap::from([(1, root)]), last: 1, disks }));
     let mut config = Config::default();
     config.n_threads = Some(2);
     config.clone_fd = true;
