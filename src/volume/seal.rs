@@ -26,9 +26,9 @@ impl Volume {
             return Ok(());
         }
         if state.orphan {
-            // No name shows it: there is no version to make.
+            // No name shows it: there is no version to make. That it was written to stays known: a
+            // replica that was away then has an older file (`open_orphan`).
             open.dirty = false;
-            open.written = false;
             self.unsealed.lock().remove(&node.id);
             return Ok(());
         }

@@ -157,7 +157,7 @@ impl super::Volume {
         };
         let size = || self.replicas().read("stat", |id, b| Ok(b.stat(write.get(id)?)?.size));
         if let Some(kept) = &kept
-            && state.open.as_ref().is_some_and(|open| open.is_untouched() && !open.dirty)
+            && state.open.as_ref().is_some_and(|open| !open.written && !open.dirty)
             && backing.stat(kept).map_err(Error::from_io)?.size == size()?
         {
             return Ok(kept.clone());

@@ -105,23 +105,34 @@ fn who_saves_a_file_waits_once_for_a_resync_that_cannot_keep_up() {
 
 #[test]
 fn a_deleted_open_file_that_was_written_to_is_the_same_on_a_replica_that_returns() {
+    [true, false].into_iter().for_each(deleted_and_written_to);
+}
+
+fn deleted_and_written_to(also_before: bool) {
     let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
     let paths: Vec<_> = dirs.iter().map(|dir| dir.path().canonicalize().unwrap()).collect();
     let volume = open_volume(open_store(&dirs));
     let node = save(&volume, "file");
     volume.create_snapshot("one", false, &[]).unwrap();
     delete(&volume, "file");
+    // Where nothing was before: no before-image tells of it.
+    volume.write(&node, 4, b"tail", false, &CALLER).unwrap();
+    volume.flush(&node).unwrap();
     let second = paths[1].to_str().unwrap();
     let id = volume.replica_offline(second).unwrap();
     // As many bytes as before; a look has them carried out.
-    let mut bytes = [0; 8];
-    volume.write(&node, 0, b"FILE", false, &CALLER).unwrap();
-    assert_eq!(volume.read(&node, 0, &mut bytes).unwrap(), 4);
+    let mut bytes = [0; 16];
+    if also_before {
+        volume.write(&node, 0, b"FILE", false, &CALLER).unwrap();
+    }
+    volume.write(&node, 4, b"TAIL", false, &CALLER).unwrap();
+    assert_eq!(volume.read(&node, 0, &mut bytes).unwrap(), 8);
+    volume.flush(&node).unwrap();
     volume.replica_online(second, Fork::Refuse).unwrap();
     wait_until_online(&volume, id);
     volume.replica_offline(paths[0].to_str().unwrap()).unwrap();
     let read = volume.read(&node, 0, &mut bytes).unwrap();
-    assert_eq!(&bytes[..read], b"FILE");
+    assert_eq!(&bytes[..read], if also_before { b"FILETAIL" } else { b"fileTAIL" });
     volume.release(&node, true).unwrap();
     volume.close().unwrap();
 }
