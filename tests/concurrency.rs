@@ -149,6 +149,28 @@ fn a_version_survives_what_was_overwritten_just_before_a_kill() {
     store.finish();
 }
 
+/// The content's size was taken from its before-image alone, and an older one relied on the rest.
+#[test]
+fn a_version_survives_what_was_written_to_its_deleted_file_just_before_a_kill() {
+    let mut store = Mounted::new();
+    let old = vec![b'o'; 1 << 20];
+    fs::write(store.path("f"), &old).unwrap();
+    store.snapshot("s1");
+    let open = || OpenOptions::new().write(true).open(store.path("f")).unwrap();
+    let (first, second) = (open(), open());
+    first.write_all_at(b"A", 900_000).unwrap();
+    drop(first);
+    fs::remove_file(store.path("f")).unwrap();
+    second.write_all_at(&vec![b'B'; 100_000], 0).unwrap();
+    kill_and_remount(&mut store);
+    drop(second);
+    let is_kept = |store: &Mounted| fs::read(store.past("s1").join("f")).unwrap() == old;
+    assert!(is_kept(&store));
+    store.rearview(&["prune", "--keep-last", "9"]).ok();
+    assert!(is_kept(&store), "packed");
+    store.finish();
+}
+
 /// The preserved file bore the id of a content that was not committed yet.
 #[test]
 fn a_version_survives_a_deletion_just_before_a_kill() {

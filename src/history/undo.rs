@@ -18,6 +18,7 @@ use crate::replica::{Buffer, Handles, Piece, PrivateDir, ReplicaSet};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
 use super::ranges::ByteRange;
+use super::{preserved_dir, preserved_name};
 use segment::{DATA_BYTES_MAX, HEADER_BYTES, RECORD_ALIGN, Record, records};
 
 mod segment;
@@ -416,9 +417,12 @@ pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, from: u64) -> Result<()
     for (&id, rows) in &found {
         // The seal was not committed any more. No state shows it, but older contents of its node
         // rely on it.
-        if catalog.content_size(id)?.is_none() {
-            let size = rows.iter().map(|row| row.offset + row.length).max().unwrap_or(0);
-            changes.extend(rows.first().map(|row| Change::ContentAdd { id, node: row.node, size }));
+        if let (None, Some(&UndoRow { node, .. })) = (catalog.content_size(id)?, rows.first()) {
+            let covered = rows.iter().map(|row| row.offset + row.length).max().unwrap_or(0);
+            // Where it lies in a file of its own (it had lost its last name, and was written to
+            // after that), they rely on the rest of that file as well.
+            let size = covered.max(preserved_size(replicas, node, id)?);
+            changes.push(Change::ContentAdd { id, node, size });
         }
         changes.extend(rows.iter().cloned().map(Change::UndoAdd));
     }
@@ -430,6 +434,16 @@ pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, from: u64) -> Result<()
         log::info!("history: found {count} before-images not yet recorded");
     }
     Ok(())
+}
+
+/// The size of the file in which a content is preserved; nothing if there is none.
+fn preserved_size(replicas: &ReplicaSet, node: NodeId, content: ContentId) -> Result<u64> {
+    let dir = replicas.private(preserved_dir(node))?;
+    let name = preserved_name(node, content);
+    replicas.read("stat", |id, b| match b.stat_at(dir.get(id)?, &name) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
+        stat => Ok(stat?.size),
+    })
 }
 
 /// Gives every replica the whole records that another has and it lacks, durably. To be called after

@@ -100,18 +100,18 @@ fn small_appends_go_over_what_was_written_ahead() {
     assert_eq!(records(&bytes).len(), 100);
 }
 
-/// Recovery was killed after it had committed the rows and before what their content is: the next
-/// one found the rows, looked no further, and the check found before-images of no content.
-#[test]
-fn before_images_of_an_unknown_content_are_recorded_with_it_in_one_push() {
-    let (dirs, replicas) = replicas(1);
-    let file = dirs[0].path().join(".rearview/catalog.db");
+const NODE: NodeId = NodeId(7);
+const SEALED: ContentId = ContentId(8);
+const UNKNOWN: ContentId = ContentId(9);
+
+/// A catalog that knows the content `SEALED` of a file, of 100 bytes.
+fn catalog_in(dir: &std::path::Path) -> Catalog {
+    let file = dir.join(".rearview/catalog.db");
     Catalog::create(&file, uuid::Uuid::nil()).expect("a catalog");
     let catalog = Catalog::open(ReplicaMap::new(vec![Some(file)]), true).expect("it opens");
-    let (node, sealed, unknown) = (NodeId(7), ContentId(8), ContentId(9));
     let zero = Timestamp::default();
     let row = NodeRow {
-        id: node,
+        id: NODE,
         kind: Kind::File,
         mode: 0o644,
         uid: 0,
@@ -123,14 +123,24 @@ fn before_images_of_an_unknown_content_are_recorded_with_it_in_one_push() {
         ctime: zero,
         btime: zero,
         xattrs: XattrSetId::NONE,
-        content: sealed,
+        content: SEALED,
     };
-    let add = Change::ContentAdd { id: sealed, node, size: 100 };
-    let before = catalog.push(vec![add, Change::NodePut(row)]).expect("pushed");
+    let add = Change::ContentAdd { id: SEALED, node: NODE, size: 100 };
+    catalog.push(vec![add, Change::NodePut(row)]).expect("pushed");
+    catalog
+}
+
+/// Recovery was killed after it had committed the rows and before what their content is: the next
+/// one found the rows, looked no further, and the check found before-images of no content.
+#[test]
+fn before_images_of_an_unknown_content_are_recorded_with_it_in_one_push() {
+    let (dirs, replicas) = replicas(1);
+    let catalog = catalog_in(dirs[0].path());
+    let before = catalog.generation();
     let log = UndoLog::open(&replicas).expect("it opens");
     let append = |offset| {
         let image = Image::Bytes(offset, b"old bytes!".to_vec());
-        log.append(&replicas, (node, unknown), &[image]).expect("appended");
+        log.append(&replicas, (NODE, UNKNOWN), &[image]).expect("appended");
     };
     for offset in [0, 10, 50] {
         append(offset);
@@ -139,10 +149,29 @@ fn before_images_of_an_unknown_content_are_recorded_with_it_in_one_push() {
     append(10);
     recover(&replicas, &catalog, 0).expect("recovered");
     assert_eq!(catalog.generation().0, before.0 + 1, "one group, which is there or not");
-    assert_eq!(catalog.content_size(unknown).expect("a look"), Some(60));
-    assert_eq!(catalog.sources(node, unknown).expect("a look").undo.len(), 3);
+    assert_eq!(catalog.content_size(UNKNOWN).expect("a look"), Some(60));
+    assert_eq!(catalog.sources(NODE, UNKNOWN).expect("a look").undo.len(), 3);
     recover(&replicas, &catalog, 0).expect("recovered");
     assert_eq!(catalog.generation().0, before.0 + 1, "nothing is left to do");
+}
+
+/// A file was deleted, and written to by who had it open, before its last content was committed.
+/// Of that content only what the before-image had was packed, and older ones lost the rest.
+#[test]
+fn an_unknown_content_is_as_long_as_the_file_in_which_it_is_preserved() {
+    let (dirs, replicas) = replicas(1);
+    let catalog = catalog_in(dirs[0].path());
+    let log = UndoLog::open(&replicas).expect("it opens");
+    let image = Image::Bytes(0, b"old bytes!".to_vec());
+    log.append(&replicas, (NODE, UNKNOWN), &[image]).expect("appended");
+    let shard = dirs[0].path().join(format!(".rearview/preserved/{:02x}", NODE.0));
+    std::fs::create_dir_all(&shard).expect("a folder");
+    let name = format!("{:016x}.{:016x}", NODE.0, UNKNOWN.0);
+    std::fs::write(shard.join(name), [b'n'; 100]).expect("a file");
+    crate::history::History::recover(&replicas, &catalog, 0).expect("recovered");
+    assert_eq!(catalog.content_size(UNKNOWN).expect("a look"), Some(100));
+    let sources = catalog.sources(NODE, SEALED).expect("a look");
+    assert_eq!(sources.base, crate::catalog::Base::Preserved { node: NODE, content: UNKNOWN });
 }
 
 proptest! {
