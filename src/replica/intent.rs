@@ -75,6 +75,11 @@ impl DirtySet {
         self.files.is_empty() && self.dirs.is_empty() && self.moved.is_empty()
     }
 
+    /// Whether a node's content may differ.
+    pub fn may_differ(&self, node: NodeId) -> bool {
+        self.born_from.is_some_and(|from| node >= from) || self.files.contains(&node)
+    }
+
     /// Adds what another set has.
     pub fn join(&mut self, other: &DirtySet) {
         self.files.extend(&other.files);

@@ -61,7 +61,7 @@ impl Bounds {
 
     /// Whether a node's content may differ.
     pub fn may_differ(&self, node: NodeId) -> bool {
-        self.born(node) || self.past.dirty.files.contains(&node)
+        self.past.dirty.may_differ(node)
     }
 
     /// Whether all entries of a directory are to be compared.

@@ -224,7 +224,10 @@ impl<'a> Fill<'a> {
             target: self.target,
             catalog: catalog.as_ref(),
             changing: false,
-            bounds: self.within.as_ref().map(|within| within.bounds),
+            doubt: match &self.within {
+                Some(within) => history::Doubt::Within(within.bounds),
+                None => history::Doubt::All,
+            },
             sealed_before: 0,
             seen: &mut seen,
         };

@@ -1,7 +1,7 @@
 //! The history part of a fill: `preserved/`, `undo/` and `packs/`.
 //!
 //! The files there carry the same names and bytes on every replica. Preserved files and packs never
-//! change once they have their name, so equal size means equal; undo segments grow and are
+//! change once they have their name, so equal size means equal, but for [`Doubt`]; undo segments grow and are
 //! preallocated, so they are compared byte by byte.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -10,6 +10,7 @@ use crate::catalog::{Catalog, Whereabouts};
 use crate::error::{IoContext, Result};
 use crate::history;
 use crate::replica::backing::Handle;
+use crate::replica::intent::DirtySet;
 use crate::store::bounds::Bounds;
 use crate::store::copy::{Copier, blame, has_changed};
 use crate::store::quarantine::Quarantine;
@@ -34,12 +35,29 @@ pub struct History<'a> {
     pub catalog: Option<&'a Catalog>,
     /// The source is in use: files come and go meanwhile.
     pub changing: bool,
-    /// Nothing else can differ in its bytes.
-    pub bounds: Option<&'a Bounds>,
+    /// What can differ in its bytes although it has the same size.
+    pub doubt: Doubt<'a>,
     /// Undo segments before this one grow no more.
     pub sealed_before: u64,
     /// What earlier fills of the same two found equal, which is passed over.
     pub seen: &'a mut Seen,
+}
+
+/// Which files may have other bytes of the same size on the target.
+///
+/// A pack is durable before it has its name, and a sealed segment when the next one begins. A
+/// preserved file is what was live: if the target lost its power, what was written just before the
+/// file was deleted may never have reached the disk, though its new name has.
+#[derive(Clone, Copy)]
+pub enum Doubt<'a> {
+    /// All undo segments, no preserved file: the target ended cleanly.
+    Undo,
+    /// Within what a recovery has to look at.
+    Within(&'a Bounds),
+    /// All undo segments, and the preserved files of what was dirty when the target ended.
+    Dirty(&'a DirtySet),
+    /// All but packs.
+    All,
 }
 
 /// What is known of the directories of history files.
@@ -126,7 +144,7 @@ impl History<'_> {
             // Until it is found to be equal and final below.
             known.remove(name);
             let equal_size = present.get(name) == Some(size) && !is_shared(target, &to, name)?;
-            let suspect = is_suspect(name, self.bounds, is_undo);
+            let suspect = is_suspect(name, self.doubt, is_undo);
             let same = equal_size && (!suspect || self.same(copier, (&from, &to), path, name)?);
             if same {
                 self.note_equal(name, is_undo, known);
@@ -192,14 +210,18 @@ fn is_shared(site: &Site, dir: &Handle, name: &EntryName) -> Result<bool> {
 }
 
 /// Whether equal size does not prove equal bytes.
-fn is_suspect(name: &EntryName, bounds: Option<&Bounds>, is_undo: bool) -> bool {
-    let Some(bounds) = bounds else { return is_undo };
-    match history::undo::parse_segment_name(name) {
-        Some(segment) => segment >= bounds.undo_from(),
-        // What was preserved just after it was written may never have reached this disk.
-        None => {
-            history::parse_preserved_name(name).is_some_and(|(node, _)| bounds.may_differ(node))
-        }
+fn is_suspect(name: &EntryName, doubt: Doubt<'_>, is_undo: bool) -> bool {
+    if is_undo {
+        let segment = history::undo::parse_segment_name(name);
+        let Doubt::Within(bounds) = doubt else { return true };
+        return segment.is_some_and(|segment| segment >= bounds.undo_from());
+    }
+    let Some((node, _)) = history::parse_preserved_name(name) else { return false };
+    match doubt {
+        Doubt::Undo => false,
+        Doubt::Within(bounds) => bounds.may_differ(node),
+        Doubt::Dirty(dirty) => dirty.may_differ(node),
+        Doubt::All => true,
     }
 }
 
@@ -309,4 +331,53 @@ fn files(
         found.insert(entry.name, stat.size);
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Progress;
+    use crate::types::{NodeId, PRIVATE_DIR};
+    use std::fs;
+
+    /// What the target has in its preserved files of the nodes 7 and 8 after a fill.
+    fn filled(doubt: Doubt<'_>) -> [String; 2] {
+        let dirs = [0, 1].map(|_| tempfile::tempdir().unwrap());
+        let kept = |side: usize, node: u64| {
+            let shard = dirs[side].path().join(format!(".rearview/preserved/{node:02x}"));
+            fs::create_dir_all(&shard).unwrap();
+            shard.join(format!("{node:016x}.{:016x}", 9))
+        };
+        for (side, text) in ["what it had", "\0\0\0\0\0\0\0\0\0\0\0"].iter().enumerate() {
+            [7, 8].iter().for_each(|&node| fs::write(kept(side, node), text).unwrap());
+            for own in ["tmp", "quarantine"] {
+                fs::create_dir(dirs[side].path().join(PRIVATE_DIR).join(own)).unwrap();
+            }
+        }
+        let sites = [0, 1].map(|side| Site::open(dirs[side].path()).unwrap());
+        let progress = Progress::silent();
+        let mut files = History {
+            source: &sites[0],
+            target: &sites[1],
+            catalog: None,
+            changing: false,
+            doubt,
+            sealed_before: 0,
+            seen: &mut Seen::new(),
+        };
+        let mut copier = Copier::new(&sites[0], &sites[1], &progress).unwrap();
+        files.fill(&mut copier, &mut Quarantine::new(&sites[1])).unwrap();
+        [7, 8].map(|node| fs::read_to_string(kept(1, node)).unwrap())
+    }
+
+    #[test]
+    fn a_preserved_file_of_what_was_dirty_when_the_target_ended_is_compared_by_its_bytes() {
+        let (lost, whole) = ("\0\0\0\0\0\0\0\0\0\0\0", "what it had");
+        let dirty = DirtySet { files: HashSet::from([NodeId(8)]), ..DirtySet::default() };
+        assert_eq!(filled(Doubt::Dirty(&dirty)), [lost, whole]);
+        let born = DirtySet { born_from: Some(NodeId(7)), ..DirtySet::default() };
+        assert_eq!(filled(Doubt::Dirty(&born)), [whole, whole]);
+        assert_eq!(filled(Doubt::All), [whole, whole]);
+        assert_eq!(filled(Doubt::Undo), [lost, lost]);
+    }
 }

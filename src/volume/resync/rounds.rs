@@ -19,7 +19,7 @@ use crate::replica::guarded::Directly;
 use crate::replica::intent::DirtySet;
 use crate::store::Arrival;
 use crate::store::copy::Copier;
-use crate::store::fill::history::{History as HistoryFiles, Seen};
+use crate::store::fill::history::{Doubt, History as HistoryFiles, Seen};
 use crate::store::quarantine::Quarantine;
 use crate::store::site::Site;
 use crate::types::NodeId;
@@ -190,7 +190,11 @@ impl Rounds<'_> {
             target: &self.target,
             catalog: Some(self.volume.catalog()),
             changing,
-            bounds: None,
+            doubt: match &self.arrival {
+                Arrival { was_clean: true, .. } => Doubt::Undo,
+                Arrival { doubtful: Some(dirty), .. } => Doubt::Dirty(dirty),
+                _ => Doubt::All,
+            },
             sealed_before: self.volume.history.undo().first_open(),
             seen: &mut self.history_seen,
         };
