@@ -553,6 +553,7 @@ fn what_was_written_to_a_deleted_file_is_no_damage() {
     let file = fs::OpenOptions::new().write(true).open(store.path("gone")).unwrap();
     fs::remove_file(store.path("gone")).unwrap();
     file.write_all_at(&[b'b'; 100], 20_000).unwrap();
+    file.write_all_at(&[b'c'; 100], 50_000).unwrap();
     file.sync_all().unwrap();
     drop(file);
     store.unmount();
@@ -567,8 +568,9 @@ fn what_was_written_to_a_deleted_file_is_no_damage() {
         words.extend(backings.iter().map(|path| path.clone().into_os_string()));
         rearview(words)
     };
-    // What the content has there is in a before-image.
+    // What the content has there is in a before-image; the other lies behind it.
     spoil(20_010);
+    spoil(50_010);
     let said = check().ok();
     assert!(said.contains("no damage found"), "{said}");
     store.mount().ok();

@@ -98,16 +98,6 @@ impl Catalog {
         })
     }
 
-    /// Whether a content has before-images of its own: then its file, if it lies whole in one, need
-    /// not have its bytes there.
-    pub fn has_images(&self, node: NodeId, content: ContentId) -> Result<bool> {
-        self.settle_pending()?;
-        self.shared.read(|db| {
-            db.prepare_cached("SELECT 1 FROM undo WHERE node = ?1 AND content = ?2 LIMIT 1")?
-                .exists(params![node, content])
-        })
-    }
-
     /// Whether there is a recipe of this id.
     pub fn has_recipe(&self, id: ContentId) -> Result<bool> {
         self.settle_pending()?;

@@ -130,15 +130,15 @@ impl Files<'_> {
                 // content had lies in before-images, and the file may be another, or longer.
                 let sources = self.catalog.sources(node, content)?;
                 let parts = Extents::resolve(wanted, sources).parts_in_base();
-                if parts.is_none() && size < wanted {
-                    let what = format!("it has {size} bytes, {wanted} are recorded");
+                let needed = parts.last().map_or(0, |part| part.end);
+                if size < needed {
+                    let what = format!("it has {size} bytes of {needed} that it must have");
                     self.report.damage(place, what);
                     continue;
                 }
                 if self.options.read_data {
-                    let own = parts.is_none() && size == wanted;
-                    let digest_of = own.then_some(content);
-                    self.preserved_bytes(&dir, &name, parts.as_deref(), digest_of)?;
+                    let all = parts.iter().map(ByteRange::len).sum::<u64>() == wanted;
+                    self.preserved_bytes(&dir, &name, &parts, all.then_some(content))?;
                 }
                 progress.advance(1, 0)?;
             }
@@ -151,29 +151,26 @@ impl Files<'_> {
         Ok(())
     }
 
-    /// Every byte of a preserved file that counts: against the digest of the content, if it has one
-    /// and the file is just that, and the other replicas.
+    /// Every byte of a preserved file that counts: against the digest of the content, if they are
+    /// all of it and it has one, and the other replicas.
     fn preserved_bytes(
         &mut self,
         dir: &RelPath,
         name: &EntryName,
-        parts: Option<&[ByteRange]>,
+        parts: &[ByteRange],
         digest_of: Option<ContentId>,
     ) -> Result<()> {
         let place = self.site.at(&dir.join(name));
         let handle = self.site.dir(dir)?;
         let read = (|| {
             let file = self.site.backing.open_file(&handle, name, Access::Read)?;
-            match parts {
-                Some(parts) => self.site.hash_parts(&file, parts),
-                None => self.site.hash(&file),
-            }
+            self.site.hash_parts(&file, parts)
         })();
         let (hash, bytes) = match read {
             Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                self.report.damage(place, "it lacks bytes that no before-image has");
-                return Ok(());
+            // The whole replica counts as hanging.
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                return Err(error).context("read", &place);
             }
             Err(error) => {
                 self.report.damage(place, format!("it cannot be read: {error}"));

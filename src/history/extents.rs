@@ -54,12 +54,12 @@ impl Extents {
         extents
     }
 
-    /// The parts that the base must have; in the rest of it may be anything, another on each
-    /// replica. `None` for all of it, as it is: no before-image covers any.
+    /// The parts that the base must have, in order; in the rest of it may be anything, another on
+    /// each replica.
     ///
-    /// That is how a file is preserved that was written to after it had lost its last name, by
-    /// who had it open still.
-    pub fn parts_in_base(&self) -> Option<Vec<ByteRange>> {
+    /// A file that was written to after it had lost its last name, by who had it open still, is
+    /// preserved with what was written: before-images cover that, or it lies behind the content.
+    pub fn parts_in_base(&self) -> Vec<ByteRange> {
         let covered = self.overlay.iter().map(|(&start, &(end, _))| ByteRange { start, end });
         let mut parts = Vec::new();
         let mut at = 0;
@@ -69,7 +69,7 @@ impl Extents {
         }
         parts.push(ByteRange { start: at, end: self.size });
         parts.retain(|part| !part.is_empty());
-        (!self.overlay.is_empty()).then_some(parts)
+        parts
     }
 
     /// The run that begins at `at`, cut at `limit` and at the content's end. `at` lies before both.
@@ -141,9 +141,10 @@ mod tests {
         let part = |start, end| ByteRange { start, end };
         let parts =
             |size, undo| Extents::resolve(size, Sources { undo, base: LIVE }).parts_in_base();
-        assert_eq!(parts(40, vec![]), None);
+        assert_eq!(parts(0, vec![]), vec![]);
+        assert_eq!(parts(40, vec![]), vec![part(0, 40)]);
         let covered = vec![row(1, 0, 10, 1), row(1, 10, 5, 1), row(1, 20, 10, 1)];
-        assert_eq!(parts(40, covered), Some(vec![part(15, 20), part(30, 40)]));
-        assert_eq!(parts(40, vec![row(1, 0, 100, 1)]), Some(vec![]));
+        assert_eq!(parts(40, covered), vec![part(15, 20), part(30, 40)]);
+        assert_eq!(parts(40, vec![row(1, 0, 100, 1)]), vec![]);
     }
 }

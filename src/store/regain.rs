@@ -26,7 +26,7 @@ use super::copy::Copier;
 use super::site::{Object, Site, own_creds, private};
 use crate::catalog::{Base, Catalog, Change, PastContent, digest};
 use crate::error::{IoContext, Result};
-use crate::history::{preserved_dir, preserved_name};
+use crate::history::{Extents, preserved_dir, preserved_name};
 use crate::progress::Progress;
 use crate::replica::backing::{Access, Handle, RenameMode};
 use crate::replica::handles::open_private;
@@ -95,13 +95,10 @@ impl Search<'_> {
     /// whole.
     fn left_of(&self, node: NodeId, content: &PastContent) -> Result<Option<u64>> {
         if content.preserved {
-            // An orphan that was changed while it was open has its bytes in before-images.
-            if self.catalog.has_images(node, content.id)? {
-                return Ok(None);
-            }
+            let needed = self.needed_of(node, content)?;
             let size = self.preserved_object(self.site, node, content.id)?;
             let size = size.map_or(0, |object| object.stat.size);
-            return Ok((size < content.size).then_some(size));
+            return Ok((size < needed).then_some(size));
         }
         if !content.chained {
             return Ok(None);
@@ -112,6 +109,14 @@ impl Search<'_> {
         let live = self.catalog.node(base)?.filter(|row| row.content != ContentId::EMPTY);
         let gone = base == node && live.is_none();
         Ok((gone && !sources.covers(0, content.size)).then_some(0))
+    }
+
+    /// How long its preserved file must be at least: what an orphan had that was changed while it
+    /// was open is in before-images.
+    fn needed_of(&self, node: NodeId, content: &PastContent) -> Result<u64> {
+        let sources = self.catalog.sources(node, content.id)?;
+        let parts = Extents::resolve(content.size, sources).parts_in_base();
+        Ok(parts.last().map_or(0, |part| part.end))
     }
 
     fn preserved_object(
@@ -131,9 +136,11 @@ impl Search<'_> {
     /// Takes a preserved content from where it is, if it is anywhere.
     fn regain(&self, node: NodeId, content: &PastContent) -> Result<()> {
         let name = preserved_name(node, content.id);
+        let needed = self.needed_of(node, content)?;
         for peer in self.peers {
             let found = self.preserved_object(peer, node, content.id)?;
-            if let Some(object) = found.filter(|object| object.stat.size == content.size) {
+            // It may be longer: an orphan that was appended to.
+            if let Some(object) = found.filter(|object| object.stat.size >= needed) {
                 let dir = preserved_dir(node).path();
                 return self.keep(peer, (&dir, &name, &object), (node, content.id));
             }

@@ -43,7 +43,7 @@ struct Kept {
 impl Kept {
     fn trouble(&self) -> Trouble {
         match (&self.error, self.size) {
-            (Some(_), _) => Trouble::Unreadable,
+            (Some(error), _) if error.kind() != io::ErrorKind::UnexpectedEof => Trouble::Unreadable,
             (None, None) => Trouble::Missing,
             _ => Trouble::Rot,
         }
@@ -207,13 +207,12 @@ impl<'a> Work<'a> {
         // The file of an orphan that was changed while it was open may be another, or longer.
         let sources = volume.catalog().sources(content.node, content.id)?;
         let parts = Extents::resolve(content.size, sources).parts_in_base();
-        let own = parts.is_none();
-        let copies = self.read_kept(dir, &name, parts.as_deref())?;
-        let whole = copies.iter().any(|copy| copy.size == Some(content.size));
-        let digest = if own && whole { volume.catalog().digest(content.id)? } else { None };
+        let all = parts.iter().map(ByteRange::len).sum::<u64>() == content.size;
+        let copies = self.read_kept(dir, &name, Some(&parts))?;
+        let digest = if all { volume.catalog().digest(content.id)? } else { None };
         let is_good = |copy: &Kept| match digest {
             Some(digest) => copy.digest == Some(digest),
-            None => (!own || copy.size >= Some(content.size)) && copy.digest.is_some(),
+            None => copy.digest.is_some(),
         };
         let good: Vec<&Kept> = copies.iter().filter(|copy| is_good(copy)).collect();
         let agree = good.windows(2).all(|pair| pair[0].digest == pair[1].digest);
