@@ -240,9 +240,11 @@ def past_group(live, sources, sizes):
         (folder / "tree").mkdir()
         run("tar", "-xf", sources.tar(sizes.files), "-C", folder / "tree")
     live.sync()
-    if live.name.startswith(("btrfs", "rearview")):
+    has_snapshots = live.name.startswith(("btrfs", "rearview"))
+    is_floor = live.name.startswith("floor")
+    if has_snapshots:
         yield "snapshot create", lambda _: live.snapshot(SNAPSHOT), "reads"
-    elif live.snapshot(SNAPSHOT) is None:
+    elif not is_floor and live.snapshot(SNAPSHOT) is None:
         return
     live_tree = live.folders[0] / "tree"
     aim = sources.folder / "out"
@@ -252,8 +254,11 @@ def past_group(live, sources, sizes):
         drop_caches(live, sources)
         return lambda _: run("cp", "-a", tree, aim)
 
-    if live.name.startswith(("btrfs", "rearview")):
+    if has_snapshots or is_floor:
         yield "cp -a out of the live tree", copied(live_tree), "reads"
+    if is_floor:
+        return
+    if has_snapshots:
         # Every file gets other bytes, so that what the snapshot shows has to be kept apart.
         shell("find tree -type f -print0 | xargs -0 sed -i 1iother", live.folders[0])
         live.settle()

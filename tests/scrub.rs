@@ -544,7 +544,8 @@ fn busy(root: &Path, seed: u32, stop: &std::sync::atomic::AtomicBool) {
     }
 }
 
-/// What a power cut leaves of such a file is on one disk what was written to it, and on another not.
+/// What a power cut leaves of such a file is on one disk what was written to it, and on another
+/// not.
 #[test]
 fn what_was_written_to_a_deleted_file_is_no_damage() {
     let mut store = Mounted::new();

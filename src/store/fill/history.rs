@@ -1,8 +1,8 @@
 //! The history part of a fill: `preserved/`, `undo/` and `packs/`.
 //!
 //! The files there carry the same names and bytes on every replica. Preserved files and packs never
-//! change once they have their name, so equal size means equal, but for [`Doubt`]; undo segments grow and are
-//! preallocated, so they are compared byte by byte.
+//! change once they have their name, so equal size means equal, but for [`Doubt`]; undo segments
+//! grow and are preallocated, so they are compared byte by byte.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
