@@ -94,6 +94,15 @@ pub fn preserved_dir(node: NodeId) -> PrivateDir {
     PrivateDir::Preserved((node.0 & 0xff) as u8)
 }
 
+/// What the file must have in which a content is preserved ([`Extents::parts_in_base`]).
+pub fn parts_preserved(
+    catalog: &Catalog,
+    (node, content): (NodeId, ContentId),
+    size: u64,
+) -> Result<Vec<ByteRange>> {
+    Ok(Extents::resolve(size, catalog.sources(node, content)?).parts_in_base())
+}
+
 /// The inverse of [`preserved_name`]; `None` for a name that is not ours.
 pub fn parse_preserved_name(name: &EntryName) -> Option<(NodeId, ContentId)> {
     let (node, content) = std::str::from_utf8(name.as_bytes()).ok()?.split_once('.')?;

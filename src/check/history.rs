@@ -10,7 +10,7 @@ use crate::error::{IoContext, Result};
 use crate::history::pack::{PACK_BYTES_MAX, scan};
 use crate::history::packs::{pack_dir, parse_pack_name};
 use crate::history::ranges::ByteRange;
-use crate::history::{Extents, parse_preserved_name, preserved_dir, undo};
+use crate::history::{parse_preserved_name, parts_preserved, preserved_dir, undo};
 use crate::progress::Progress;
 use crate::replica::backing::Access;
 use crate::store::site::{PRIVATE_DIRS, Site, private};
@@ -128,8 +128,7 @@ impl Files<'_> {
                 };
                 // An orphan that was changed while it was open is its own preserved file: what its
                 // content had lies in before-images, and the file may be another, or longer.
-                let sources = self.catalog.sources(node, content)?;
-                let parts = Extents::resolve(wanted, sources).parts_in_base();
+                let parts = parts_preserved(self.catalog, (node, content), wanted)?;
                 let needed = parts.last().map_or(0, |part| part.end);
                 if size < needed {
                     let what = format!("it has {size} bytes of {needed} that it must have");

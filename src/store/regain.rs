@@ -26,7 +26,7 @@ use super::copy::Copier;
 use super::site::{Object, Site, own_creds, private};
 use crate::catalog::{Base, Catalog, Change, PastContent, digest};
 use crate::error::{IoContext, Result};
-use crate::history::{Extents, preserved_dir, preserved_name};
+use crate::history::{parts_preserved, preserved_dir, preserved_name};
 use crate::progress::Progress;
 use crate::replica::backing::{Access, Handle, RenameMode};
 use crate::replica::handles::open_private;
@@ -114,8 +114,7 @@ impl Search<'_> {
     /// How long its preserved file must be at least: what an orphan had that was changed while it
     /// was open is in before-images.
     fn needed_of(&self, node: NodeId, content: &PastContent) -> Result<u64> {
-        let sources = self.catalog.sources(node, content.id)?;
-        let parts = Extents::resolve(content.size, sources).parts_in_base();
+        let parts = parts_preserved(self.catalog, (node, content.id), content.size)?;
         Ok(parts.last().map_or(0, |part| part.end))
     }
 

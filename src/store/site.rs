@@ -292,35 +292,43 @@ impl Site {
     /// of them the error is [`io::ErrorKind::UnexpectedEof`].
     pub fn hash_parts(&self, file: &Handle, parts: &[ByteRange]) -> io::Result<([u8; 32], u64)> {
         let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; READ_BYTES];
+        let mut bytes = 0;
         for part in parts {
-            let mut left = *part;
-            while !left.is_empty() {
-                let wanted = left.len().min(READ_BYTES as u64) as usize;
-                let count = self.backing.read_at(file, &mut buffer[..wanted], left.start)?;
-                if count < wanted {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                hasher.update(&buffer[..count]);
-                left.start += count as u64;
+            let there = self.hash_into(&mut hasher, file, *part)?;
+            if there < part.len() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
+            bytes += there;
         }
-        Ok((*hasher.finalize().as_bytes(), parts.iter().map(ByteRange::len).sum()))
+        Ok((*hasher.finalize().as_bytes(), bytes))
     }
 
     /// The BLAKE3 of an open file and its size.
     pub fn hash(&self, file: &Handle) -> io::Result<([u8; 32], u64)> {
         let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; READ_BYTES];
-        let mut at = 0;
-        loop {
-            let count = self.backing.read_at(file, &mut buffer, at)?;
+        let size = self.hash_into(&mut hasher, file, ByteRange { start: 0, end: u64::MAX })?;
+        Ok((*hasher.finalize().as_bytes(), size))
+    }
+
+    /// Adds what a file has of a part, and tells how many bytes that are.
+    fn hash_into(
+        &self,
+        hasher: &mut blake3::Hasher,
+        file: &Handle,
+        part: ByteRange,
+    ) -> io::Result<u64> {
+        let mut buffer = vec![0; part.len().min(READ_BYTES as u64) as usize];
+        let mut left = part;
+        while !left.is_empty() {
+            let wanted = left.len().min(buffer.len() as u64) as usize;
+            let count = self.backing.read_at(file, &mut buffer[..wanted], left.start)?;
             hasher.update(&buffer[..count]);
-            at += count as u64;
-            if count < buffer.len() {
-                return Ok((*hasher.finalize().as_bytes(), at));
+            left.start += count as u64;
+            if count < wanted {
+                break;
             }
         }
+        Ok(left.start - part.start)
     }
 
     /// Reads an entry with all that belongs to it. `None` if it is gone.

@@ -14,7 +14,7 @@ use crate::catalog::{Catalog, PackRow, TableHashes, UndoRow, WaitingContent};
 use crate::error::{Error, Result};
 use crate::history::packs::{pack_dir, pack_name};
 use crate::history::ranges::ByteRange;
-use crate::history::{Extents, OWN, preserved_dir, preserved_name, undo};
+use crate::history::{OWN, parts_preserved, preserved_dir, preserved_name, undo};
 use crate::replica::PrivateDir;
 use crate::replica::backing::{Access, Backing, Handle, RenameMode, SetTime};
 use crate::sys::device::Alive;
@@ -205,8 +205,8 @@ impl<'a> Work<'a> {
         let dir = preserved_dir(content.node);
         let name = preserved_name(content.node, content.id);
         // The file of an orphan that was changed while it was open may be another, or longer.
-        let sources = volume.catalog().sources(content.node, content.id)?;
-        let parts = Extents::resolve(content.size, sources).parts_in_base();
+        let of = (content.node, content.id);
+        let parts = parts_preserved(volume.catalog(), of, content.size)?;
         let all = parts.iter().map(ByteRange::len).sum::<u64>() == content.size;
         let copies = self.read_kept(dir, &name, Some(&parts))?;
         let digest = if all { volume.catalog().digest(content.id)? } else { None };
