@@ -118,7 +118,7 @@ impl Volume {
     /// Records the directories whose times changed, with times equal on all replicas. One that
     /// cannot be recorded is tried again the next time. Returns whether any was.
     pub(super) fn settle_dirs(&self) -> bool {
-        let stale = std::mem::take(&mut *self.stale_dirs.lock());
+        let stale: Vec<NodeId> = self.stale_dirs.lock().iter().copied().collect();
         if stale.is_empty() {
             return false;
         }
@@ -127,7 +127,6 @@ impl Volume {
             Ok(intent) => intent,
             Err(error) => {
                 log::warn!("directories are not recorded yet: {error}");
-                self.stale_dirs.lock().extend(stale);
                 return false;
             }
         };
@@ -135,10 +134,7 @@ impl Volume {
         for dir in stale {
             match self.settle_stale_dir(dir) {
                 Ok(()) => settled = true,
-                Err(error) => {
-                    log::warn!("directory {dir} is not recorded yet: {error}");
-                    self.mark_dir(dir);
-                }
+                Err(error) => log::warn!("directory {dir} is not recorded yet: {error}"),
             }
             self.nodes.drop_unused(dir);
         }
@@ -150,14 +146,20 @@ impl Volume {
         let node = self.nodes.load(dir, Kind::Dir);
         // A directory that was removed meanwhile is not recorded again: its remover held this lock.
         let _state = self.lock(&node);
-        if dir != NodeId::ROOT && node.place(self.catalog())?.is_none() {
-            return Ok(());
-        }
-        let row = self.settle_dir(dir)?;
-        let mut changes = Vec::with_capacity(1);
-        self.put(&self.standing(&node, 1)?, row, &mut changes)?;
-        self.catalog().push(changes)?;
-        Ok(())
+        // Whoever holds these locks finds it marked, or recorded: a scrub would take what is not
+        // recorded yet for damage.
+        self.stale_dirs.lock().remove(&dir);
+        let record = || {
+            if dir != NodeId::ROOT && node.place(self.catalog())?.is_none() {
+                return Ok(());
+            }
+            let row = self.settle_dir(dir)?;
+            let mut changes = Vec::with_capacity(1);
+            self.put(&self.standing(&node, 1)?, row, &mut changes)?;
+            self.catalog().push(changes)?;
+            Ok(())
+        };
+        record().inspect_err(|_| self.mark_dir(dir))
     }
 
     /// The record of a directory, after its times were made equal on all replicas.
