@@ -188,17 +188,13 @@ impl Catalog {
         if !self.shared.read_only {
             // What comes after this answer must not belong to a moment that it has spoken for.
             self.shared.waiting.queue.lock().clock.fence();
-            self.freeze();
-            self.settle_pending()?;
         }
-        let newest = self.generation();
+        let newest = self.freeze();
+        self.settle_pending()?;
         let found = self.shared.read_at_once(|db| {
             let Some(tick) = tick_at(db, time)? else { return Ok(None) };
-            let after: Option<Generation> = db
-                .prepare_cached("SELECT g FROM tick WHERE g > ?1 ORDER BY g LIMIT 1")?
-                .query_row(params![tick], |row| row.get(0))
-                .optional()?;
-            let last = after.map_or(newest, |after| Generation(after.0.saturating_sub(1)));
+            let last =
+                tick_after(db, tick)?.map_or(newest, |after| Generation(after.0.saturating_sub(1)));
             let at = last.min(newest);
             // Where nothing so old is kept, the oldest that is would be no answer.
             Ok(Some(visible(db, at)?).filter(|visible| *visible <= at))
@@ -207,11 +203,17 @@ impl Catalog {
         Ok(found.map(|at| at.min(newest)).filter(|at| *at > Generation(0)))
     }
 
-    /// A generation that was not later than `time`: of those whose times are on record the last,
-    /// visible or not. `None` before the store's first.
-    pub fn recorded_before(&self, time: Timestamp) -> Result<Option<Generation>> {
+    /// The first generation that was later than `time`, visible or not; one that is still to come,
+    /// if none was. `None` if the store has no generation that was not later.
+    pub fn recorded_after(&self, time: Timestamp) -> Result<Option<Generation>> {
+        // Before what is pending is written: what comes later may have a time that is not.
+        let newest = self.generation();
         self.settle_pending()?;
-        self.shared.read_at_once(|db| tick_at(db, time))
+        self.shared.read_at_once(|db| {
+            let Some(tick) = tick_at(db, time)? else { return Ok(None) };
+            let next = tick_after(db, tick)?;
+            Ok(Some(next.unwrap_or(Generation(newest.0 + 1))))
+        })
     }
 
     /// Whether a generation can still be looked at: retention may have taken it out meanwhile.
@@ -230,6 +232,13 @@ impl Catalog {
         let oldest = self.shared.read_at_once(|db| visible_from(db, Generation(1)))?;
         Ok(oldest.min(self.generation()))
     }
+}
+
+/// The first generation of the next time on record after that of `tick`.
+fn tick_after(db: &Connection, tick: Generation) -> rusqlite::Result<Option<Generation>> {
+    db.prepare_cached("SELECT g FROM tick WHERE g > ?1 ORDER BY g LIMIT 1")?
+        .query_row(params![tick], |row| row.get(0))
+        .optional()
 }
 
 /// The first generation of the last time on record that is not later than `time`. Both columns of

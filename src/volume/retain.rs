@@ -207,8 +207,10 @@ impl Volume {
             catalog.thin(thinning.horizon, &thinning.keep.into_iter().collect())?;
         }
         let forget = tiers.deleted.even_before(now);
-        // Not what is visible of that time: that may be a much later generation.
-        if let Some(since) = catalog.recorded_before(forget)? {
+        // Not what is visible of that time: that may be a much later generation. Nor where that
+        // time began on record: what was deleted last, before a store was left alone, is no later
+        // than that and would stay for as long as nothing else happened.
+        if let Some(since) = catalog.recorded_after(forget)? {
             self.forget_deletions(since)?;
         }
         Ok(())

@@ -97,6 +97,33 @@ fn a_deletion_is_kept_however_often_its_gap_is_swept() {
     assert!(touched.iter().all(|(_, node)| *node == NodeId(1)), "{touched:?}");
 }
 
+/// It shared its time with the last change of a store that was then left alone, and was kept for as
+/// long as nothing else happened.
+#[test]
+fn a_deletion_is_forgotten_although_nothing_happened_after_it() {
+    let scratch = Scratch::new(1);
+    let clock = Arc::new(AtomicI64::new(4_000_000_000 * SECOND));
+    let catalog = open_with(&scratch, &clock);
+    let now = || Timestamp::from_nanos(clock.load(Ordering::Relaxed));
+    let made = NodeRow { btime: now(), mtime: now(), ..file(2, 0) };
+    catalog.push(vec![Change::NodePut(dir(1))]).unwrap();
+    catalog.push(create(1, "f", made)).unwrap();
+    flush(&catalog);
+    clock.fetch_add(3600 * SECOND, Ordering::Relaxed);
+    let before = Timestamp::from_nanos(now().as_nanos() - 1);
+    let died = catalog.push(vec![remove(1, "f"), Change::NodeGone(NodeId(2))]).unwrap();
+    catalog.push(vec![Change::NodePut(dir(1))]).unwrap();
+    flush(&catalog);
+    thin_to(&catalog, &[]);
+    for (forget, left) in [(before, 1), (now(), 0)] {
+        let since = catalog.recorded_after(forget).unwrap().unwrap();
+        assert_eq!(since <= died, left == 1);
+        catalog.sweep_again(Generation(0), since).unwrap();
+        sweep_all(&catalog, since);
+        assert_eq!(count(&scratch, "node_h WHERE id = 2"), left);
+    }
+}
+
 /// A batch that began before the gap counted as touched at its end.
 #[test]
 fn a_batch_that_reaches_over_a_border_is_told_apart_and_swept_whole() {
