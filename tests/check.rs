@@ -4,6 +4,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
@@ -218,6 +219,32 @@ fn a_lost_catalog_is_made_anew_with_the_packed_past() {
     // Only what was preserved and in no pack yet has no path.
     let unnamed = format!(".snapshots/.deleted/{}/*", rearviewfs::check::UNNAMED);
     assert_eq!(shell(&store.mnt, &format!("cat {unnamed}")), "preserved bytes");
+    store.finish();
+}
+
+/// The file in which its last version is preserved is the one that was written to.
+#[test]
+fn what_a_deleted_file_had_before_it_was_written_to_is_told_as_unknown() {
+    let mut store = Mounted::new();
+    fs::write(store.path("held"), "the version").unwrap();
+    store.snapshot("s");
+    let mut file = fs::OpenOptions::new().write(true).open(store.path("held")).unwrap();
+    fs::remove_file(store.path("held")).unwrap();
+    file.write_all(b"XXX").unwrap();
+    drop(file);
+    store.unmount();
+    lose_catalogs(&store);
+    let mut words = vec!["check".into(), "--rebuild-catalog".into()];
+    words.extend(store.backings.iter().map(|path| path.clone().into_os_string()));
+    let said = rearview(words).ok();
+    let written_to = |line: &&str| line.contains("where it was written to after it was deleted");
+    let told: Vec<&str> = said.lines().filter(written_to).collect();
+    assert_eq!(told.len(), 1, "{said}");
+    store.mount().ok();
+    let unnamed = format!(".snapshots/.deleted/{}", rearviewfs::check::UNNAMED);
+    let name = Path::new(told[0].split("it is shown as ").nth(1).unwrap().trim());
+    let name = name.file_name().unwrap().to_str().unwrap();
+    assert_eq!(shell(&store.path(&unnamed), &format!("cat {name}")), "XXX version");
     store.finish();
 }
 

@@ -7,14 +7,17 @@
 //! the last path of a node is taken for that node.
 //!
 //! **What cannot be known** is told: paths of preserved contents that were not packed yet (they are
-//! shown under [`UNNAMED`] in the root), versions that consist in part of the live file's bytes,
-//! names of snapshots, who made a change, states without content of their own (renames, changes of
-//! mode), and what of the journals no replica has whole.
+//! shown under [`UNNAMED`] in the root), what a deleted file had before somebody who had it open
+//! wrote to it, versions that consist in part of the live file's bytes, names of snapshots, who
+//! made a change, states without content of their own (renames, changes of mode), and what of the
+//! journals no replica has whole.
 //!
 //! Live files are not touched. The lost catalogs, and files of history that mean nothing any more,
 //! go to quarantine. One replica gets the catalog; the others are made equal to it by the next
 //! mount. If we die before the end, the marker says that there is no whole catalog, and it is to be
 //! done again.
+
+mod found;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
@@ -23,17 +26,16 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+use self::found::Found;
 use super::{Finding, Member, finding, open};
 use crate::catalog::digest::{Digest, first_half};
 use crate::catalog::{Catalog, Change, ChunkRow, Durability, NodeRow, PackChange, VersionRecord};
 use crate::error::{IoContext, Result};
 use crate::excludes::Patterns;
-use crate::history::journal::{Parts, Record};
-use crate::history::pack::{PACK_BYTES_MAX, scan};
 use crate::history::packs::{pack_dir, parse_pack_name};
-use crate::history::{parse_preserved_name, preserved_dir};
+use crate::history::{preserved_dir, preserved_name};
 use crate::progress::Progress;
-use crate::replica::backing::{Access, RenameMode};
+use crate::replica::backing::RenameMode;
 use crate::replica::guarded::CALL_TIMEOUT;
 use crate::store::marker::{CleanMark, Phase};
 use crate::store::site::{own_name, private};
@@ -122,117 +124,6 @@ fn set_aside_catalog(member: &Member, time: i64) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A whole pack and its chunks.
-struct FoundPack {
-    id: PackId,
-    bytes: u64,
-    hash: [u8; 32],
-    chunks: Vec<crate::history::pack::PackedChunk>,
-}
-
-/// What is left of history.
-#[derive(Default)]
-struct Found {
-    packs: Vec<FoundPack>,
-    versions: BTreeMap<(NodeId, ContentId), VersionRecord>,
-    recipes: BTreeMap<ContentId, Parts>,
-    /// Sizes of the files in `preserved/`.
-    preserved: BTreeSet<(NodeId, ContentId)>,
-}
-
-impl Found {
-    fn read(member: &Member, report: &mut RebuildReport, progress: &Progress) -> Result<Found> {
-        let mut found = Found::default();
-        progress.begin(&format!("Reading the packs of {}", member.site.path.display()), 0, 0);
-        let read = found.read_packs(member, report, progress);
-        progress.end();
-        read?;
-        found.read_preserved(member)?;
-        Ok(found)
-    }
-
-    fn read_packs(
-        &mut self,
-        member: &Member,
-        report: &mut RebuildReport,
-        progress: &Progress,
-    ) -> Result<()> {
-        let site = &member.site;
-        for shard in 0..=255 {
-            let dir = pack_dir(PackId(shard)).path();
-            let Ok(handle) = site.backing.open_dir(&dir) else { continue };
-            let mut names = site.backing.list(&handle).context("list", site.at(&dir))?;
-            names.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-            for entry in names {
-                let Some(id) = parse_pack_name(&entry.name) else { continue };
-                let place = site.at(&dir.join(&entry.name));
-                let read = (|| {
-                    let file = site.backing.open_file(&handle, &entry.name, Access::Read)?;
-                    let size = site.backing.stat(&file)?.size.min(PACK_BYTES_MAX + 1);
-                    let mut bytes = vec![0; size as usize];
-                    let got = site.backing.read_at(&file, &mut bytes, 0)?;
-                    bytes.truncate(got);
-                    Ok::<_, std::io::Error>(bytes)
-                })();
-                let bytes = read.context("read", &place)?;
-                progress.advance(1, bytes.len() as u64)?;
-                match scan(&bytes) {
-                    Ok(scanned) if (scanned.store, scanned.id) == (member.marker.store, id) => {
-                        report.packs += 1;
-                        self.records(scanned.records);
-                        let hash = *blake3::hash(&bytes).as_bytes();
-                        let (bytes, chunks) = (bytes.len() as u64, scanned.chunks);
-                        self.packs.push(FoundPack { id, bytes, hash, chunks });
-                    }
-                    Ok(_) => report.unknown.push(finding(&place, "it is another pack".into())),
-                    Err(flaw) => report.unknown.push(finding(&place, flaw.to_string())),
-                }
-            }
-        }
-        self.packs.sort_unstable_by_key(|pack| pack.id);
-        Ok(())
-    }
-
-    fn records(&mut self, records: Vec<Record>) {
-        // The parts of one recipe may be spread over several records of one journal; a later
-        // journal may have the same recipe again.
-        let mut whole: BTreeMap<ContentId, Parts> = BTreeMap::new();
-        for record in records {
-            match record {
-                Record::Version(version) => {
-                    self.versions.insert((version.node, version.content), version);
-                }
-                Record::Recipe(id, parts) => whole.entry(id).or_default().extend(parts),
-                Record::Image(_) => {}
-            }
-        }
-        for (id, parts) in whole {
-            let longer = |known: &Parts| known.len() < parts.len();
-            if self.recipes.get(&id).is_none_or(longer) {
-                self.recipes.insert(id, parts);
-            }
-        }
-    }
-
-    fn read_preserved(&mut self, member: &Member) -> Result<()> {
-        let site = &member.site;
-        for shard in 0..=255 {
-            let dir = preserved_dir(NodeId(shard)).path();
-            let Ok(handle) = site.backing.open_dir(&dir) else { continue };
-            for entry in site.backing.list(&handle).context("list", site.at(&dir))? {
-                self.preserved.extend(parse_preserved_name(&entry.name));
-            }
-        }
-        Ok(())
-    }
-
-    /// The earliest moment that anything tells of.
-    fn first_time(&self) -> i64 {
-        let now = Timestamp::now().as_nanos();
-        self.versions.values().map(|version| version.born.as_nanos()).fold(now, i64::min).max(1)
-    }
 }
 
 /// The past as it is played again.
@@ -384,9 +275,11 @@ impl<'a> Past<'a> {
         self.next_node = self.next_node.max(highest.unwrap_or(1) + 1);
         let mut preserved = found.preserved;
         for (key, version) in found.versions {
-            let kept = preserved.remove(&key);
-            if self.packed.contains_key(&version.content) || kept {
-                let preserved = kept && !self.packed.contains_key(&version.content);
+            let packed = self.packed.contains_key(&version.content);
+            let whole = packed || !found.overwritten.contains(&key);
+            let kept = whole && preserved.remove(&key);
+            if packed || kept {
+                let preserved = kept && !packed;
                 shown.push(Shown { version, preserved, xattrs: XattrSetId::NONE });
             } else {
                 let place = version.path.to_string();
@@ -400,7 +293,7 @@ impl<'a> Past<'a> {
         }
         for (node, content) in preserved {
             let dir = preserved_dir(node).path();
-            let name = crate::history::preserved_name(node, content);
+            let name = preserved_name(node, content);
             let handle = member.site.dir(&dir)?;
             let Some(object) = member.site.object(&handle, &dir, &name)? else { continue };
             let stat = object.stat;
@@ -409,7 +302,11 @@ impl<'a> Past<'a> {
             }
             let path = RelPath::from(vec![own_name(UNNAMED), name]);
             let place = member.site.at(&dir.join(&own_name(&format!("{}.{}", node.0, content.0))));
-            report.unknown.push(finding(&place, format!("its path; it is shown as {path}")));
+            let what = match found.overwritten.contains(&(node, content)) {
+                true => "its path, and what it had where it was written to after it was deleted",
+                false => "its path",
+            };
+            report.unknown.push(finding(&place, format!("{what}; it is shown as {path}")));
             let version = VersionRecord {
                 node,
                 content,

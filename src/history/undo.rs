@@ -385,8 +385,13 @@ impl UndoLog {
     }
 }
 
+/// Whose bytes the whole records of a segment hold.
+pub fn overwritten(bytes: &[u8]) -> impl Iterator<Item = (NodeId, ContentId)> {
+    records(bytes).into_values().map(|(_, record)| (record.row.node, record.row.content))
+}
+
 /// All of a segment on one replica, as far as one can reach.
-fn read_segment(b: &dyn Backing, dir: &Handle, segment: u64) -> std::io::Result<Vec<u8>> {
+pub fn read_segment(b: &dyn Backing, dir: &Handle, segment: u64) -> std::io::Result<Vec<u8>> {
     let file = b.open_file(dir, &segment_name(segment), Access::Read)?;
     let mut bytes = vec![0; b.stat(&file)?.size.min(SEGMENT_BYTES_BOUND) as usize];
     let got = b.read_at(&file, &mut bytes, 0)?;

@@ -1,0 +1,151 @@
+//! What is left of history where every catalog is lost.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Member, RebuildReport};
+use crate::catalog::VersionRecord;
+use crate::check::finding;
+use crate::error::{IoContext, Result};
+use crate::history::journal::{Parts, Record};
+use crate::history::pack::{PACK_BYTES_MAX, PackedChunk, scan};
+use crate::history::packs::{pack_dir, parse_pack_name};
+use crate::history::undo::{overwritten, parse_segment_name, read_segment};
+use crate::history::{parse_preserved_name, preserved_dir};
+use crate::progress::Progress;
+use crate::replica::backing::Access;
+use crate::store::site::private;
+use crate::types::{ContentId, NodeId, PackId, Timestamp};
+
+/// A whole pack and its chunks.
+pub(super) struct FoundPack {
+    pub id: PackId,
+    pub bytes: u64,
+    pub hash: [u8; 32],
+    pub chunks: Vec<PackedChunk>,
+}
+
+/// What is left of history.
+#[derive(Default)]
+pub(super) struct Found {
+    pub packs: Vec<FoundPack>,
+    pub versions: BTreeMap<(NodeId, ContentId), VersionRecord>,
+    pub recipes: BTreeMap<ContentId, Parts>,
+    /// The files in `preserved/`.
+    pub preserved: BTreeSet<(NodeId, ContentId)>,
+    /// Contents with before-images: what lies in a file of theirs is not all that they had. A
+    /// journal does not tell of holes, so they cannot be put together again.
+    pub overwritten: BTreeSet<(NodeId, ContentId)>,
+}
+
+impl Found {
+    pub(super) fn read(
+        member: &Member,
+        report: &mut RebuildReport,
+        progress: &Progress,
+    ) -> Result<Found> {
+        let mut found = Found::default();
+        progress.begin(&format!("Reading the packs of {}", member.site.path.display()), 0, 0);
+        let read = found.read_packs(member, report, progress);
+        progress.end();
+        read?;
+        found.read_preserved(member)?;
+        found.read_segments(member)?;
+        Ok(found)
+    }
+
+    fn read_packs(
+        &mut self,
+        member: &Member,
+        report: &mut RebuildReport,
+        progress: &Progress,
+    ) -> Result<()> {
+        let site = &member.site;
+        for shard in 0..=255 {
+            let dir = pack_dir(PackId(shard)).path();
+            let Ok(handle) = site.backing.open_dir(&dir) else { continue };
+            let mut names = site.backing.list(&handle).context("list", site.at(&dir))?;
+            names.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+            for entry in names {
+                let Some(id) = parse_pack_name(&entry.name) else { continue };
+                let place = site.at(&dir.join(&entry.name));
+                let read = (|| {
+                    let file = site.backing.open_file(&handle, &entry.name, Access::Read)?;
+                    let size = site.backing.stat(&file)?.size.min(PACK_BYTES_MAX + 1);
+                    let mut bytes = vec![0; size as usize];
+                    let got = site.backing.read_at(&file, &mut bytes, 0)?;
+                    bytes.truncate(got);
+                    Ok::<_, std::io::Error>(bytes)
+                })();
+                let bytes = read.context("read", &place)?;
+                progress.advance(1, bytes.len() as u64)?;
+                match scan(&bytes) {
+                    Ok(scanned) if (scanned.store, scanned.id) == (member.marker.store, id) => {
+                        report.packs += 1;
+                        self.records(scanned.records);
+                        let hash = *blake3::hash(&bytes).as_bytes();
+                        let (bytes, chunks) = (bytes.len() as u64, scanned.chunks);
+                        self.packs.push(FoundPack { id, bytes, hash, chunks });
+                    }
+                    Ok(_) => report.unknown.push(finding(&place, "it is another pack".into())),
+                    Err(flaw) => report.unknown.push(finding(&place, flaw.to_string())),
+                }
+            }
+        }
+        self.packs.sort_unstable_by_key(|pack| pack.id);
+        Ok(())
+    }
+
+    fn records(&mut self, records: Vec<Record>) {
+        // The parts of one recipe may be spread over several records of one journal; a later
+        // journal may have the same recipe again.
+        let mut whole: BTreeMap<ContentId, Parts> = BTreeMap::new();
+        for record in records {
+            match record {
+                Record::Version(version) => {
+                    self.versions.insert((version.node, version.content), version);
+                }
+                Record::Recipe(id, parts) => whole.entry(id).or_default().extend(parts),
+                Record::Image(image) => {
+                    self.overwritten.insert((image.node, image.content));
+                }
+            }
+        }
+        for (id, parts) in whole {
+            let longer = |known: &Parts| known.len() < parts.len();
+            if self.recipes.get(&id).is_none_or(longer) {
+                self.recipes.insert(id, parts);
+            }
+        }
+    }
+
+    fn read_preserved(&mut self, member: &Member) -> Result<()> {
+        let site = &member.site;
+        for shard in 0..=255 {
+            let dir = preserved_dir(NodeId(shard)).path();
+            let Ok(handle) = site.backing.open_dir(&dir) else { continue };
+            for entry in site.backing.list(&handle).context("list", site.at(&dir))? {
+                self.preserved.extend(parse_preserved_name(&entry.name));
+            }
+        }
+        Ok(())
+    }
+
+    fn read_segments(&mut self, member: &Member) -> Result<()> {
+        let site = &member.site;
+        let dir = private("undo");
+        let handle = site.dir(&dir)?;
+        for entry in site.backing.list(&handle).context("list", site.at(&dir))? {
+            let Some(segment) = parse_segment_name(&entry.name) else { continue };
+            let read = read_segment(&*site.backing, &handle, segment);
+            let bytes = read.context("read", site.at(&dir.join(&entry.name)))?;
+            self.overwritten.extend(overwritten(&bytes));
+        }
+        Ok(())
+    }
+
+    /// The earliest moment that anything tells of.
+    pub(super) fn first_time(&self) -> i64 {
+        let now = Timestamp::now().as_nanos();
+        self.versions.values().map(|version| version.born.as_nanos()).fold(now, i64::min).max(1)
+    }
+}
