@@ -34,7 +34,7 @@ pub use extents::{Extent, Extents, Place};
 
 use crate::catalog::{Base, Catalog, Change, UndoFile, UndoPlace, Whereabouts};
 use crate::error::{Error, Result};
-use crate::replica::backing::{Access, Backing, Creds, DirEntry, Handle, Seek};
+use crate::replica::backing::{Access, Backing, Creds, DirEntry, Handle, RenameMode, Seek};
 use crate::replica::{Handles, PrivateDir, ReplicaSet};
 use crate::types::{ContentId, EntryName, NodeId, ReplicaId};
 
@@ -211,12 +211,24 @@ impl History {
         let (node, content) = of;
         let dir = replicas.private(preserved_dir(node))?;
         let name = preserved_name(node, content);
+        let tmp = replicas.private(PrivateDir::Tmp)?;
         replicas.apply("clone", |id, b| {
-            // A leftover of a mount that died before its overwrite holds the same bytes.
-            let _ = b.unlink(dir.get(id)?, &name);
-            let clone = b.create(dir.get(id)?, &name, 0o600, OWN)?;
-            b.clone_file(file.get(id)?, &clone)?;
-            b.sync(&clone, true)
+            let scratch = tmp.get(id)?;
+            // A leftover of a mount that died here.
+            let _ = b.unlink(scratch, &name);
+            let clone = b.create(scratch, &name, 0o600, OWN)?;
+            let made = (|| {
+                b.clone_file(file.get(id)?, &clone)?;
+                // It gets its name when it is whole: recovery takes what lies under that for the
+                // content, and a power cut can leave a file of which only the making was logged.
+                // In place of a leftover of a mount that died before its overwrite.
+                b.rename(scratch, &name, dir.get(id)?, &name, RenameMode::Replace)
+            })();
+            if made.is_err() {
+                let _ = b.unlink(scratch, &name);
+            }
+            made?;
+            b.sync(&clone, false)
         })?;
         // A small one is packed as any other: it costs less so than as a file.
         let cloned = size >= CLONE_BYTES_MIN;
