@@ -142,6 +142,41 @@ impl Catalog {
         })
     }
 
+    /// Of the names by which a node was reached after `since` those that nobody else had, in
+    /// directories that have the path still that they had then: what lies there is the node's.
+    pub fn own_names_since(
+        &self,
+        node: NodeId,
+        since: Generation,
+    ) -> Result<Vec<(RelPath, EntryName)>> {
+        self.settle_pending()?;
+        let newest = self.generation();
+        self.shared.read_at_once(|db| {
+            let mut statement = db.prepare_cached(
+                "SELECT parent, name FROM entry_h WHERE node = ?1 AND died > ?2 \
+                 UNION SELECT parent, name FROM entry WHERE node = ?1",
+            )?;
+            let mut others = db.prepare_cached(
+                "SELECT 1 FROM entry_h WHERE parent = ?1 AND name = ?2 AND died > ?3 \
+                 AND node <> ?4 \
+                 UNION ALL SELECT 1 FROM entry WHERE parent = ?1 AND name = ?2 AND node <> ?4",
+            )?;
+            let rows = statement.query_map(params![node, since], |row| {
+                Ok((row.get::<_, NodeId>(0)?, row.get::<_, EntryName>(1)?))
+            })?;
+            let mut found = Vec::new();
+            for row in rows {
+                let (parent, name) = row?;
+                if others.exists(params![parent, name, since, node])? {
+                    continue;
+                }
+                let (dir, then) = (path_at(db, newest, parent)?, path_at(db, since, parent)?);
+                found.extend(dir.filter(|dir| then.as_ref() == Some(dir)).map(|dir| (dir, name)));
+            }
+            Ok(found)
+        })
+    }
+
     /// The nodes that lost a name after `since`, as they were last.
     pub fn held_since(
         &self,

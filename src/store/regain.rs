@@ -7,8 +7,9 @@
 //!
 //! - The bytes are somewhere: in another replica's `preserved/`, or in a file that has again, or
 //!   still, one of the names that its node had. btrfs makes the catalog durable, when anything is
-//!   synced, and not the rename by which a file went into `preserved/` before that. They are
-//!   copied to their place ([`regain`]), before the live tree is looked at.
+//!   synced, and not the rename by which a file went into `preserved/` before that; others when an
+//!   fsync of one file commits what the catalog has of all. They are copied to their place
+//!   ([`regain`]), before the live tree is looked at.
 //! - They are nowhere, and were never promised: the content is younger than the last checkpoint.
 //!   What did not come to the disk reads as zeros from then on, as it does in a live file of
 //!   several filesystems ([`settle`]), and each such version is told.
@@ -31,6 +32,9 @@ use crate::progress::Progress;
 use crate::replica::backing::{Access, Handle, RenameMode};
 use crate::replica::handles::open_private;
 use crate::types::{ContentId, EntryName, Generation, Kind, NodeId, RelPath};
+
+/// Births are told by a clock that lags by up to 10 ms, and times of generations to about as much.
+const BIRTH_NANOS: i64 = 30_000_000;
 
 /// What is looked at, and where.
 pub struct Search<'a> {
@@ -160,7 +164,70 @@ impl Search<'_> {
                 }
             }
         }
+        self.regain_older(node, content)
+    }
+
+    /// Takes for a preserved content what its file still is under a name of its node: that it was
+    /// moved away came to the catalog and not to the disk. It was written to after the content was
+    /// sealed, or lacks some of it; but older contents, which snapshots may show, are all there:
+    /// before a byte of theirs is overwritten its image is durable.
+    fn regain_older(&self, node: NodeId, content: &PastContent) -> Result<()> {
+        let born = self.catalog.time_of(content.born)?.as_nanos();
+        let contents = self.catalog.contents_since(node, self.since)?;
+        for site in std::iter::once(self.site).chain(self.peers) {
+            // Where it is there and short, it is that file itself, and another has its name. Where
+            // an older one is missing, the file is that one's.
+            if self.preserved_object(site, node, content.id)?.is_some()
+                || self.is_any_missing(site, node, &contents, content.id)?
+            {
+                continue;
+            }
+            for (dir, name) in self.catalog.own_names_since(node, self.since)? {
+                let Ok(handle) = site.dir(&dir) else { continue };
+                let Some(object) = site.object(&handle, &dir, &name)? else { continue };
+                let birth = object.stat.btime.as_nanos();
+                // The one that took the name when it was moved away is younger than the content.
+                let is_old = birth > 0 && birth + BIRTH_NANOS <= born;
+                if object.stat.kind == Kind::File && is_old {
+                    self.keep(site, (&dir, &name, &object), (node, content.id))?;
+                    if let Some(digest) = self.digest_again(node, content)? {
+                        self.catalog.push(vec![digest])?;
+                    }
+                    return Ok(());
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// Whether one of the `contents` before `id` is preserved and has no file.
+    fn is_any_missing(
+        &self,
+        site: &Site,
+        node: NodeId,
+        contents: &[PastContent],
+        id: ContentId,
+    ) -> Result<bool> {
+        for older in contents.iter().filter(|one| one.preserved && one.id < id) {
+            if self.preserved_object(site, node, older.id)?.is_none() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The digest of a content that was not durable and is not what it was: that of its file.
+    fn digest_again(&self, node: NodeId, content: &PastContent) -> Result<Option<Change>> {
+        if content.born <= self.since || self.catalog.digest(content.id)?.is_none() {
+            return Ok(None);
+        }
+        let (shard, path) = shard_of(self.site, node)?;
+        let name = preserved_name(node, content.id);
+        let shown = self.site.at(&path.join(&name));
+        let file = self.site.backing.open_file(&shard, &name, Access::Read);
+        let (hash, _) = file.and_then(|file| self.site.hash(&file)).context("read", &shown)?;
+        let digest = digest::first_half(&hash);
+        Ok(Some(Change::DigestAdd { content: content.id, digest }))
     }
 
     fn keep(
@@ -222,11 +289,7 @@ impl Search<'_> {
             .and_then(|()| backing.sync(&shard, false))
             .context("extend", &shown)?;
         let mut changes = vec![Change::ContentPreserved { id: content.id, cloned: false }];
-        if self.catalog.digest(content.id)?.is_some() {
-            let (hash, _) = site.hash(&file).context("read", &shown)?;
-            let digest = digest::first_half(&hash);
-            changes.push(Change::DigestAdd { content: content.id, digest });
-        }
+        changes.extend(self.digest_again(node, content)?);
         self.catalog.push(changes)?;
         let last = self.catalog.names_since(node, Generation::default())?;
         let told = last

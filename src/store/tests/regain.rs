@@ -78,6 +78,69 @@ fn a_file_that_is_live_still_is_preserved_again() {
     }
 }
 
+/// A store whose one file was appended to, sealed and then emptied by being moved away: the catalog
+/// has it, and the disk has the file as the checkpoint left it. Tells the node and the content that
+/// is not in `preserved/`. With `taken` another file has the name since.
+fn unmoved(bench: &Bench, taken: bool) -> (NodeId, ContentId) {
+    write(&bench.path("a/f"), b"what was here");
+    bench.settle(&["a", "b"]);
+    let store = bench.open(&["a", "b"]).unwrap();
+    let catalog = &store.catalog;
+    let first = catalog.node(id_of(catalog, "f")).unwrap().unwrap();
+    let what = [Dirty::File(first.id), Dirty::Dir(NodeId::ROOT)];
+    drop(store.intents.begin(&store.replicas, &what).unwrap());
+    let birth = fs::metadata(bench.path("b/f")).unwrap().created().unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while birth.elapsed().unwrap().as_millis() < 100 {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    let later = |nanos| Timestamp::from_nanos(Timestamp::now().as_nanos() + nanos);
+    let (content, mtime) = (catalog.next_content(), later(0));
+    let longer = NodeRow { content, size: 20, mtime, ..first.clone() };
+    let added = Change::ContentAdd { id: content, node: first.id, size: 20 };
+    catalog.push(vec![added, Change::NodePut(longer)]).unwrap();
+    catalog.freeze();
+    let mut emptied = vec![Change::ContentPreserved { id: content, cloned: false }];
+    let empty = NodeRow { content: ContentId::EMPTY, size: 0, mtime: later(1), ..first.clone() };
+    if taken {
+        let (parent, name) = (NodeId::ROOT, EntryName::new("f").unwrap());
+        let node = catalog.next_node();
+        emptied.push(Change::EntryRemove { parent, name: name.clone() });
+        emptied.push(Change::NodeGone(first.id));
+        emptied.push(Change::NodePut(NodeRow { id: node, ..empty }));
+        emptied.push(Change::EntryAdd { parent, name, node });
+    } else {
+        emptied.push(Change::NodePut(empty));
+    }
+    catalog.push(emptied).unwrap();
+    catalog.flush(Durability::Durable).unwrap();
+    (first.id, content)
+}
+
+/// An fsync of another file had committed that it was moved away.
+#[test]
+fn what_older_versions_rely_on_is_taken_from_the_file_that_was_not_moved() {
+    let bench = Bench::new();
+    let of = unmoved(&bench, false);
+    let store = bench.open(&["a", "b"]).unwrap();
+    for backing in ["a", "b"] {
+        let kept = fs::read(preserved(&bench, backing, of)).unwrap();
+        assert_eq!(kept, b"what was here\0\0\0\0\0\0\0");
+    }
+    store.close().unwrap();
+    bench.assert_equal(&["a", "b"]);
+}
+
+#[test]
+fn what_has_a_name_that_was_taken_by_another_is_not_believed_to_be_the_lost_file() {
+    let bench = Bench::new();
+    let of = unmoved(&bench, true);
+    let store = bench.open(&["a", "b"]).unwrap();
+    assert!(!preserved(&bench, "a", of).exists());
+    store.close().unwrap();
+}
+
 #[test]
 fn what_one_replica_lost_is_taken_from_another() {
     let bench = Bench::new();
