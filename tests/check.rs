@@ -237,7 +237,7 @@ fn what_a_deleted_file_had_before_it_was_written_to_is_told_as_unknown() {
     let mut words = vec!["check".into(), "--rebuild-catalog".into()];
     words.extend(store.backings.iter().map(|path| path.clone().into_os_string()));
     let said = rearview(words).ok();
-    let written_to = |line: &&str| line.contains("where it was written to after it was deleted");
+    let written_to = |line: &&str| line.contains("where it was overwritten later");
     let told: Vec<&str> = said.lines().filter(written_to).collect();
     assert_eq!(told.len(), 1, "{said}");
     store.mount().ok();

@@ -297,13 +297,14 @@ impl<'a> Past<'a> {
             let handle = member.site.dir(&dir)?;
             let Some(object) = member.site.object(&handle, &dir, &name)? else { continue };
             let stat = object.stat;
-            if stat.kind != Kind::File || stat.size == 0 {
+            let was_overwritten = found.overwritten.contains(&(node, content));
+            if stat.kind != Kind::File || stat.size == 0 && !was_overwritten {
                 continue;
             }
             let path = RelPath::from(vec![own_name(UNNAMED), name]);
             let place = member.site.at(&dir.join(&own_name(&format!("{}.{}", node.0, content.0))));
-            let what = match found.overwritten.contains(&(node, content)) {
-                true => "its path, and what it had where it was written to after it was deleted",
+            let what = match was_overwritten {
+                true => "its path, and what it had where it was overwritten later",
                 false => "its path",
             };
             report.unknown.push(finding(&place, format!("{what}; it is shown as {path}")));

@@ -222,7 +222,7 @@ impl UndoLog {
             let backing = replica.backing();
             let read = || -> std::io::Result<Vec<u8>> {
                 let dir = replicas.private(PrivateDir::Undo).map_err(|e| e.to_errno())?;
-                read_segment(backing, dir.get(id)?, segment)
+                read_segment(backing, dir.get(id)?, &segment_name(segment))
             };
             let path = replica.path.display();
             let bytes = match read() {
@@ -391,8 +391,8 @@ pub fn overwritten(bytes: &[u8]) -> impl Iterator<Item = (NodeId, ContentId)> {
 }
 
 /// All of a segment on one replica, as far as one can reach.
-pub fn read_segment(b: &dyn Backing, dir: &Handle, segment: u64) -> std::io::Result<Vec<u8>> {
-    let file = b.open_file(dir, &segment_name(segment), Access::Read)?;
+pub fn read_segment(b: &dyn Backing, dir: &Handle, name: &EntryName) -> std::io::Result<Vec<u8>> {
+    let file = b.open_file(dir, name, Access::Read)?;
     let mut bytes = vec![0; b.stat(&file)?.size.min(SEGMENT_BYTES_BOUND) as usize];
     let got = b.read_at(&file, &mut bytes, 0)?;
     bytes.truncate(got);
@@ -408,7 +408,8 @@ pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, from: u64) -> Result<()
     let dir = replicas.private(PrivateDir::Undo)?;
     let mut found: BTreeMap<ContentId, Vec<UndoRow>> = BTreeMap::new();
     for segment in segments(replicas)?.into_iter().filter(|&segment| segment >= from) {
-        let bytes = replicas.read("undo", |id, b| read_segment(b, dir.get(id)?, segment))?;
+        let bytes =
+            replicas.read("undo", |id, b| read_segment(b, dir.get(id)?, &segment_name(segment)))?;
         for (offset, (_, Record { mut row, is_hole, .. })) in records(&bytes) {
             let place = UndoPlace { file: UndoFile::Segment(segment), offset };
             row.at = (!is_hole).then_some(place);
@@ -460,7 +461,7 @@ pub fn complete(replicas: &ReplicaSet, from: u64) -> Result<()> {
     for segment in segments(replicas)?.into_iter().filter(|&segment| segment >= from) {
         let name = segment_name(segment);
         let copies =
-            replicas.apply("undo", |id, b| match read_segment(b, dir.get(id)?, segment) {
+            replicas.apply("undo", |id, b| match read_segment(b, dir.get(id)?, &name) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
                 other => other,
             })?;

@@ -14,7 +14,7 @@ use crate::history::{parse_preserved_name, preserved_dir};
 use crate::progress::Progress;
 use crate::replica::backing::Access;
 use crate::store::site::private;
-use crate::types::{ContentId, NodeId, PackId, Timestamp};
+use crate::types::{ContentId, EntryName, NodeId, PackId, Timestamp};
 
 /// A whole pack and its chunks.
 pub(super) struct FoundPack {
@@ -49,7 +49,7 @@ impl Found {
         progress.end();
         read?;
         found.read_preserved(member)?;
-        found.read_segments(member)?;
+        found.read_segments(member, report)?;
         Ok(found)
     }
 
@@ -130,15 +130,23 @@ impl Found {
         Ok(())
     }
 
-    fn read_segments(&mut self, member: &Member) -> Result<()> {
+    /// Those that an earlier rebuilding set aside before it was ended tell the same.
+    fn read_segments(&mut self, member: &Member, report: &mut RebuildReport) -> Result<()> {
         let site = &member.site;
-        let dir = private("undo");
-        let handle = site.dir(&dir)?;
-        for entry in site.backing.list(&handle).context("list", site.at(&dir))? {
-            let Some(segment) = parse_segment_name(&entry.name) else { continue };
-            let read = read_segment(&*site.backing, &handle, segment);
-            let bytes = read.context("read", site.at(&dir.join(&entry.name)))?;
-            self.overwritten.extend(overwritten(&bytes));
+        for dir in [private("undo"), private("quarantine")] {
+            let Ok(handle) = site.backing.open_dir(&dir) else { continue };
+            for entry in site.backing.list(&handle).context("list", site.at(&dir))? {
+                if parse_segment_name(&entry.name).is_none() && !is_segment_set_aside(&entry.name) {
+                    continue;
+                }
+                match read_segment(&*site.backing, &handle, &entry.name) {
+                    Ok(bytes) => self.overwritten.extend(overwritten(&bytes)),
+                    Err(error) => {
+                        let what = format!("whose before-images it has: {error}");
+                        report.unknown.push(finding(&site.at(&dir.join(&entry.name)), what));
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -148,4 +156,13 @@ impl Found {
         let now = Timestamp::now().as_nanos();
         self.versions.values().map(|version| version.born.as_nanos()).fold(now, i64::min).max(1)
     }
+}
+
+/// The name that [`super::set_aside_unused`] gives a segment.
+fn is_segment_set_aside(name: &EntryName) -> bool {
+    let segment = |text: &str| {
+        let (_, own) = text.strip_prefix("rebuild-")?.split_once('-')?;
+        parse_segment_name(&EntryName::new(own).ok()?)
+    };
+    std::str::from_utf8(name.as_bytes()).ok().and_then(segment).is_some()
 }
