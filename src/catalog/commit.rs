@@ -262,10 +262,20 @@ impl Catalog {
 
     /// Ends the open burst: no later change is folded into a state that this generation shows.
     pub fn freeze(&self) -> Generation {
+        self.freeze_and(|_| ())
+    }
+
+    /// As [`Catalog::freeze`], and gives the next generation a time of its own.
+    pub(super) fn freeze_time(&self) -> Generation {
+        self.freeze_and(TickClock::fence)
+    }
+
+    fn freeze_and(&self, and: fn(&mut TickClock)) -> Generation {
         if self.shared.read_only {
             return self.generation();
         }
         let mut queue = self.shared.waiting.queue.lock();
+        and(&mut queue.clock);
         queue.frozen = queue.generation;
         let newest = queue.generation;
         queue.looks.note(newest);

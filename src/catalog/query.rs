@@ -185,11 +185,8 @@ impl Catalog {
 
     /// The newest generation at `time` that is still visible; `None` before the first of them.
     pub fn generation_at(&self, time: Timestamp) -> Result<Option<Generation>> {
-        if !self.shared.read_only {
-            // What comes after this answer must not belong to a moment that it has spoken for.
-            self.shared.waiting.queue.lock().clock.fence();
-        }
-        let newest = self.freeze();
+        // What comes after this answer must not belong to a moment that it has spoken for.
+        let newest = self.freeze_time();
         self.settle_pending()?;
         let found = self.shared.read_at_once(|db| {
             let Some(tick) = tick_at(db, time)? else { return Ok(None) };
