@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::query::path_at;
 use super::schema::{ContentState, NODE_COLUMNS, node_row, unsigned};
@@ -143,14 +143,13 @@ impl Catalog {
     }
 
     /// Of the names by which a node was reached after `since` those that nobody else had, in
-    /// directories that have the path still that they had then: what lies there is the node's.
+    /// directories that had one name each all the time: what lies there is the node's.
     pub fn own_names_since(
         &self,
         node: NodeId,
         since: Generation,
     ) -> Result<Vec<(RelPath, EntryName)>> {
         self.settle_pending()?;
-        let newest = self.generation();
         self.shared.read_at_once(|db| {
             let mut statement = db.prepare_cached(
                 "SELECT parent, name FROM entry_h WHERE node = ?1 AND died > ?2 \
@@ -167,11 +166,11 @@ impl Catalog {
             let mut found = Vec::new();
             for row in rows {
                 let (parent, name) = row?;
-                if others.exists(params![parent, name, since, node])? {
-                    continue;
+                if !others.exists(params![parent, name, since, node])?
+                    && let Some(dir) = path_that_stayed(db, parent, since)?
+                {
+                    found.push((dir, name));
                 }
-                let (dir, then) = (path_at(db, newest, parent)?, path_at(db, since, parent)?);
-                found.extend(dir.filter(|dir| then.as_ref() == Some(dir)).map(|dir| (dir, name)));
             }
             Ok(found)
         })
@@ -201,4 +200,33 @@ impl Catalog {
             Ok(last.collect::<rusqlite::Result<Vec<_>>>()?.into_iter().flatten().collect())
         })
     }
+}
+
+/// The path of a directory, if neither it nor one above it got or lost a name after `since`.
+fn path_that_stayed(
+    db: &Connection,
+    dir: NodeId,
+    since: Generation,
+) -> rusqlite::Result<Option<RelPath>> {
+    let mut moved = db.prepare_cached("SELECT 1 FROM entry_h WHERE node = ?1 AND died > ?2")?;
+    let mut own = db.prepare_cached("SELECT parent, name, born FROM entry WHERE node = ?1")?;
+    let mut names = Vec::new();
+    let mut at = dir;
+    while at != NodeId::ROOT {
+        let place = own.query_row(params![at], |row| {
+            Ok((
+                row.get::<_, NodeId>(0)?,
+                row.get::<_, EntryName>(1)?,
+                row.get::<_, Generation>(2)?,
+            ))
+        });
+        let Some((parent, name, born)) = place.optional()? else { return Ok(None) };
+        if born > since || moved.exists(params![at, since])? {
+            return Ok(None);
+        }
+        names.push(name);
+        at = parent;
+    }
+    names.reverse();
+    Ok(Some(RelPath::from(names)))
 }

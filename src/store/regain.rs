@@ -25,8 +25,9 @@ use rustix::io::Errno;
 
 use super::copy::Copier;
 use super::site::{Object, Site, own_creds, private};
-use crate::catalog::{Base, Catalog, Change, PastContent, digest};
-use crate::error::{IoContext, Result};
+use crate::catalog::{Base, Catalog, Change, Durability, PastContent, digest};
+use crate::error::{Error, IoContext, Result};
+use crate::history::ranges::ByteRange;
 use crate::history::{parts_preserved, preserved_dir, preserved_name};
 use crate::progress::Progress;
 use crate::replica::backing::{Access, Handle, RenameMode};
@@ -172,60 +173,88 @@ impl Search<'_> {
     /// sealed, or lacks some of it; but older contents, which snapshots may show, are all there:
     /// before a byte of theirs is overwritten its image is durable.
     fn regain_older(&self, node: NodeId, content: &PastContent) -> Result<()> {
-        let born = self.catalog.time_of(content.born)?.as_nanos();
-        let contents = self.catalog.contents_since(node, self.since)?;
-        for site in std::iter::once(self.site).chain(self.peers) {
-            // Where it is there and short, it is that file itself, and another has its name. Where
-            // an older one is missing, the file is that one's.
-            if self.preserved_object(site, node, content.id)?.is_some()
-                || self.is_any_missing(site, node, &contents, content.id)?
-            {
-                continue;
-            }
-            for (dir, name) in self.catalog.own_names_since(node, self.since)? {
-                let Ok(handle) = site.dir(&dir) else { continue };
-                let Some(object) = site.object(&handle, &dir, &name)? else { continue };
-                let birth = object.stat.btime.as_nanos();
-                // The one that took the name when it was moved away is younger than the content.
-                let is_old = birth > 0 && birth + BIRTH_NANOS <= born;
-                if object.stat.kind == Kind::File && is_old {
-                    self.keep(site, (&dir, &name, &object), (node, content.id))?;
-                    if let Some(digest) = self.digest_again(node, content)? {
-                        self.catalog.push(vec![digest])?;
-                    }
-                    return Ok(());
-                }
+        // Where it is there and short, it is that file itself, and another has its name.
+        if self.preserved_object(self.site, node, content.id)?.is_some() {
+            return Ok(());
+        }
+        // What was durable with another time has images, or it was cloned: overwritten without.
+        let images = self.catalog.sources(node, content.id)?.undo;
+        if content.born <= self.since && !images.iter().any(|row| row.content == content.id) {
+            return Ok(());
+        }
+        // What others have of these names may be older than our last checkpoint.
+        for (dir, name) in self.catalog.own_names_since(node, self.since)? {
+            let Ok(handle) = self.site.dir(&dir) else { continue };
+            let Some(object) = self.site.object(&handle, &dir, &name)? else { continue };
+            if object.stat.kind == Kind::File && self.may_be(&object, node, content)? {
+                self.digest_of((&handle, &dir, &name), &object, (node, content))?;
+                return self.keep(self.site, (&dir, &name, &object), (node, content.id));
             }
         }
         Ok(())
     }
 
-    /// Whether one of the `contents` before `id` is preserved and has no file.
-    fn is_any_missing(
-        &self,
-        site: &Site,
-        node: NodeId,
-        contents: &[PastContent],
-        id: ContentId,
-    ) -> Result<bool> {
-        for older in contents.iter().filter(|one| one.preserved && one.id < id) {
-            if self.preserved_object(site, node, older.id)?.is_none() {
-                return Ok(true);
+    /// Whether a file under a name of a node's own can be the one that a content lay in.
+    fn may_be(&self, object: &Object, node: NodeId, content: &PastContent) -> Result<bool> {
+        let birth = object.stat.btime.as_nanos();
+        let born = self.catalog.time_of(content.born)?.as_nanos();
+        // The one that took the name when it was moved away is younger than the content.
+        if birth == 0 || birth + BIRTH_NANOS > born {
+            return Ok(false);
+        }
+        for older in self.catalog.contents_since(node, self.since)? {
+            if !older.preserved || older.id >= content.id {
+                continue;
+            }
+            // Where an older one is missing, it is that one's; also if a recovery that was ended
+            // has taken it already.
+            let found = self.preserved_object(self.site, node, older.id)?;
+            let key = |object: &Object| (object.stat.size, object.stat.mtime);
+            if found.is_none_or(|found| key(&found) == key(object)) {
+                return Ok(false);
             }
         }
-        Ok(false)
+        Ok(true)
     }
 
-    /// The digest of a content that was not durable and is not what it was: that of its file.
-    fn digest_again(&self, node: NodeId, content: &PastContent) -> Result<Option<Change>> {
-        if content.born <= self.since || self.catalog.digest(content.id)?.is_none() {
+    /// Records the digest of what is to stand for a content that was not durable, if it had one.
+    /// Durable before that file is there: else it would be damage if we died in between.
+    fn digest_of(
+        &self,
+        (handle, dir, name): (&Handle, &RelPath, &EntryName),
+        object: &Object,
+        (node, content): (NodeId, &PastContent),
+    ) -> Result<()> {
+        if object.stat.size < content.size {
+            // It is filled up, and gets its digest then.
+            return Ok(());
+        }
+        let file = self.site.backing.open_file(handle, name, Access::Read);
+        let shown = self.site.at(&dir.join(name));
+        let file = file.context("open", &shown)?;
+        if let Some(digest) = self.digest_again(&file, node, content)? {
+            self.catalog.push(vec![digest])?;
+            self.catalog.flush(Durability::Durable)?;
+        }
+        Ok(())
+    }
+
+    /// The digest of a content that was not durable and is not what it was: that of its file. One
+    /// that has before-images keeps its own, which nobody compares with the file alone.
+    fn digest_again(
+        &self,
+        file: &Handle,
+        node: NodeId,
+        content: &PastContent,
+    ) -> Result<Option<Change>> {
+        let whole = [ByteRange { start: 0, end: content.size }];
+        if content.born <= self.since
+            || self.catalog.digest(content.id)?.is_none()
+            || parts_preserved(self.catalog, (node, content.id), content.size)? != whole
+        {
             return Ok(None);
         }
-        let (shard, path) = shard_of(self.site, node)?;
-        let name = preserved_name(node, content.id);
-        let shown = self.site.at(&path.join(&name));
-        let file = self.site.backing.open_file(&shard, &name, Access::Read);
-        let (hash, _) = file.and_then(|file| self.site.hash(&file)).context("read", &shown)?;
+        let (hash, _) = self.site.hash_parts(file, &whole).map_err(Error::from_io)?;
         let digest = digest::first_half(&hash);
         Ok(Some(Change::DigestAdd { content: content.id, digest }))
     }
@@ -289,7 +318,7 @@ impl Search<'_> {
             .and_then(|()| backing.sync(&shard, false))
             .context("extend", &shown)?;
         let mut changes = vec![Change::ContentPreserved { id: content.id, cloned: false }];
-        changes.extend(self.digest_again(node, content)?);
+        changes.extend(self.digest_again(&file, node, content)?);
         self.catalog.push(changes)?;
         let last = self.catalog.names_since(node, Generation::default())?;
         let told = last

@@ -304,3 +304,33 @@ fn history_ends_where_something_is_excluded_and_begins_where_it_is_not() {
     assert_eq!(kinds(first, second), [DiffKind::Removed]);
     assert_eq!(kinds(second, third), [DiffKind::Added]);
 }
+
+#[test]
+fn a_name_is_a_nodes_own_where_no_other_had_it_and_its_directories_stayed() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    for (node, name) in [(2, "d"), (3, "e"), (4, "stays")] {
+        catalog.push(create(1, name, dir(node))).unwrap();
+    }
+    for (node, parent) in [(5, 2), (6, 3), (7, 4), (8, 4)] {
+        catalog.push(create(parent, &format!("f{}", node % 2), file(node, 0))).unwrap();
+    }
+    let since = catalog.freeze();
+    let own = |node| catalog.own_names_since(NodeId(node), since).unwrap();
+    assert_eq!([5, 6, 7, 8].map(|node| own(node).len()), [1; 4]);
+    // A directory that has a name now that another had.
+    let moved = |node, from: &str, to: &str| {
+        let (parent, node) = (NodeId(1), NodeId(node));
+        let name = |text| EntryName::new(text).unwrap();
+        let old = Change::EntryRemove { parent, name: name(from) };
+        catalog.push(vec![old, Change::EntryAdd { parent, name: name(to), node }]).unwrap();
+    };
+    moved(2, "d", "x");
+    moved(3, "e", "d");
+    // A name that another file has now.
+    catalog.push(vec![remove(4, "f1"), Change::NodeGone(NodeId(7))]).unwrap();
+    catalog.push(create(4, "f1", file(9, 0))).unwrap();
+    assert_eq!([5, 6, 7, 8].map(|node| own(node).len()), [0, 0, 0, 1]);
+    let (path, name) = own(8).remove(0);
+    assert_eq!(path.join(&name).to_string(), "/stays/f0");
+}

@@ -81,7 +81,7 @@ fn a_file_that_is_live_still_is_preserved_again() {
 /// A store whose one file was appended to, sealed and then emptied by being moved away: the catalog
 /// has it, and the disk has the file as the checkpoint left it. Tells the node and the content that
 /// is not in `preserved/`. With `taken` another file has the name since.
-fn unmoved(bench: &Bench, taken: bool) -> (NodeId, ContentId) {
+fn unmoved(bench: &Bench, size: u64, taken: bool) -> (NodeId, ContentId) {
     write(&bench.path("a/f"), b"what was here");
     bench.settle(&["a", "b"]);
     let store = bench.open(&["a", "b"]).unwrap();
@@ -97,9 +97,10 @@ fn unmoved(bench: &Bench, taken: bool) -> (NodeId, ContentId) {
     }
     let later = |nanos| Timestamp::from_nanos(Timestamp::now().as_nanos() + nanos);
     let (content, mtime) = (catalog.next_content(), later(0));
-    let longer = NodeRow { content, size: 20, mtime, ..first.clone() };
-    let added = Change::ContentAdd { id: content, node: first.id, size: 20 };
-    catalog.push(vec![added, Change::NodePut(longer)]).unwrap();
+    let longer = NodeRow { content, size, mtime, ..first.clone() };
+    let added = Change::ContentAdd { id: content, node: first.id, size };
+    let digest = Change::DigestAdd { content, digest: [7; 16] };
+    catalog.push(vec![added, Change::NodePut(longer), digest]).unwrap();
     catalog.freeze();
     let mut emptied = vec![Change::ContentPreserved { id: content, cloned: false }];
     let empty = NodeRow { content: ContentId::EMPTY, size: 0, mtime: later(1), ..first.clone() };
@@ -122,20 +123,37 @@ fn unmoved(bench: &Bench, taken: bool) -> (NodeId, ContentId) {
 #[test]
 fn what_older_versions_rely_on_is_taken_from_the_file_that_was_not_moved() {
     let bench = Bench::new();
-    let of = unmoved(&bench, false);
+    let of = unmoved(&bench, 20, false);
     let store = bench.open(&["a", "b"]).unwrap();
     for backing in ["a", "b"] {
         let kept = fs::read(preserved(&bench, backing, of)).unwrap();
         assert_eq!(kept, b"what was here\0\0\0\0\0\0\0");
     }
+    assert_digest(&store.catalog, of.1, b"what was here\0\0\0\0\0\0\0");
     store.close().unwrap();
     bench.assert_equal(&["a", "b"]);
 }
 
 #[test]
+fn what_was_appended_since_is_no_part_of_what_is_taken() {
+    let bench = Bench::new();
+    let of = unmoved(&bench, 8, false);
+    let store = bench.open(&["a", "b"]).unwrap();
+    assert_eq!(fs::read(preserved(&bench, "b", of)).unwrap(), b"what was here");
+    assert_digest(&store.catalog, of.1, b"what was");
+    store.close().unwrap();
+    bench.assert_equal(&["a", "b"]);
+}
+
+fn assert_digest(catalog: &Catalog, content: ContentId, bytes: &[u8]) {
+    let want = crate::catalog::digest::first_half(blake3::hash(bytes).as_bytes());
+    assert_eq!(catalog.digest(content).unwrap(), Some(want));
+}
+
+#[test]
 fn what_has_a_name_that_was_taken_by_another_is_not_believed_to_be_the_lost_file() {
     let bench = Bench::new();
-    let of = unmoved(&bench, true);
+    let of = unmoved(&bench, 20, true);
     let store = bench.open(&["a", "b"]).unwrap();
     assert!(!preserved(&bench, "a", of).exists());
     store.close().unwrap();
