@@ -219,9 +219,11 @@ impl History {
             let clone = b.create(scratch, &name, 0o600, OWN)?;
             let made = (|| {
                 b.clone_file(file.get(id)?, &clone)?;
-                // It gets its name when it is whole: recovery takes what lies under that for the
-                // content, and a power cut can leave a file of which only the making was logged.
-                // In place of a leftover of a mount that died before its overwrite.
+                if !b.orders_names() {
+                    // btrfs' log can bring the name to the disk with what the file was before.
+                    b.sync(&clone, false)?;
+                }
+                // Whole when it gets its name: recovery takes what lies under that for the content.
                 b.rename(scratch, &name, dir.get(id)?, &name, RenameMode::Replace)
             })();
             if made.is_err() {
