@@ -66,6 +66,8 @@ pub struct RebuildReport {
 pub fn rebuild(backings: &[PathBuf], progress: &Progress) -> Result<RebuildReport> {
     let mut members = open(backings, CALL_TIMEOUT, |_, opened| opened.map(Some))?;
     let time = Timestamp::now().as_nanos();
+    // One that was ended before.
+    let again = members[0].marker.phase == Phase::Filling;
     for member in &mut members {
         // From here on until the end no catalog is believed.
         member.marker.clean = None;
@@ -74,7 +76,7 @@ pub fn rebuild(backings: &[PathBuf], progress: &Progress) -> Result<RebuildRepor
         set_aside_catalog(member, time)?;
     }
     let mut report = RebuildReport::default();
-    let found = Found::read(&members[0], &mut report, progress)?;
+    let found = Found::read(&members[0], again, &mut report, progress)?;
     let file = members[0].catalog_file();
     let clock = Arc::new(AtomicI64::new(found.first_time()));
     let first = Timestamp::from_nanos(clock.load(Ordering::Relaxed) - 1);

@@ -1,6 +1,7 @@
 //! What is left of history where every catalog is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 
 use super::{Member, RebuildReport};
 use crate::catalog::VersionRecord;
@@ -40,6 +41,7 @@ pub(super) struct Found {
 impl Found {
     pub(super) fn read(
         member: &Member,
+        again: bool,
         report: &mut RebuildReport,
         progress: &Progress,
     ) -> Result<Found> {
@@ -49,7 +51,7 @@ impl Found {
         progress.end();
         read?;
         found.read_preserved(member)?;
-        found.read_segments(member, report)?;
+        found.read_segments(member, again, report)?;
         Ok(found)
     }
 
@@ -130,17 +132,34 @@ impl Found {
         Ok(())
     }
 
-    /// Those that an earlier rebuilding set aside before it was ended tell the same.
-    fn read_segments(&mut self, member: &Member, report: &mut RebuildReport) -> Result<()> {
+    /// If this is done `again`, those that were set aside before tell the same.
+    fn read_segments(
+        &mut self,
+        member: &Member,
+        again: bool,
+        report: &mut RebuildReport,
+    ) -> Result<()> {
         let site = &member.site;
-        for dir in [private("undo"), private("quarantine")] {
-            let Ok(handle) = site.backing.open_dir(&dir) else { continue };
+        let aside = again.then(|| private("quarantine"));
+        for dir in [private("undo")].into_iter().chain(aside) {
+            let handle = match site.backing.open_dir(&dir) {
+                Ok(handle) => handle,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => {
+                    let what = format!("which before-images lie there: {error}");
+                    report.unknown.push(finding(&site.at(&dir), what));
+                    continue;
+                }
+            };
             for entry in site.backing.list(&handle).context("list", site.at(&dir))? {
                 if parse_segment_name(&entry.name).is_none() && !is_segment_set_aside(&entry.name) {
                     continue;
                 }
                 match read_segment(&*site.backing, &handle, &entry.name) {
                     Ok(bytes) => self.overwritten.extend(overwritten(&bytes)),
+                    Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                        return Err(error).context("read", site.at(&dir.join(&entry.name)));
+                    }
                     Err(error) => {
                         let what = format!("whose before-images it has: {error}");
                         report.unknown.push(finding(&site.at(&dir.join(&entry.name)), what));
