@@ -20,13 +20,14 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::path::Path;
 
 use rustix::io::Errno;
 
 use super::copy::Copier;
 use super::site::{Object, Site, own_creds, private};
 use crate::catalog::{Base, Catalog, Change, Durability, PastContent, digest};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{IoContext, Result};
 use crate::history::ranges::ByteRange;
 use crate::history::{parts_preserved, preserved_dir, preserved_name};
 use crate::progress::Progress;
@@ -152,13 +153,7 @@ impl Search<'_> {
         let row = &content.row;
         for (dir, name) in self.catalog.names_since(node, self.since)? {
             for site in std::iter::once(self.site).chain(self.peers) {
-                let handle = match site.dir(&dir) {
-                    // It may have them all the same.
-                    Err(error) if error.to_errno() == Errno::TIMEDOUT => return Err(error),
-                    Err(_) => continue,
-                    Ok(handle) => handle,
-                };
-                let Some(object) = site.object(&handle, &dir, &name)? else { continue };
+                let Some((_, object)) = look(site, &dir, &name)? else { continue };
                 let stat = &object.stat;
                 if stat.kind == Kind::File && (stat.size, stat.mtime) == (row.size, row.mtime) {
                     return self.keep(site, (&dir, &name, &object), (node, content.id));
@@ -184,8 +179,7 @@ impl Search<'_> {
         }
         // What others have of these names may be older than our last checkpoint.
         for (dir, name) in self.catalog.own_names_since(node, self.since)? {
-            let Ok(handle) = self.site.dir(&dir) else { continue };
-            let Some(object) = self.site.object(&handle, &dir, &name)? else { continue };
+            let Some((handle, object)) = look(self.site, &dir, &name)? else { continue };
             if object.stat.kind == Kind::File && self.may_be(&object, node, content)? {
                 self.digest_of((&handle, &dir, &name), &object, (node, content))?;
                 return self.keep(self.site, (&dir, &name, &object), (node, content.id));
@@ -232,7 +226,7 @@ impl Search<'_> {
         let file = self.site.backing.open_file(handle, name, Access::Read);
         let shown = self.site.at(&dir.join(name));
         let file = file.context("open", &shown)?;
-        if let Some(digest) = self.digest_again(&file, node, content)? {
+        if let Some(digest) = self.digest_again((&file, &shown), node, content)? {
             self.catalog.push(vec![digest])?;
             self.catalog.flush(Durability::Durable)?;
         }
@@ -243,7 +237,7 @@ impl Search<'_> {
     /// that has before-images keeps its own, which nobody compares with the file alone.
     fn digest_again(
         &self,
-        file: &Handle,
+        (file, shown): (&Handle, &Path),
         node: NodeId,
         content: &PastContent,
     ) -> Result<Option<Change>> {
@@ -254,7 +248,7 @@ impl Search<'_> {
         {
             return Ok(None);
         }
-        let (hash, _) = self.site.hash_parts(file, &whole).map_err(Error::from_io)?;
+        let (hash, _) = self.site.hash_parts(file, &whole).context("read", shown)?;
         let digest = digest::first_half(&hash);
         Ok(Some(Change::DigestAdd { content: content.id, digest }))
     }
@@ -318,7 +312,7 @@ impl Search<'_> {
             .and_then(|()| backing.sync(&shard, false))
             .context("extend", &shown)?;
         let mut changes = vec![Change::ContentPreserved { id: content.id, cloned: false }];
-        changes.extend(self.digest_again(&file, node, content)?);
+        changes.extend(self.digest_again((&file, &shown), node, content)?);
         self.catalog.push(changes)?;
         let last = self.catalog.names_since(node, Generation::default())?;
         let told = last
@@ -332,6 +326,18 @@ impl Search<'_> {
         );
         Ok(())
     }
+}
+
+/// What has a name in a site's live tree, and the directory that it is in.
+fn look(site: &Site, dir: &RelPath, name: &EntryName) -> Result<Option<(Handle, Object)>> {
+    let handle = match site.dir(dir) {
+        // It may have it all the same.
+        Err(error) if error.to_errno() == Errno::TIMEDOUT => return Err(error),
+        Err(_) => return Ok(None),
+        Ok(handle) => handle,
+    };
+    let object = site.object(&handle, dir, name)?;
+    Ok(object.map(|object| (handle, object)))
 }
 
 /// Copies a file of `from` into the `preserved/` of `to`, as the content `of`. Durable when it
