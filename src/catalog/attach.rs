@@ -23,7 +23,7 @@ use super::copy::{BACKUP_PAGES, new_beside, put_in_place};
 use super::database::{self, Db, Place};
 use super::open::finish;
 use super::overlay::Batch;
-use super::schema::{Use, connect, name_damage, read_head, read_head_only, while_alive};
+use super::schema::{Use, connect, is_whole, name_damage, read_head, read_head_only, while_alive};
 use super::{Catalog, Durability, Shared};
 use crate::error::{Error, IoContext, Result};
 use crate::sys::device::Alive;
@@ -138,7 +138,7 @@ impl Catalog {
             target.close()
         })?;
         ended?;
-        put_in_place(&place)?;
+        put_in_place(&place, &Alive::default())?;
         let db = connect(to, Use::Write)?;
         joining.writer = Some(Writer::new(db));
         joining.catch_up()?;
@@ -177,13 +177,6 @@ impl Comparing {
             Err(error) => Err(name_damage(&self.older, error)),
         }
     }
-}
-
-/// Whether one of the databases of a connection is a sound one.
-fn is_whole(db: &Connection, name: &str) -> bool {
-    let check = format!("PRAGMA {name}.quick_check(1)");
-    let found = db.query_row(&check, [], |row| row.get::<_, String>(0));
-    found.is_ok_and(|found| found == "ok")
 }
 
 fn collect_differing(db: &Connection, found: &mut Differing) -> rusqlite::Result<()> {

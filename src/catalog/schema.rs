@@ -589,3 +589,10 @@ pub(super) fn name_damage(file: &Path, error: rusqlite::Error) -> Error {
         Some(_) => Error::Refused(format!("the catalog {} cannot be used: {error}", show(file))),
     }
 }
+
+/// Whether one of the databases of a connection is a sound one.
+pub(super) fn is_whole(db: &Connection, name: &str) -> bool {
+    let check = format!("PRAGMA {name}.quick_check(1)");
+    let found = db.query_row(&check, [], |row| row.get::<_, String>(0));
+    found.is_ok_and(|found| found == "ok")
+}

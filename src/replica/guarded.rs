@@ -258,12 +258,14 @@ impl Guarded {
         work: impl FnOnce(&dyn Backing, &Alive) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         let alive = Alive::default();
-        let own = alive.clone();
+        let (own, shown) = (alive.clone(), alive.clone());
         let pending = self.workers.begin(move |inner| work(inner, &own));
         let mut signs =
-            (!pending.ends_within(SOON)).then(|| Signs::new(self.workers.inner().device(), alive));
+            (!pending.ends_within(SOON)).then(|| Signs::new(self.workers.inner().device(), shown));
         let goes_on = || signs.as_mut().is_some_and(Signs::goes_on);
         let answer = pending.wait_while(self.timeout(), u32::MAX, goes_on);
+        // Should it return after all, it does nothing more on a disk that others may use by then.
+        alive.end();
         answer.inspect_err(|error| note_timeout(&self.workers, op, (None, None), error))
     }
 

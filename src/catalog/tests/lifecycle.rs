@@ -1,6 +1,14 @@
 //! Opening, closing, copying, failing, and the overlay.
 
+use std::process::Command;
+
+use rustix::io::Errno;
+
 use super::*;
+use crate::catalog::copy::{Original, put_in_place};
+use crate::catalog::database::Place;
+use crate::catalog::lane::TIMEOUT;
+use crate::sys::device::Alive;
 
 #[test]
 fn the_overlay_and_the_database_answer_alike() {
@@ -153,6 +161,49 @@ fn wal(file: &Path) -> PathBuf {
     let mut name = file.as_os_str().to_os_string();
     name.push("-wal");
     name.into()
+}
+
+/// Its disk hung: when that answers, others may be at it.
+#[test]
+fn a_copy_that_was_given_up_takes_no_further_step() {
+    let scratch = Scratch::new(2);
+    scratch.open_rooted().close().unwrap();
+    let [from, to] = [&scratch.files[0], &scratch.files[1]];
+    let before = std::fs::read(to).unwrap();
+    let [new, sums] = ["new", "sums"].map(|suffix| to.with_extension(format!("db.{suffix}")));
+    let given_up = Alive::default();
+    given_up.end();
+    std::fs::write(&new, "another's").unwrap();
+    std::fs::write(&sums, "another's").unwrap();
+    let copied = Original::open(from, TIMEOUT).unwrap().copy_to(to, &given_up);
+    assert_eq!(copied.unwrap_err().to_errno(), Errno::TIMEDOUT);
+    assert_eq!(std::fs::read(&new).unwrap(), b"another's");
+    std::fs::copy(from, &new).unwrap();
+    let put = put_in_place(&Place::of(to).unwrap(), &given_up);
+    assert_eq!(put.unwrap_err().to_errno(), Errno::TIMEDOUT);
+    assert_eq!(std::fs::read(to).unwrap(), before);
+    assert!(new.exists() && sums.exists());
+}
+
+#[test]
+fn a_copy_that_fails_names_the_one_that_it_is_the_fault_of() {
+    let scratch = Scratch::new(1);
+    scratch.open_rooted().close().unwrap();
+    let from = scratch.files[0].clone();
+    let small = from.with_file_name("small");
+    std::fs::create_dir(&small).unwrap();
+    let mount = ["-t", "tmpfs", "-o", "size=16k", "small"].map(std::ffi::OsStr::new);
+    let mounted = Command::new("mount").args(mount).arg(&small).status().unwrap();
+    assert!(mounted.success());
+    let to = small.join("catalog.db");
+    let full = Catalog::copy(&from, &to);
+    assert!(Command::new("umount").arg(&small).status().unwrap().success());
+    let Err(Error::Io { path, source, .. }) = full else { panic!("{full:?}") };
+    assert_eq!((path, source.raw_os_error()), (to, Some(libc::ENOSPC)));
+    let whole = std::fs::read(&from).unwrap();
+    std::fs::write(&from, &whole[..whole.len() / 2]).unwrap();
+    let torn = Catalog::copy(&from, &from.with_file_name("copy.db")).unwrap_err();
+    assert!(torn.to_string().contains(&*from.to_string_lossy()), "{torn}");
 }
 
 #[test]
