@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use super::{mounts_at, run};
 
@@ -95,7 +96,24 @@ impl LoopFs {
     /// Takes it away, as pulling the plug of a disk nobody uses does.
     #[track_caller]
     pub fn unmount(&self) {
-        run(Command::new("umount").arg(&self.root)).ok();
+        self.try_unmount().unwrap_or_else(|why| panic!("{why}"));
+    }
+
+    /// Who looks at a path below at that moment, as what lists mounts does, makes it busy for the
+    /// length of a call. Whoever holds a file there is a process that `fuser` finds.
+    fn try_unmount(&self) -> Result<(), String> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let done = run(Command::new("umount").arg(&self.root));
+            if done.code == 0 {
+                return Ok(());
+            }
+            let users = run(Command::new("fuser").arg("-m").arg(&self.root));
+            if users.code == 0 || Instant::now() > deadline {
+                let users = run(Command::new("fuser").arg("-vm").arg(&self.root));
+                return Err(format!("{}\nusers: {}", done.told(), users.told()));
+            }
+        }
     }
 
     /// Brings it back after [`LoopFs::unmount`].
@@ -124,11 +142,9 @@ impl Drop for LoopFs {
     fn drop(&mut self) {
         let mut left = None;
         if !mounts_at(&self.root).is_empty() {
-            let done = run(Command::new("umount").arg(&self.root));
-            if done.code != 0 {
-                let users = run(Command::new("fuser").arg("-vm").arg(&self.root));
+            left = self.try_unmount().err();
+            if left.is_some() {
                 run(Command::new("umount").arg("-l").arg(&self.root));
-                left = Some(format!("{}\nusers: {}", done.told(), users.told()));
             }
         }
         run(Command::new("losetup").args(["-d", &self.device]));
