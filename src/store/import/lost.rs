@@ -157,8 +157,11 @@ impl Import<'_> {
                 let is_other = node != Some(origin.row.id);
                 has_name && is_other && demand.allows(&file.stat) && was_there(origin, file, told)
             };
-            let files = (0..pairs.files.len())
-                .filter(|&file| pairs.is_open(file) && pairs.files[file].doubt == Doubt::Changed);
+            let is_left = |file: &usize| {
+                let one = &pairs.files[*file];
+                pairs.is_open(*file) && one.doubt == Doubt::Changed && !one.is_own()
+            };
+            let files = (0..pairs.files.len()).filter(is_left);
             let mut files = files.filter(|&file| own(&pairs.files[file]));
             if let (Some(file), None) = (files.next(), files.next()) {
                 had.entry(file).or_default().push(index);

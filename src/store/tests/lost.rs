@@ -394,3 +394,39 @@ fn a_file_under_its_name_is_not_taken_for_another_of_its_birth() {
     let store = dying.recover(&[]);
     assert!(dying.is_at(&store, 0, "one/0"));
 }
+
+/// Another file that had its name for a while has nothing to lie in, and could be it by its size.
+/// It was taken for that one, and of its own versions nothing was left.
+#[test]
+fn a_file_that_was_born_with_its_node_is_not_one_that_had_the_name_before() {
+    let dying = Dying::new(Births::Recorded, &[100, 80]);
+    let store = dying.bench.open(&["a", "b"]).unwrap();
+    let [one, two] = ["one", "two"].map(|path| id_of(&store.catalog, path));
+    let name = |text: &str| RelPath::parse(text).unwrap().names()[0].clone();
+    let [first, second] = [0, 1].map(|index| dying.nodes[index].id);
+    let moved = |from: [(NodeId, &str); 2], to: [(NodeId, &str); 2]| {
+        let gone = from.map(|(parent, text)| Change::EntryRemove { parent, name: name(text) });
+        let nodes = [first, second].into_iter().zip(to);
+        let come =
+            nodes.map(|(node, (parent, text))| Change::EntryAdd { parent, name: name(text), node });
+        store.catalog.push(gone.into_iter().chain(come).collect()).unwrap();
+        store.catalog.flush(Durability::Durable).unwrap();
+        store.catalog.freeze();
+    };
+    // The first one has the second's name for a while.
+    let [before, while_away] = [[(one, "0"), (one, "1")], [(one, "1"), (two, "1")]];
+    moved(before, while_away);
+    moved(while_away, before);
+    for dir in [one, two] {
+        intend(&store, &[Dirty::Dir(dir)]);
+    }
+    [first, second].iter().for_each(|&node| intend(&store, &[Dirty::File(node)]));
+    drop(store);
+    dying.on_each(|root| {
+        fs::remove_file(root.join("one/0")).unwrap();
+        fs::write(root.join("one/1"), [b'n'; 130]).unwrap();
+    });
+    dying.make("one/0", 0);
+    let store = dying.recover(&[]);
+    assert!(dying.is_at(&store, 1, "one/1"));
+}
