@@ -66,6 +66,7 @@ impl Import<'_> {
         &self,
         bounds: &Bounds,
         strangers: &[bool],
+        is_missing: &dyn Fn(&Origin) -> bool,
         pairs: &mut Pairs<'_>,
     ) -> Result<()> {
         let (files, origins) = (pairs.files, pairs.origins);
@@ -76,7 +77,7 @@ impl Import<'_> {
         let paired: HashSet<usize> = pairs.found.values().copied().collect();
         let mut lost = Vec::new();
         for (index, origin) in origins.iter().enumerate() {
-            if origin.missing.is_some() && !paired.contains(&index) {
+            if is_missing(origin) && !paired.contains(&index) {
                 let demand = self.demand(&origin.row, bounds)?;
                 let fit = left.iter().copied().filter(|&file| demand.fits(&files[file].stat));
                 let files = born_with(origin, files, fit.collect(), bounds.told());
@@ -134,15 +135,32 @@ impl Import<'_> {
     }
 
     /// Adds the lost files that have a name which they had at the last checkpoint or later: that
-    /// they got others is recorded, and did not come to the disk.
+    /// they got others is recorded, and did not come to the disk. Not one that may well be the node
+    /// that has the name: nothing would be left of that.
     pub(super) fn pair_unmoved(
         &self,
         bounds: &Bounds,
+        displaced: &HashSet<NodeId>,
         has_lost: &dyn Fn(&Origin) -> bool,
         pairs: &mut Pairs<'_>,
     ) -> Result<()> {
         let told = bounds.told();
         let paired: HashSet<usize> = pairs.found.values().copied().collect();
+        let moved: HashSet<NodeId> =
+            paired.iter().map(|&index| pairs.origins[index].row.id).collect();
+        let mut free = vec![false; pairs.files.len()];
+        for (index, file) in pairs.files.iter().enumerate() {
+            free[index] = match &file.over {
+                Some(row) => {
+                    row.content == ContentId::EMPTY
+                        || displaced.contains(&row.id)
+                        || moved.contains(&row.id)
+                        || self.claimed.contains(row.id)
+                        || self.is_preserved(row)?
+                }
+                None => true,
+            };
+        }
         let mut had: HashMap<usize, Vec<usize>> = HashMap::new();
         for (index, origin) in pairs.origins.iter().enumerate() {
             if !has_lost(origin) || paired.contains(&index) {
@@ -159,7 +177,8 @@ impl Import<'_> {
             };
             let is_left = |file: &usize| {
                 let one = &pairs.files[*file];
-                pairs.is_open(*file) && one.doubt == Doubt::Changed && !one.is_own()
+                let may_go = free[*file] || born_together(&origin.row, &one.stat) == Some(true);
+                pairs.is_open(*file) && one.doubt == Doubt::Changed && !one.is_own() && may_go
             };
             let files = (0..pairs.files.len()).filter(is_left);
             let mut files = files.filter(|&file| own(&pairs.files[file]));

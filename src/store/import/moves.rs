@@ -82,6 +82,26 @@ fn unmoved(files: &[Deferred]) -> HashSet<NodeId> {
     own.filter_map(|file| Some(file.over.as_ref()?.id)).collect()
 }
 
+/// The nodes of which a name has a file that may be theirs, and what speaks against it. One that
+/// agrees in all but its birth is theirs, unless it agrees in all with another.
+fn held(pairs: &Pairs<'_>, displaced: &HashSet<NodeId>) -> HashMap<NodeId, Doubt> {
+    let mut held = HashMap::new();
+    for (index, file) in pairs.files.iter().enumerate() {
+        let is_other = |row: &NodeRow| {
+            let found = pairs.found.get(&index);
+            found.is_some_and(|&origin| pairs.origins[origin].row.id != row.id)
+        };
+        if let Some(row) = &file.over
+            && !displaced.contains(&row.id)
+            && !is_other(row)
+            && held.get(&row.id) != Some(&Doubt::Born)
+        {
+            held.insert(row.id, file.doubt);
+        }
+    }
+    held
+}
+
 /// Whether an object was born when a node was; `None` where that is not known.
 pub(super) fn born_together(row: &NodeRow, stat: &Stat) -> Option<bool> {
     let is_known = |birth| birth != Timestamp::default();
@@ -153,23 +173,28 @@ impl Import<'_> {
             |_, file| Some((MoveKey::of(&file.stat), born(file.stat.btime)?)),
             |origin| Some((MoveKey::of_row(&origin.row), born(origin.row.btime)?)),
         );
-        let key = |file: &Deferred| (file.doubt == Doubt::Changed).then(|| MoveKey::of(&file.stat));
+        let is_loose = |file: &Deferred| file.doubt == Doubt::Changed && !file.is_own();
+        let key = |file: &Deferred| is_loose(file).then(|| MoveKey::of(&file.stat));
         let displaced = match &self.bounds {
             Some(bounds) => self.displaced(bounds, files)?,
             None => HashSet::new(),
         };
-        let has_lost = |origin: &Origin| match origin.missing {
-            Some(_) => true,
-            None => displaced.contains(&origin.row.id),
-        };
+        let held = held(&pairs, &displaced);
+        let is_missing =
+            |origin: &Origin| origin.missing.is_some() && !held.contains_key(&origin.row.id);
+        let has_lost = |origin: &Origin| is_missing(origin) || displaced.contains(&origin.row.id);
         pairs.find(
             |_, file| key(file),
             |origin| has_lost(origin).then(|| MoveKey::of_row(&origin.row)),
         );
         if let Some(bounds) = &self.bounds {
-            let lost = self.lost_births(files, origins)?;
-            let sure: HashSet<usize> = pairs.found.keys().copied().collect();
-            let file_birth = |file: &Deferred| born(file.stat.btime).filter(|_| !file.is_own());
+            let mut lost = self.lost_births(files, origins)?;
+            lost.retain(|node, _| held.get(node) != Some(&Doubt::Born));
+            // Where births are not the recorded ones, files that are alike can each have the birth
+            // of the next.
+            let sure = pairs.found.keys().copied();
+            let sure: HashSet<usize> = sure.filter(|&file| is_loose(&files[file])).collect();
+            let file_birth = |file: &Deferred| born(file.stat.btime).filter(|_| is_loose(file));
             let lost_birth = |origin: &Origin| lost.get(&origin.row.id).copied();
             pairs.find(
                 |_, file| Some((file_birth(file)?, file.stat.size)),
@@ -177,14 +202,14 @@ impl Import<'_> {
             );
             pairs.find(|_, file| file_birth(file), lost_birth);
             self.drop_impossible(&sure, &mut pairs)?;
-            self.pair_unmoved(bounds, &has_lost, &mut pairs)?;
-            let missed = |origin: &Origin| origin.missing.map(|_| MoveKey::of_row(&origin.row));
+            self.pair_unmoved(bounds, &displaced, &has_lost, &mut pairs)?;
+            let missed = |origin: &Origin| is_missing(origin).then(|| MoveKey::of_row(&origin.row));
             let strangers = self.strangers(&pairs)?;
             pairs.find(
                 |index, file| key(file).filter(|_| strangers[index]).map(MoveKey::of_written),
                 |origin| missed(origin).map(MoveKey::of_written),
             );
-            self.pair_lost(bounds, &strangers, &mut pairs)?;
+            self.pair_lost(bounds, &strangers, &is_missing, &mut pairs)?;
         }
         // A file that is its own origin was renamed nowhere.
         let mut found = pairs.found;
