@@ -5,10 +5,10 @@ mod common;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -224,6 +224,39 @@ fn work(root: &Path, seed: u64, stop: &AtomicBool) -> Duration {
         assert!(fs::read(root.join(&name)).unwrap() == bytes, "{name} is not as it was written");
     }
     longest
+}
+
+/// Its own catalog and the store's said the same of it, so that the old bytes of the one that
+/// returned were taken for somebody's edit, and written over the new ones.
+#[test]
+fn what_is_being_written_when_a_replica_returns_is_no_edit_of_others() {
+    let store = Mounted::with_replicas(2);
+    for (name, index) in [("f", 0), ("g", 1)] {
+        fs::write(store.path(name), "old old old").unwrap();
+        offline(&store, index);
+        // In a process of its own: a descriptor that is closed in a child of ours makes a version.
+        let script = "import sys; f = open(sys.argv[1], 'r+b', 0); f.seek(4); f.write(b'new'); \
+                      print('written', flush=True); input(); f.write(b' end')";
+        let mut writer = Command::new("python3")
+            .args(["-c", script])
+            .arg(store.path(name))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut told = [0; 8];
+        writer.stdout.as_mut().unwrap().read_exact(&mut told).unwrap();
+        online(&store, index);
+        let read = |path: PathBuf| fs::read_to_string(path).unwrap();
+        assert_eq!(read(store.path(name)), "old new old");
+        for backing in &store.backings {
+            assert_eq!(read(backing.join(name)), "old new old");
+        }
+        writer.stdin.take().unwrap().write_all(b"\n").unwrap();
+        assert!(writer.wait().unwrap().success());
+        assert_eq!(read(store.path(name)), "old new end");
+    }
+    finish_equal(store);
 }
 
 #[test]

@@ -254,11 +254,21 @@ impl<'a> Foreign<'a> {
     /// An object that both the replica and its catalog have.
     fn compare(&mut self, found: &Found<'_>, parent: NodeId, node: NodeId) -> Result<()> {
         let Some(row) = self.known.node(node)? else { return Ok(()) };
+        // What programs are writing here is a change of ours, and becomes a version before another
+        // takes its place.
+        self.volume.seal_written(node)?;
         let same = same_state(&row, &found.object.stat)
             && *self.known.xattrs(row.xattrs)? == found.object.xattrs
             && self.same_target(node, found.object)?;
-        if same && !self.has_other_bytes(found, node, &row)? {
-            return Ok(());
+        if same {
+            if !self.has_other_bytes(found, node, &row)? {
+                return Ok(());
+            }
+            // Unless they are others because a program wrote here meanwhile.
+            self.volume.seal_written(node)?;
+            if self.volume.catalog().node(node)?.as_ref() != Some(&row) {
+                return Ok(());
+            }
         }
         let own = self.volume.catalog().node(node)?;
         let path = found.path();
@@ -406,6 +416,7 @@ impl<'a> Foreign<'a> {
         if catalog.lookup(parent, name)?.map(|(own, _)| own) != Some(node) {
             return Ok(());
         }
+        self.volume.seal_written(node)?;
         let (Some(row), Some(own)) = (self.known.node(node)?, catalog.node(node)?) else {
             return Ok(());
         };
@@ -466,6 +477,9 @@ impl<'a> Foreign<'a> {
         let io = Error::from_io;
         let node = match object.stat.kind {
             Kind::File => {
+                if there {
+                    self.volume.seal_written(self.node_at(&path)?)?;
+                }
                 let file = match there {
                     true => backing.open_file(&dir, name, Access::ReadWrite).map_err(io)?,
                     false => backing.create(&dir, name, 0o600, own_creds()).map_err(io)?,

@@ -18,6 +18,14 @@ use super::super::excludes::entry;
 const COPY_BYTES: usize = 1 << 20;
 
 impl Volume {
+    /// Makes a version of what was written to a file and is none yet, though it is open.
+    pub(super) fn seal_written(&self, id: NodeId) -> Result<()> {
+        let _bounded = Directly::off();
+        let _cut = self.cut.read();
+        let unsealed = self.unsealed.lock().get(&id).cloned();
+        unsealed.map_or(Ok(()), |node| self.seal(&node, &mut self.lock(&node)))
+    }
+
     /// Makes an object of elsewhere a version of the path `name` in `parent`: history shows it
     /// there for one generation, and then again what is live.
     ///
