@@ -148,19 +148,11 @@ impl Import<'_> {
         let paired: HashSet<usize> = pairs.found.values().copied().collect();
         let moved: HashSet<NodeId> =
             paired.iter().map(|&index| pairs.origins[index].row.id).collect();
-        let mut free = vec![false; pairs.files.len()];
-        for (index, file) in pairs.files.iter().enumerate() {
-            free[index] = match &file.over {
-                Some(row) => {
-                    row.content == ContentId::EMPTY
-                        || displaced.contains(&row.id)
-                        || moved.contains(&row.id)
-                        || self.claimed.contains(row.id)
-                        || self.is_preserved(row)?
-                }
-                None => true,
-            };
-        }
+        let may_go = |file: &Deferred| match &file.over {
+            Some(row) if displaced.contains(&row.id) || moved.contains(&row.id) => Ok(true),
+            Some(row) => self.needs_no_file(row),
+            None => Ok(true),
+        };
         let mut had: HashMap<usize, Vec<usize>> = HashMap::new();
         for (index, origin) in pairs.origins.iter().enumerate() {
             if !has_lost(origin) || paired.contains(&index) {
@@ -175,14 +167,16 @@ impl Import<'_> {
                 let is_other = node != Some(origin.row.id);
                 has_name && is_other && demand.allows(&file.stat) && was_there(origin, file, told)
             };
-            let is_left = |file: &usize| {
-                let one = &pairs.files[*file];
-                let may_go = free[*file] || born_together(&origin.row, &one.stat) == Some(true);
-                pairs.is_open(*file) && one.doubt == Doubt::Changed && !one.is_own() && may_go
-            };
-            let files = (0..pairs.files.len()).filter(is_left);
-            let mut files = files.filter(|&file| own(&pairs.files[file]));
-            if let (Some(file), None) = (files.next(), files.next()) {
+            let mut files = Vec::new();
+            for (file, one) in pairs.files.iter().enumerate() {
+                let is_left =
+                    pairs.is_open(file) && one.doubt == Doubt::Changed && !one.is_own() && own(one);
+                let is_twin = || born_together(&origin.row, &one.stat) == Some(true);
+                if is_left && (is_twin() || may_go(one)?) {
+                    files.push(file);
+                }
+            }
+            if let [file] = files[..] {
                 had.entry(file).or_default().push(index);
             }
         }

@@ -232,11 +232,9 @@ impl Import<'_> {
             let mut wrong = None;
             for (&file, _) in pairs.found.iter().filter(|(file, _)| !sure.contains(file)) {
                 if let Some(row) = &pairs.files[file].over
-                    && row.content != ContentId::EMPTY
                     && !moved.contains(&row.id)
                     && !own.contains(&row.id)
-                    && !self.claimed.contains(row.id)
-                    && !self.is_preserved(row)?
+                    && !self.needs_no_file(row)?
                 {
                     wrong = Some(file);
                     break;
@@ -247,6 +245,13 @@ impl Import<'_> {
                 None => return Ok(()),
             };
         }
+    }
+
+    /// Whether nothing of a node is lost if a file that has its name is another's: it was empty, has
+    /// its file, or is preserved.
+    pub(super) fn needs_no_file(&self, row: &NodeRow) -> Result<bool> {
+        let is_met = row.content == ContentId::EMPTY || self.claimed.contains(row.id);
+        Ok(is_met || self.is_preserved(row)?)
     }
 
     /// When the nodes were born that have no file, or another one, under their names: those that
@@ -288,12 +293,10 @@ impl Import<'_> {
         let first_names = files.filter(|(index, _)| !pairs.links.contains(index));
         let rows = first_names.filter_map(|(_, file)| file.over.as_ref());
         rows.for_each(|row| *claims.entry(row.id).or_default() += 1);
+        let has_several = |row: &NodeRow| claims.get(&row.id).is_some_and(|&count| count > 1);
         let is_stranger = |file: &Deferred| match &file.over {
             Some(_) if file.is_own() || file.is_filled() => Ok(false),
-            Some(row) => Ok(row.content == ContentId::EMPTY
-                || claims.get(&row.id).is_some_and(|&count| count > 1)
-                || self.claimed.contains(row.id)
-                || self.is_preserved(row)?),
+            Some(row) => Ok(has_several(row) || self.needs_no_file(row)?),
             None => Ok(true),
         };
         pairs.files.iter().map(is_stranger).collect()
