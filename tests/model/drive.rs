@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rearviewfs::catalog::{Catalog, Durability};
 use rearviewfs::check::{CheckOptions, check};
@@ -24,6 +25,8 @@ pub type Outcome<T = ()> = Result<T, String>;
 
 /// What has no history, where anything is excluded.
 const EXCLUDED: &str = "*.tmp";
+/// How long the last holder of a store is waited for.
+const FREE_WITHIN: Duration = Duration::from_secs(60);
 pub(super) const READ_WRITE: Wish =
     Wish { readable: true, writable: true, truncate: false, synchronous: false, execute: false };
 
@@ -75,8 +78,15 @@ fn open(paths: &[PathBuf], excludes: bool, between: &Between) -> Outcome<Arc<Fil
     let exclude = Arc::new(Patterns::of_globs(globs).expect("a pattern"));
     let (own, between) = (exclude.clone(), between.clone());
     let options = OpenOptions { exclude: own, between, ..OpenOptions::default() };
-    let store = store::open(paths, &options, &recover, &Progress::silent())
-        .or_else(fail("opening the store"))?;
+    // A store that was dropped, as death would end it, lives until the pass of its background work
+    // ends that was at it, which on a busy machine takes a while.
+    let deadline = Instant::now() + FREE_WITHIN;
+    let store = loop {
+        match store::open(paths, &options, &recover, &Progress::silent()) {
+            Err(Error::InUse(_)) if Instant::now() < deadline => std::thread::yield_now(),
+            opened => break opened.or_else(fail("opening the store"))?,
+        }
+    };
     let options = VolumeOptions { exclude, ..VolumeOptions::default() };
     let volume = Volume::open(store, options).or_else(fail("opening the volume"))?;
     let options = FsOptions {
