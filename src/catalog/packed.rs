@@ -153,6 +153,16 @@ impl Catalog {
         })
     }
 
+    /// The bytes of a pack that belong to chunks which are not in use.
+    pub fn unused_bytes(&self, pack: PackId) -> Result<u64> {
+        self.shared.read(|db| {
+            db.prepare_cached(
+                "SELECT coalesce(sum(stored), 0) FROM chunk WHERE pack = ?1 AND refs = 0",
+            )?
+            .query_row(params![pack], |row| unsigned(row, 0))
+        })
+    }
+
     /// All packs that were ever made have smaller ids than this.
     pub fn packs_end(&self) -> Result<PackId> {
         self.shared.read(|db| Ok(PackId(read_head(db)?.next.pack)))

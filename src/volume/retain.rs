@@ -378,7 +378,9 @@ impl Volume {
                 Err(error) if error.is(Errno::NOSPC) => {}
                 answer => return answer,
             }
-            if self.squeeze()? {
+            // A smaller pack gives no inode.
+            let lacks_bytes = self.replicas().ensure_room(need.bytes).is_err();
+            if lacks_bytes && self.squeeze()? {
                 continue;
             }
             if !packed {
@@ -386,7 +388,7 @@ impl Volume {
                 self.pack_for_room(&|| self.replicas().ensure_room(need).is_ok())?;
                 continue;
             }
-            if self.replicas().ensure_room(need.bytes).is_ok() {
+            if !lacks_bytes {
                 // Inodes are short. What is packed has none to give; packing is limited in time.
                 let left =
                     self.catalog().waiting_contents(ContentId::EMPTY, usize::MAX >> 1)?.len();

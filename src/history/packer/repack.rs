@@ -10,8 +10,7 @@ use crate::catalog::{Change, ChunkRow, PackChange, PackRow};
 use crate::error::{Error, Result};
 use crate::types::PackId;
 
-/// A pack is copied when so much of it is unused: in percent, and in bytes, for a small pack
-/// consists of its headers.
+/// A pack is copied when so much of it is unused: in percent, and in bytes.
 const REPACK_PERCENT: u64 = 40;
 const REPACK_BYTES_MIN: u64 = 64 << 10;
 /// Where space is short, a pack is copied for less, in percent, before history yields.
@@ -26,13 +25,30 @@ impl Packer<'_> {
     pub fn repack(&mut self, bytes_max: u64) -> Result<u64> {
         let packs = self.catalog.packs()?;
         let small = packs.iter().filter(|pack| pack.bytes < JOIN_BYTES).count() >= JOIN_COUNT;
-        let is_due = |pack: &PackRow| {
-            let dead = pack.bytes.saturating_sub(pack.live);
-            let unused = dead >= REPACK_BYTES_MIN
-                && dead.saturating_mul(100) >= pack.bytes.saturating_mul(REPACK_PERCENT);
-            pack.live == 0 || unused || (small && pack.bytes < JOIN_BYTES)
+        let mut due = Vec::new();
+        for pack in packs {
+            let is_joined = small && pack.bytes < JOIN_BYTES;
+            if pack.live == 0 || is_joined || self.saving(&pack, REPACK_PERCENT)? > 0 {
+                due.push(pack);
+            }
+        }
+        self.copy_out(due, bytes_max)
+    }
+
+    /// The bytes that a copy of a pack saves, or 0 if that is less than `percent` of it: those of
+    /// chunks that nobody uses. Its journal the copy may have as well; a pack of tiny chunks, which
+    /// consists of that mostly, would be copied for ever.
+    fn saving(&self, pack: &PackRow, percent: u64) -> Result<u64> {
+        let is_worth = |bytes: u64| {
+            bytes >= REPACK_BYTES_MIN
+                && bytes.saturating_mul(100) >= pack.bytes.saturating_mul(percent)
         };
-        self.copy_out(packs.into_iter().filter(is_due).collect(), bytes_max)
+        // It cannot be more than this. To count them takes a while in a store of many packs.
+        if !is_worth(pack.bytes.saturating_sub(pack.live)) {
+            return Ok(0);
+        }
+        let saving = self.catalog.unused_bytes(pack.id)?;
+        Ok(if is_worth(saving) { saving } else { 0 })
     }
 
     /// Copies what is used out of every pack of which something fell out of use since they were as
@@ -57,14 +73,14 @@ impl Packer<'_> {
     /// Where space is short: copies what is used out of the pack with the most that is not, if that
     /// is worth it. Returns how many packs went. `ENOSPC` if there is no room for the copy.
     pub fn squeeze(&mut self) -> Result<u64> {
-        let dead = |pack: &PackRow| pack.bytes.saturating_sub(pack.live);
-        let worth = |pack: &PackRow| {
-            dead(pack) >= REPACK_BYTES_MIN
-                && dead(pack).saturating_mul(100) >= pack.bytes.saturating_mul(SQUEEZE_PERCENT)
-        };
-        let packs = self.catalog.packs()?.into_iter();
-        let loosest = packs.filter(worth).max_by_key(dead);
-        self.copy_out(loosest.into_iter().collect(), u64::MAX)
+        let mut loosest = None;
+        for pack in self.catalog.packs()? {
+            let saving = self.saving(&pack, SQUEEZE_PERCENT)?;
+            if saving > loosest.map_or(0, |(most, _)| most) {
+                loosest = Some((saving, pack));
+            }
+        }
+        self.copy_out(loosest.into_iter().map(|(_, pack)| pack).collect(), u64::MAX)
     }
 
     /// Copies what is used out of these packs, at most `bytes_max` bytes of it, and removes them.

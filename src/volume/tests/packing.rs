@@ -16,9 +16,9 @@ const DELETED: usize = 60;
 /// So many of them may still be taken up once it is to end.
 const FEW: usize = 2;
 
-fn volume_with_deleted_files(dirs: &[tempfile::TempDir]) -> Arc<Volume> {
+fn volume_with_deleted_files(dirs: &[tempfile::TempDir], count: usize) -> Arc<Volume> {
     let volume = open_volume(open_store(dirs));
-    let names = (0..DELETED).map(|n| EntryName::new(format!("f{n}")).unwrap());
+    let names = (0..count).map(|n| EntryName::new(format!("f{n}")).unwrap());
     for name in names.clone() {
         let (node, _) = volume.create(NodeId::ROOT, &name, 0o644, true, &CALLER).unwrap();
         volume.write(&node, 0, name.as_bytes(), false, &CALLER).unwrap();
@@ -29,7 +29,7 @@ fn volume_with_deleted_files(dirs: &[tempfile::TempDir]) -> Arc<Volume> {
     }
     volume.create_snapshot("one", false, &[]).unwrap();
     names.for_each(|name| volume.unlink(NodeId::ROOT, &name, &CALLER).unwrap());
-    assert_eq!(waiting(&volume), DELETED);
+    assert_eq!(waiting(&volume), count);
     volume
 }
 
@@ -52,7 +52,7 @@ fn all_is_there(volume: &Volume) {
 #[test]
 fn a_packer_that_is_to_end_takes_up_few_contents_more_and_finishes_what_it_has() {
     let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
-    let volume = volume_with_deleted_files(&dirs);
+    let volume = volume_with_deleted_files(&dirs, DELETED);
     let (looks, end) = (Cell::new(0), Cell::new(usize::MAX));
     let is_over = || {
         looks.set(looks.get() + 1);
@@ -89,7 +89,7 @@ fn a_packer_that_is_to_end_takes_up_few_contents_more_and_finishes_what_it_has()
 #[test]
 fn who_waits_for_the_background_work_gets_it_from_the_packer() {
     let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
-    let volume = volume_with_deleted_files(&dirs);
+    let volume = volume_with_deleted_files(&dirs, DELETED);
     volume.urgent.fetch_add(1, Ordering::Relaxed);
     let packed = volume.pack_in_steps(&|_| Ok(()));
     assert!(matches!(packed, Err(Error::Interrupted)), "{packed:?}");
@@ -111,7 +111,7 @@ fn preserved_files(dir: &tempfile::TempDir) -> usize {
 fn what_is_forgotten_leaves_no_file_when_whoever_forgets_it_is_stopped() {
     let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
     for pass_after in [true, false] {
-        let volume = volume_with_deleted_files(&dirs);
+        let volume = volume_with_deleted_files(&dirs, DELETED);
         volume.catalog().delete_snapshot("one").unwrap();
         let now = volume.catalog().generation();
         volume.catalog().thin(now, &std::collections::BTreeSet::new()).unwrap();
@@ -203,7 +203,7 @@ fn undo_segments(dir: &tempfile::TempDir) -> usize {
 #[test]
 fn a_segment_of_which_nothing_is_left_goes_with_the_next_pass_whatever_else_waits() {
     let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
-    let volume = volume_with_deleted_files(&dirs);
+    let volume = volume_with_deleted_files(&dirs, DELETED);
     let node = overwritten_file(&volume, "a", 1, 1 << 20);
     volume.history.undo().rotate(volume.replicas()).unwrap();
     let b = overwritten_file(&volume, "b", 3, 64 << 10);
@@ -227,7 +227,7 @@ fn a_segment_of_which_nothing_is_left_goes_with_the_next_pass_whatever_else_wait
 #[test]
 fn contents_for_which_there_is_no_room_keep_no_segment_from_being_packed() {
     let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
-    let volume = volume_with_deleted_files(&dirs);
+    let volume = volume_with_deleted_files(&dirs, DELETED);
     overwritten_file(&volume, "a", 1, 1 << 20);
     assert_eq!(dirs.each_ref().map(undo_segments), [1, 1]);
     // No pack of contents has room: the first try, and the one in pieces.
@@ -285,5 +285,23 @@ fn a_purge_that_is_ended_midway_is_finished_in_the_background() {
     let volume = open_volume(open_store(&dirs));
     volume.maintain();
     assert_eq!((packed(1), packed(3)), ([false; 2], [true; 2]));
+    volume.close().unwrap();
+}
+
+/// Of a pack of tiny chunks most is its journal. Once the disk was full, such a one was
+/// copied again and again, and whoever made a file waited for ever.
+#[test]
+fn a_pack_of_tiny_chunks_is_not_copied_for_what_its_copy_has_as_well() {
+    const TINY: usize = 2500;
+    let dirs = [0, 1].map(|_| tempfile::tempdir_in("/dev/shm").unwrap());
+    let volume = volume_with_deleted_files(&dirs, TINY);
+    volume.tidy_history().unwrap();
+    let packs = volume.catalog().packs().unwrap();
+    let &[pack] = &packs[..] else { panic!("one pack, not {packs:?}") };
+    let beside = pack.bytes - pack.live;
+    assert!(beside > 64 << 10 && beside * 100 > pack.bytes * 40, "{pack:?}");
+    assert!(!volume.squeeze().unwrap());
+    assert_eq!(volume.packer(&|_| Ok(())).repack(u64::MAX).unwrap(), 0);
+    assert_eq!(volume.catalog().packs().unwrap(), packs);
     volume.close().unwrap();
 }
