@@ -13,9 +13,11 @@
 //! | 2 recipe | content or stream, count of parts, of each its length, then 0 for a hole or 1 and \
 //! the first 16 bytes of the chunk's BLAKE3 |
 //! | 3 before-image | stream, node, content, offset, length, offset in the stream |
+//! | 4 further parts | content or stream, number of the first of them, then as a recipe |
 //!
 //! A time is seconds (as an unsigned number of the same bits) and nanoseconds. Flags: 1 it has
-//! ended, 2 a digest follows. Records of one recipe follow each other in the order of its parts.
+//! ended, 2 a digest follows. The records of one recipe may lie in several journals, and in one
+//! more than once: that of a file of a hundred gigabytes is longer than a pack.
 
 use crate::catalog::VersionRecord;
 use crate::catalog::digest::Digest;
@@ -26,6 +28,7 @@ pub const PARTS_MAX: usize = 4096;
 const VERSION: u8 = 1;
 const RECIPE: u8 = 2;
 const IMAGE: u8 = 3;
+const FURTHER: u8 = 4;
 const ENDED: u64 = 1;
 const DIGESTED: u64 = 2;
 
@@ -55,7 +58,14 @@ pub enum Record {
     /// Of a version.
     Version(VersionRecord),
     /// Of some parts of a recipe.
-    Recipe(ContentId, Parts),
+    Recipe {
+        /// The content or stream.
+        id: ContentId,
+        /// How many parts come before these.
+        first: u64,
+        /// At most [`PARTS_MAX`].
+        parts: Parts,
+    },
     /// Of a before-image.
     Image(ImageRecord),
 }
@@ -65,7 +75,7 @@ impl Record {
     pub fn id(&self) -> ContentId {
         match self {
             Record::Version(version) => version.content,
-            Record::Recipe(id, _) => *id,
+            Record::Recipe { id, .. } => *id,
             Record::Image(image) => image.stream,
         }
     }
@@ -94,9 +104,12 @@ impl Record {
                 put(out, path.len() as u64);
                 out.extend(path);
             }
-            Record::Recipe(id, parts) => {
-                out.push(RECIPE);
+            Record::Recipe { id, first, parts } => {
+                out.push(if *first == 0 { RECIPE } else { FURTHER });
                 put(out, id.0);
+                if *first > 0 {
+                    put(out, *first);
+                }
                 put(out, parts.len() as u64);
                 for (chunk, length) in parts {
                     put(out, (*length).into());
@@ -123,8 +136,9 @@ pub fn decode(bytes: &[u8]) -> Option<Vec<Record>> {
     while let Some(kind) = reader.bytes(1) {
         records.push(match kind[0] {
             VERSION => Record::Version(reader.version()?),
-            RECIPE => {
+            kind @ (RECIPE | FURTHER) => {
                 let id = ContentId(reader.id()?);
+                let first = if kind == FURTHER { reader.id()? } else { 0 };
                 let count = usize::try_from(reader.number()?).ok()?;
                 let mut parts = Vec::new();
                 for _ in 0..count {
@@ -136,7 +150,7 @@ pub fn decode(bytes: &[u8]) -> Option<Vec<Record>> {
                     };
                     parts.push((chunk, length));
                 }
-                Record::Recipe(id, parts)
+                Record::Recipe { id, first, parts }
             }
             IMAGE => Record::Image(ImageRecord {
                 stream: ContentId(reader.id()?),
@@ -246,8 +260,8 @@ mod tests {
             })
         });
         let part = (proptest::option::of(any::<Digest>()), any::<u32>());
-        let recipe = (id.clone(), proptest::collection::vec(part, 0..20))
-            .prop_map(|(id, parts)| Record::Recipe(ContentId(id), parts));
+        let recipe = (id.clone(), 0u64..3, proptest::collection::vec(part, 0..20))
+            .prop_map(|(id, first, parts)| Record::Recipe { id: ContentId(id), first, parts });
         let image = (id.clone(), id.clone(), id).prop_map(|(a, b, c)| {
             let (stream, node, content) = (ContentId(a), NodeId(b), ContentId(c));
             Record::Image(ImageRecord { stream, node, content, offset: a, length: b, at: c })

@@ -1,13 +1,13 @@
 //! Pack files: many chunks of history in one immutable file, the same on every replica.
 //!
-//! # Format of a pack, versions 1 and 2
+//! # Format of a pack, versions 1 to 3
 //! `.rearview/packs/<low byte of the id, 2 hex digits>/<id, 16 hex digits>.pack`. Numbers are
 //! little endian. A header, frames, a trailer:
 //!
 //! | bytes of the header | what |
 //! |--|--|
 //! | 0..4 | magic `RVP1` |
-//! | 4..8 | version of the format: 1, with a journal 2 |
+//! | 4..8 | version of the format: 1, with a journal 3 (2: before records told further parts) |
 //! | 8..24 | UUID of the store |
 //! | 24..32 | id of the pack |
 //!
@@ -55,7 +55,7 @@ const TRAILER_MAGIC: [u8; 4] = *b"RVPE";
 /// Of a pack without a journal.
 const VERSION: u32 = 1;
 /// Of one with a journal.
-const VERSION_JOURNAL: u32 = 2;
+const VERSION_JOURNAL: u32 = 3;
 const JOURNAL_MAGIC: [u8; 4] = *b"RVPJ";
 /// A journal frame ends at this size, decoded.
 const JOURNAL_BYTES: usize = 256 << 10;
@@ -70,8 +70,8 @@ const TRAILER_BYTES: usize = 40;
 
 /// A pack of so many stored bytes is full.
 const PACK_BYTES_FULL: u64 = 16 << 20;
-/// Whoever goes on adding to a full pack is stopped here; what is still collected fits then.
-const PACK_BYTES_REFUSED: u64 = 24 << 20;
+/// The journal of a full pack may still grow to this; what is still collected fits then.
+pub const PACK_BYTES_REFUSED: u64 = 24 << 20;
 /// No pack is longer; whoever reads one whole allocates no more.
 pub const PACK_BYTES_MAX: u64 = 32 << 20;
 /// No frame is longer when decoded, and no chunk.
@@ -195,7 +195,7 @@ impl PackBuilder {
     /// after another.
     pub fn add(&mut self, hash: [u8; 32], data: &[u8]) {
         assert!(data.len() <= DECODED_BYTES_MAX, "a chunk is at most 1 MiB");
-        assert!((self.bytes.len() as u64) < PACK_BYTES_REFUSED, "a full pack is to be finished");
+        assert!(!self.is_overfull(), "a full pack is to be finished");
         self.decoded_bytes += data.len() as u64;
         let index = self.chunks.len();
         let place = ChunkPlace { pack: self.id, frame: 0, at: 0 };
@@ -236,9 +236,19 @@ impl PackBuilder {
         self.decoded_bytes
     }
 
-    /// Whether the pack has reached its size and is to be finished.
+    /// Whether the pack has reached its size: no more chunks are to be added.
     pub fn is_full(&self) -> bool {
-        self.bytes.len() as u64 >= PACK_BYTES_FULL
+        self.stored_bytes() >= PACK_BYTES_FULL
+    }
+
+    /// Whether no more records are to be added either.
+    pub fn is_overfull(&self) -> bool {
+        self.stored_bytes() >= PACK_BYTES_REFUSED
+    }
+
+    /// Bytes of the pack so far, but for what is still collected for a frame.
+    pub fn stored_bytes(&self) -> u64 {
+        self.bytes.len() as u64
     }
 
     /// Whether no chunk was added.

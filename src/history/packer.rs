@@ -12,7 +12,7 @@
 //!
 //! One thread at a time packs, repacks and sweeps: a chunk that is found stays while it is wanted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use super::chunker::Chunker;
 use super::journal::{PARTS_MAX, Parts, Record};
@@ -90,7 +90,7 @@ pub struct Packer<'a> {
     /// The chunks of the pack that is being built, in its order.
     building: Vec<ChunkId>,
     /// Records for the journal of the next pack.
-    notes: Vec<Record>,
+    notes: VecDeque<Record>,
     /// The chunks of this run by their hashes: the catalog may not know them yet.
     fresh: HashMap<[u8; 32], ChunkId>,
     /// The bytes of contents that one run takes, about.
@@ -114,7 +114,7 @@ impl<'a> Packer<'a> {
             step,
             builder: None,
             building: Vec::new(),
-            notes: Vec::new(),
+            notes: VecDeque::new(),
             fresh: HashMap::new(),
             run_bytes: RUN_BYTES,
             is_over: &|| false,
@@ -252,11 +252,15 @@ impl<'a> Packer<'a> {
             for chunk in Chunker::new(end - at, read) {
                 let (_, bytes) = chunk?;
                 parts.chunk(self.chunk(&bytes)?, bytes.len() as u32);
+                // Beside its chunks, for the journal of one pack may have no room for all.
+                if parts.parts.len() >= PARTS_MAX {
+                    self.note_recipe(content.id, &mut parts);
+                }
             }
             at = end;
         }
         self.note_version(content.node, content.id)?;
-        self.note_recipe(content.id, &parts);
+        self.note_recipe(content.id, &mut parts);
         let chunks = parts.chunks;
         let mut group = vec![
             Change::Pack(PackChange::RecipeAdd { id: content.id, chunks }),
@@ -291,16 +295,25 @@ impl<'a> Packer<'a> {
         let builder = self
             .builder
             .get_or_insert_with(|| PackBuilder::new(self.history.store, self.catalog.next_pack()));
-        self.notes.drain(..).for_each(|record| builder.note(&record));
+        while !builder.is_full()
+            && let Some(record) = self.notes.pop_front()
+        {
+            builder.note(&record);
+        }
         builder
+    }
+
+    /// Whether the pack that is being built takes no more chunks.
+    fn is_full(&self) -> bool {
+        self.builder.as_ref().is_some_and(PackBuilder::is_full)
     }
 
     /// Adds a record to the journal: of the pack that is being built, or else of the next one. What
     /// waits when the work ends is in no journal: all its bytes were stored before.
     fn note(&mut self, record: Record) {
         match &mut self.builder {
-            Some(builder) => builder.note(&record),
-            None => self.notes.push(record),
+            Some(builder) if !builder.is_overfull() => builder.note(&record),
+            _ => self.notes.push_back(record),
         }
     }
 
@@ -311,9 +324,11 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    fn note_recipe(&mut self, id: ContentId, cut: &Cut) {
-        for parts in cut.parts.chunks(PARTS_MAX) {
-            self.note(Record::Recipe(id, parts.to_vec()));
+    /// Notes the parts that were added since the last time.
+    fn note_recipe(&mut self, id: ContentId, cut: &mut Cut) {
+        for parts in std::mem::take(&mut cut.parts).chunks(PARTS_MAX) {
+            self.note(Record::Recipe { id, first: cut.noted, parts: parts.to_vec() });
+            cut.noted += parts.len() as u64;
         }
     }
 
@@ -338,12 +353,12 @@ impl<'a> Packer<'a> {
     }
 
     fn add(&mut self, id: ChunkId, hash: [u8; 32], bytes: &[u8]) -> Result<()> {
-        self.building.push(id);
-        let builder = self.builder();
-        builder.add(hash, bytes);
-        if builder.is_full() {
+        // Not as soon as it is: what is noted of its chunks is to be in its journal.
+        if self.is_full() {
             self.finish_pack()?;
         }
+        self.building.push(id);
+        self.builder().add(hash, bytes);
         Ok(())
     }
 
@@ -417,7 +432,9 @@ impl<'a> Packer<'a> {
 #[derive(Default)]
 struct Cut {
     chunks: Vec<(ChunkId, u32)>,
+    /// Those that are in no journal yet, and how many are.
     parts: Parts,
+    noted: u64,
 }
 
 impl Cut {
@@ -436,3 +453,6 @@ impl Cut {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

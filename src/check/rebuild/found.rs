@@ -7,7 +7,7 @@ use super::{Member, RebuildReport};
 use crate::catalog::VersionRecord;
 use crate::check::finding;
 use crate::error::{IoContext, Result};
-use crate::history::journal::{Parts, Record};
+use crate::history::journal::{PARTS_MAX, Parts, Record};
 use crate::history::pack::{PACK_BYTES_MAX, PackedChunk, scan};
 use crate::history::packs::{pack_dir, parse_pack_name};
 use crate::history::undo::{overwritten, parse_segment_name, read_segment};
@@ -30,7 +30,10 @@ pub(super) struct FoundPack {
 pub(super) struct Found {
     pub packs: Vec<FoundPack>,
     pub versions: BTreeMap<(NodeId, ContentId), VersionRecord>,
+    /// As far as no part is missing; which are whole their sizes tell.
     pub recipes: BTreeMap<ContentId, Parts>,
+    /// Their parts, by the number of the first one.
+    pieces: BTreeMap<ContentId, BTreeMap<u64, Parts>>,
     /// The files in `preserved/`.
     pub preserved: BTreeSet<(NodeId, ContentId)>,
     /// Contents with before-images: what lies in a file of theirs is not all that they had. A
@@ -50,6 +53,7 @@ impl Found {
         let read = found.read_packs(member, report, progress);
         progress.end();
         read?;
+        found.join_recipes();
         found.read_preserved(member)?;
         found.read_segments(member, again, report)?;
         Ok(found)
@@ -98,25 +102,37 @@ impl Found {
     }
 
     fn records(&mut self, records: Vec<Record>) {
-        // The parts of one recipe may be spread over several records of one journal; a later
-        // journal may have the same recipe again.
-        let mut whole: BTreeMap<ContentId, Parts> = BTreeMap::new();
+        let mut last = None;
         for record in records {
             match record {
                 Record::Version(version) => {
                     self.versions.insert((version.node, version.content), version);
                 }
-                Record::Recipe(id, parts) => whole.entry(id).or_default().extend(parts),
+                Record::Recipe { id, first, parts } => {
+                    // Before records told it, one without a number continued the one before it.
+                    let first = match last {
+                        Some((of, end, PARTS_MAX)) if of == id && first == 0 => end,
+                        _ => first,
+                    };
+                    last = Some((id, first + parts.len() as u64, parts.len()));
+                    self.pieces.entry(id).or_default().insert(first, parts);
+                }
                 Record::Image(image) => {
                     self.overwritten.insert((image.node, image.content));
                 }
             }
         }
-        for (id, parts) in whole {
-            let longer = |known: &Parts| known.len() < parts.len();
-            if self.recipes.get(&id).is_none_or(longer) {
-                self.recipes.insert(id, parts);
+    }
+
+    fn join_recipes(&mut self) {
+        for (id, pieces) in std::mem::take(&mut self.pieces) {
+            let mut recipe = Parts::new();
+            for (first, parts) in pieces {
+                if first == recipe.len() as u64 {
+                    recipe.extend(parts);
+                }
             }
+            self.recipes.insert(id, recipe);
         }
     }
 
@@ -184,4 +200,36 @@ fn is_segment_set_aside(name: &EntryName) -> bool {
         parse_segment_name(&EntryName::new(own).ok()?)
     };
     std::str::from_utf8(name.as_bytes()).ok().and_then(segment).is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recipe_is_put_together_of_what_several_journals_have() {
+        let id = ContentId(7);
+        let all: Parts = (0..3 * PARTS_MAX as u32 + 5).map(|length| (None, length)).collect();
+        let piece = |number: usize| {
+            let parts: Parts =
+                all.chunks(PARTS_MAX).nth(number).into_iter().flatten().copied().collect();
+            Record::Recipe { id, first: (number * PARTS_MAX) as u64, parts }
+        };
+        let mut found = Found::default();
+        // One of them twice, as after a copy that was interrupted.
+        for journal in [vec![piece(1), piece(3)], vec![piece(0), piece(1)], vec![piece(2)]] {
+            found.records(journal);
+        }
+        found.join_recipes();
+        assert!(found.recipes[&id] == all);
+        // As packs of version 2 have it.
+        let unnumbered = (0..4).map(|number| match piece(number) {
+            Record::Recipe { id, parts, .. } => Record::Recipe { id, first: 0, parts },
+            other => other,
+        });
+        let mut found = Found::default();
+        found.records(unnumbered.collect());
+        found.join_recipes();
+        assert!(found.recipes[&id] == all);
+    }
 }

@@ -146,7 +146,8 @@ fn the_format_does_not_change() {
 
 #[test]
 fn a_journal_comes_back_between_the_chunks() {
-    let record = |id: u64| Record::Recipe(ContentId(id), vec![(Some([id as u8; 16]), 7); 100]);
+    let parts = |id: u64| vec![(Some([id as u8; 16]), 7); 100];
+    let record = |id| Record::Recipe { id: ContentId(id), first: 0, parts: parts(id) };
     let mut builder = PackBuilder::new(STORE, ID);
     // More than one frame of records, with chunks before and after.
     let chunks: Vec<Vec<u8>> = (0..3).map(|seed| noise(seed, 40_000)).collect();
@@ -155,7 +156,7 @@ fn a_journal_comes_back_between_the_chunks() {
         (0..200).for_each(|id| builder.note(&record(1000 * index as u64 + id)));
     }
     let pack = builder.finish();
-    assert_eq!(pack.bytes[4], 2, "the version of packs with a journal");
+    assert_eq!(pack.bytes[4], 3, "the version of packs with a journal");
     let scanned = scan(&pack.bytes).expect("a good pack");
     assert_eq!(scanned.chunks, pack.chunks);
     assert_eq!(scanned.records.len(), 600);

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use super::{Groups, Packer};
 use crate::catalog::{Change, ChunkRow, PackChange, PackRow};
 use crate::error::{Error, Result};
+use crate::history::pack::{PACK_BYTES_REFUSED, PackBuilder};
 use crate::types::PackId;
 
 /// A pack is copied when so much of it is unused: in percent, and in bytes.
@@ -84,7 +85,7 @@ impl Packer<'_> {
     }
 
     /// Copies what is used out of these packs, at most `bytes_max` bytes of it, and removes them.
-    fn copy_out(&mut self, packs: Vec<PackRow>, bytes_max: u64) -> Result<u64> {
+    pub(super) fn copy_out(&mut self, packs: Vec<PackRow>, bytes_max: u64) -> Result<u64> {
         let mut changes = Groups::new();
         let copied = match self.copy_all(packs, bytes_max, &mut changes) {
             Ok(copied) => copied,
@@ -126,6 +127,11 @@ impl Packer<'_> {
                     continue;
                 }
                 copied += pack.live;
+                // Its journal stays with its chunks.
+                let begun = self.builder.as_ref().map_or(0, PackBuilder::stored_bytes);
+                if begun + pack.bytes > PACK_BYTES_REFUSED {
+                    self.finish_copy(changes)?;
+                }
                 for row in self.catalog.pack_chunks(pack.id)? {
                     let bytes = self.history.packs.read_chunk(self.replicas, &row)?;
                     self.copy(&row, &bytes, changes)?;
@@ -156,12 +162,11 @@ impl Packer<'_> {
     }
 
     fn copy(&mut self, row: &ChunkRow, bytes: &[u8], changes: &mut Groups) -> Result<()> {
-        self.building.push(row.id);
-        let builder = self.builder();
-        builder.add(row.hash, bytes);
-        if builder.is_full() {
+        if self.is_full() {
             self.finish_copy(changes)?;
         }
+        self.building.push(row.id);
+        self.builder().add(row.hash, bytes);
         Ok(())
     }
 

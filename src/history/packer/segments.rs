@@ -120,7 +120,7 @@ impl Packer<'_> {
             let chunk = &bytes[range];
             parts.chunk(self.chunk(chunk)?, chunk.len() as u32);
         }
-        self.note_recipe(stream, &parts);
+        self.note_recipe(stream, &mut parts);
         let chunks = parts.chunks;
         let mut group = vec![Change::Pack(PackChange::RecipeAdd { id: stream, chunks })];
         let mut at = 0;
