@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::{mounts_at, run};
+use super::mounts_at;
+use super::run::{Done, run};
 
 /// A filesystem of its own, unmounted and detached when dropped.
 pub struct LoopFs {
@@ -99,21 +100,8 @@ impl LoopFs {
         self.try_unmount().unwrap_or_else(|why| panic!("{why}"));
     }
 
-    /// Who looks at a path below at that moment, as what lists mounts does, makes it busy for the
-    /// length of a call. Whoever holds a file there is a process that `fuser` finds.
     fn try_unmount(&self) -> Result<(), String> {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        loop {
-            let done = run(Command::new("umount").arg(&self.root));
-            if done.code == 0 {
-                return Ok(());
-            }
-            let users = run(Command::new("fuser").arg("-m").arg(&self.root));
-            if users.code == 0 || Instant::now() > deadline {
-                let users = run(Command::new("fuser").arg("-vm").arg(&self.root));
-                return Err(format!("{}\nusers: {}", done.told(), users.told()));
-            }
-        }
+        unmount_unused(&self.root, || run(Command::new("umount").arg(&self.root)))
     }
 
     /// Brings it back after [`LoopFs::unmount`].
@@ -150,6 +138,24 @@ impl Drop for LoopFs {
         run(Command::new("losetup").args(["-d", &self.device]));
         if let (Some(text), false) = (left, std::thread::panicking()) {
             panic!("{:?} could not be unmounted: {text}", self.scratch.path());
+        }
+    }
+}
+
+/// Does `unmount` until it succeeds. Who looks at a path below at that moment, as what lists mounts
+/// does, or a child of ours that has yet to become its command, makes the mount busy for the length
+/// of a call. Whoever holds a file there is a process that `fuser` finds.
+pub fn unmount_unused(mnt: &Path, unmount: impl Fn() -> Done) -> Result<(), String> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let done = unmount();
+        if done.code == 0 {
+            return Ok(());
+        }
+        let users = run(Command::new("fuser").arg("-m").arg(mnt));
+        if users.code == 0 || Instant::now() > deadline {
+            let users = run(Command::new("fuser").arg("-vm").arg(mnt));
+            return Err(format!("{}\nusers: {}", done.told(), users.told()));
         }
     }
 }

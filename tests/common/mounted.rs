@@ -7,6 +7,7 @@ use std::process::Command;
 use rearviewfs::check::{CheckOptions, check};
 use rearviewfs::progress::Progress;
 
+use super::disk::unmount_unused;
 use super::run::{Done, binary, rearview, run, run_within};
 use super::{daemon_of, has_ended, mounts_at, tree, wait_until};
 
@@ -114,11 +115,8 @@ impl Mounted {
     #[track_caller]
     pub fn unmount(&mut self) {
         let daemon = daemon_of(&self.mnt);
-        let done = rearview([OsString::from("umount"), self.mnt.clone().into()]);
-        if done.code != 0 {
-            let users = run(Command::new("fuser").arg("-vm").arg(&self.mnt));
-            panic!("{}\nusers: {}", done.told(), users.told());
-        }
+        let unmount = || rearview([OsString::from("umount"), self.mnt.clone().into()]);
+        unmount_unused(&self.mnt, unmount).unwrap_or_else(|why| panic!("{why}"));
         self.assert_gone();
         // The disks below can be unmounted only when it has let go of them.
         wait_until("the daemon has ended", 20, || daemon.is_none_or(has_ended));
