@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 
-use common::disk::LoopFs;
+use common::disk::{LoopFs, unmount_unused};
 use common::{Mounted, run, tree, wait_until};
 use crash::dice::{Dice, number};
 use crash::load::{Shared, Worker, dump, seeds};
@@ -141,10 +141,15 @@ fn unchanged(mnt: &Path, name: &str, shown: &Dump) -> Result<(), String> {
         };
         if is != was {
             let at = was.content.iter().zip(&is.content).position(|(a, b)| a != b);
-            let brief = |of: &Shown| Shown { content: Vec::new(), ..of.clone() };
+            // What a file is filled with tells which write it is of.
+            let brief = |of: &Shown| {
+                let rest = &of.content[at.unwrap_or(0).min(of.content.len())..];
+                Shown { content: rest[..rest.len().min(8)].to_vec(), ..of.clone() }
+            };
+            let sizes = (was.content.len(), is.content.len());
             let (was, is) = (brief(was), brief(is));
             return Err(format!(
-                "snapshot {name}: {path} differs at {at:?}, was {was:?}, is {is:?}"
+                "snapshot {name}: {path} differs at {at:?} of {sizes:?}, was {was:?}, is {is:?}"
             ));
         }
     }
@@ -323,8 +328,8 @@ fn end_somehow(store: &mut Mounted, dice: &mut Dice) {
         store.kill();
         return;
     }
-    let done = run(Command::new(common::run::binary()).arg("umount").arg(&store.mnt));
-    assert!(matches!(done.code, 0 | 3), "{}", done.told());
+    let unmount = || run(Command::new(common::run::binary()).arg("umount").arg(&store.mnt));
+    unmount_unused(&store.mnt, &[0, 3], unmount).unwrap_or_else(|why| panic!("{why}"));
     store.ended_elsewhere();
 }
 

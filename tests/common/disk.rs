@@ -101,7 +101,7 @@ impl LoopFs {
     }
 
     fn try_unmount(&self) -> Result<(), String> {
-        unmount_unused(&self.root, || run(Command::new("umount").arg(&self.root)))
+        unmount_unused(&self.root, &[0], || run(Command::new("umount").arg(&self.root)))
     }
 
     /// Brings it back after [`LoopFs::unmount`].
@@ -142,18 +142,17 @@ impl Drop for LoopFs {
     }
 }
 
-/// Does `unmount` until it succeeds. Who looks at a path below at that moment, as what lists mounts
-/// does, or a child of ours that has yet to become its command, makes the mount busy for the length
-/// of a call. Whoever holds a file there is a process that `fuser` finds.
-pub fn unmount_unused(mnt: &Path, unmount: impl Fn() -> Done) -> Result<(), String> {
+/// Does `unmount` until it ends with one of `codes`. Who looks at a path below at that moment, as
+/// what lists mounts does, a child of ours that has yet to become its command, or one of a program
+/// that was just killed makes the mount busy for a moment.
+pub fn unmount_unused(mnt: &Path, codes: &[i32], unmount: impl Fn() -> Done) -> Result<(), String> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let done = unmount();
-        if done.code == 0 {
+        if codes.contains(&done.code) {
             return Ok(());
         }
-        let users = run(Command::new("fuser").arg("-m").arg(mnt));
-        if users.code == 0 || Instant::now() > deadline {
+        if Instant::now() > deadline {
             let users = run(Command::new("fuser").arg("-vm").arg(mnt));
             return Err(format!("{}\nusers: {}", done.told(), users.told()));
         }

@@ -116,7 +116,7 @@ impl Mounted {
     pub fn unmount(&mut self) {
         let daemon = daemon_of(&self.mnt);
         let unmount = || rearview([OsString::from("umount"), self.mnt.clone().into()]);
-        unmount_unused(&self.mnt, unmount).unwrap_or_else(|why| panic!("{why}"));
+        unmount_unused(&self.mnt, &[0], unmount).unwrap_or_else(|why| panic!("{why}"));
         self.assert_gone();
         // The disks below can be unmounted only when it has let go of them.
         wait_until("the daemon has ended", 20, || daemon.is_none_or(has_ended));
