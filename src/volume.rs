@@ -357,8 +357,11 @@ impl Volume {
     }
 
     /// [`Volume::settle`] and names that generation. What it shows is durable on every replica in
-    /// use when this returns: files and catalogs at one time. If we die between the two, the intent
-    /// log still has what was dirtied, as after every commit.
+    /// use when this returns. If we die between the two, the intent log still has what was dirtied,
+    /// as after every commit.
+    ///
+    /// Files first, and the catalog after them: what the catalog has of it then tells recovery that
+    /// no byte of the snapshot was ever in doubt ([`Catalog::durable_to`]).
     pub fn create_snapshot(
         &self,
         name: &str,
@@ -366,9 +369,12 @@ impl Volume {
         tags: &[String],
     ) -> Result<Snapshot> {
         let at = self.settle()?;
-        let files = self.replicas().begin_sync_all();
-        let snapshot = self.catalog().create_snapshot(name, at, automatic, tags);
-        files.wait()?;
+        self.replicas().begin_sync_all().wait()?;
+        let catalog = self.catalog();
+        let snapshot = match self.replicas().is_doubtful() {
+            true => catalog.create_snapshot(name, at, automatic, tags),
+            false => catalog.create_durable_snapshot(name, at, automatic, tags),
+        };
         self.barrier()?;
         snapshot
     }

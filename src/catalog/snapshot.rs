@@ -12,6 +12,8 @@ use super::{Catalog, Change, Durability, ForgetChange, Snapshot};
 use crate::error::{Error, Result};
 use crate::types::{EntryName, Generation, SnapshotId, escape};
 
+/// The place of what [`Catalog::durable_to`] tells.
+const DURABLE_TO: &str = "durable_to";
 /// The longest name, in bytes: room for what the snapshot folder adds to it.
 const NAME_BYTES_MAX: usize = 200;
 /// Names told when one is not found.
@@ -121,6 +123,37 @@ impl Catalog {
         automatic: bool,
         tags: &[String],
     ) -> Result<Snapshot> {
+        self.make_snapshot(name, at, automatic, tags, Vec::new())
+    }
+
+    /// The same where all that the catalog knows of at `at` is durable on every replica in use,
+    /// which is recorded with it: see [`Catalog::durable_to`].
+    pub fn create_durable_snapshot(
+        &self,
+        name: &str,
+        at: Generation,
+        automatic: bool,
+        tags: &[String],
+    ) -> Result<Snapshot> {
+        let durable = Change::MetaPut { key: DURABLE_TO, value: at.0.to_string() };
+        self.make_snapshot(name, at, automatic, tags, vec![durable])
+    }
+
+    /// Up to this generation all bytes and names were durable when the last snapshot of that kind
+    /// was made.
+    pub fn durable_to(&self) -> Result<Generation> {
+        let text = self.meta(DURABLE_TO)?;
+        Ok(Generation(text.and_then(|text| text.parse().ok()).unwrap_or(0)))
+    }
+
+    fn make_snapshot(
+        &self,
+        name: &str,
+        at: Generation,
+        automatic: bool,
+        tags: &[String],
+        mut changes: Vec<Change>,
+    ) -> Result<Snapshot> {
         check_name(name)?;
         let _names = self.shared.snapshots.lock();
         self.check_free(name)?;
@@ -143,9 +176,10 @@ impl Catalog {
         let tags = tags.to_vec();
         let name = name.into();
         let snapshot = Snapshot { id, name, generation, time, automatic, held, tags };
-        let made = self.put_snapshot(snapshot, Durability::Durable);
+        changes.push(Change::SnapshotPut(snapshot.clone()));
+        let made = self.push(changes).and_then(|_| self.flush(Durability::Durable));
         self.tell_watch(&[]);
-        made
+        made.map(|()| snapshot)
     }
 
     /// Forgets a snapshot. `NotFound` names the nearest names; `InUse` if it is held.
@@ -198,7 +232,7 @@ impl Catalog {
         }
         self.check_free(to)?;
         let new = Snapshot { name: to.into(), ..snapshot.clone() };
-        let renamed = self.put_snapshot(new, Durability::Written);
+        let renamed = self.put_snapshot(new);
         self.tell_watch(&[&snapshot]);
         renamed
     }
@@ -210,7 +244,7 @@ impl Catalog {
         if snapshot.held == held {
             return Ok(snapshot);
         }
-        self.put_snapshot(Snapshot { held, ..snapshot }, Durability::Written)
+        self.put_snapshot(Snapshot { held, ..snapshot })
     }
 
     /// The gap that a snapshot leaves, unless its generation is visible without it.
@@ -252,9 +286,9 @@ impl Catalog {
         })
     }
 
-    fn put_snapshot(&self, snapshot: Snapshot, durability: Durability) -> Result<Snapshot> {
+    fn put_snapshot(&self, snapshot: Snapshot) -> Result<Snapshot> {
         self.push(vec![Change::SnapshotPut(snapshot.clone())])?;
-        self.flush(durability)?;
+        self.flush(Durability::Written)?;
         Ok(snapshot)
     }
 

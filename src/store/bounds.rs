@@ -39,6 +39,14 @@ impl Bounds {
         Bounds { told: self.told.max(time.as_nanos()), ..self }
     }
 
+    /// All bytes that the catalog knows of at `generation` were durable, as after a checkpoint, but
+    /// that what was dirtied before counts on.
+    pub fn durable_to(mut self, generation: Generation) -> Bounds {
+        let base = &mut self.past.base.generation;
+        *base = (*base).max(generation.0);
+        self
+    }
+
     /// What was born later than this is not known to the catalog.
     pub fn told(&self) -> Timestamp {
         Timestamp::from_nanos(self.told.saturating_add(TICK_NANOS))

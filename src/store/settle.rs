@@ -335,7 +335,9 @@ fn take_in(
     let catalog = Catalog::open_within(ReplicaMap::new(files), false, member.site.timeout())?;
     let result = (|| {
         let told = catalog.time_of(catalog.generation())?;
-        let bounds = bounds.map(|bounds| bounds.clone().told_at(told));
+        let promised = catalog.durable_to()?;
+        let since = since.map(|since| since.max(promised));
+        let bounds = bounds.map(|bounds| bounds.clone().told_at(told).durable_to(promised));
         let bounds = bounds.as_ref();
         if let Some(recover) = recover {
             let from = bounds.map_or(0, Bounds::undo_from);

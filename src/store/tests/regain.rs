@@ -14,12 +14,15 @@ enum Age {
     Relied,
     /// After it, with its file.
     Young,
+    /// Likewise, and a snapshot was taken of it.
+    Promised,
 }
 
 /// A store of two replicas with one file, which is recorded to be gone; opened at that, and dropped
 /// as by a power cut. Tells the node and its last content.
 fn gone(bench: &Bench, preserved: bool, age: Age) -> (NodeId, ContentId) {
-    let first = if age == Age::Young { "other" } else { "f" };
+    let is_young = matches!(age, Age::Young | Age::Promised);
+    let first = if is_young { "other" } else { "f" };
     write(&bench.path("a").join(first), b"what was here");
     bench.settle(&["a", "b"]);
     let store = bench.open(&["a", "b"]).unwrap();
@@ -31,7 +34,7 @@ fn gone(bench: &Bench, preserved: bool, age: Age) -> (NodeId, ContentId) {
     if age != Age::Durable {
         row.content = catalog.next_content();
         let mut born = Vec::new();
-        if age == Age::Young {
+        if is_young {
             for backing in ["a", "b"] {
                 write(&bench.path(backing).join("f"), b"what was here");
             }
@@ -44,7 +47,10 @@ fn gone(bench: &Bench, preserved: bool, age: Age) -> (NodeId, ContentId) {
         born.push(Change::ContentAdd { id: row.content, node: row.id, size: row.size });
         born.push(Change::NodePut(row.clone()));
         catalog.push(born).unwrap();
-        catalog.freeze();
+        let at = catalog.freeze();
+        if age == Age::Promised {
+            catalog.create_durable_snapshot("promised", at, false, &[]).unwrap();
+        }
     }
     let mut changes =
         vec![Change::EntryRemove { parent: NodeId::ROOT, name }, Change::NodeGone(row.id)];
@@ -64,7 +70,7 @@ fn preserved(bench: &Bench, backing: &str, (node, content): (NodeId, ContentId))
 /// btrfs: the catalog was durable, the rename into `preserved/` was not.
 #[test]
 fn a_file_that_is_live_still_is_preserved_again() {
-    for age in [Age::Durable, Age::Relied, Age::Young] {
+    for age in [Age::Durable, Age::Relied, Age::Young, Age::Promised] {
         let bench = Bench::new();
         let of = gone(&bench, true, age);
         let store = bench.open(&["a", "b"]).unwrap();
@@ -200,13 +206,12 @@ fn a_version_that_was_never_durable_has_zeros_for_what_is_gone() {
     }
 }
 
-/// Nothing may look well that is not: what a checkpoint made durable, and what relies on that, is
+/// Nothing may look well that is not: what a checkpoint or a snapshot made durable, and what relies on that, is
 /// left for `check` to tell.
 #[test]
 fn a_version_that_was_durable_and_is_gone_stays_damage() {
-    for (recorded, age) in
-        [(true, Age::Durable), (false, Age::Durable), (true, Age::Relied), (false, Age::Relied)]
-    {
+    let ages = [Age::Durable, Age::Relied, Age::Promised];
+    for (recorded, age) in ages.into_iter().flat_map(|age| [(true, age), (false, age)]) {
         let bench = Bench::new();
         let of = gone(&bench, recorded, age);
         for backing in ["a", "b"] {
