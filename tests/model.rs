@@ -9,6 +9,7 @@ mod model {
     pub mod drive;
     pub mod exclude;
     pub mod names;
+    pub mod open;
     pub mod ops;
     pub mod reference;
 }

@@ -4,29 +4,23 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use rearviewfs::catalog::{Catalog, Durability};
 use rearviewfs::check::{CheckOptions, check};
 use rearviewfs::error::Error;
-use rearviewfs::excludes::Patterns;
-use rearviewfs::fs::{Fh, Filesystem, FsOptions, SnapDir, Wish, Writing};
-use rearviewfs::history::History;
+use rearviewfs::fs::{Fh, Filesystem, Wish, Writing};
 use rearviewfs::progress::Progress;
 use rearviewfs::replica::backing::{Creds, SetTime};
-use rearviewfs::store::{self, Between, OpenOptions};
+use rearviewfs::store::{self, Between};
 use rearviewfs::types::{EntryName, Generation, Kind, Timestamp};
-use rearviewfs::volume::{Caller, Changes, Newborn, Volume, VolumeOptions};
+use rearviewfs::volume::{Caller, Changes, Newborn};
 
+use super::open::open;
 use super::ops::Op;
 use super::reference::{Body, Dump, Reference, pattern, put};
 
 pub type Outcome<T = ()> = Result<T, String>;
 
-/// What has no history, where anything is excluded.
-const EXCLUDED: &str = "*.tmp";
-/// How long the last holder of a store is waited for.
-const FREE_WITHIN: Duration = Duration::from_secs(60);
 pub(super) const READ_WRITE: Wish =
     Wish { readable: true, writable: true, truncate: false, synchronous: false, execute: false };
 
@@ -69,32 +63,6 @@ fn text(number: u8) -> String {
 
 pub(super) fn fail<T>(what: &str) -> impl FnOnce(Error) -> Outcome<T> + '_ {
     move |error| Err(format!("{what}: {error}"))
-}
-
-/// Opens the store in `paths`, which is recovered where the last mount was cut off.
-fn open(paths: &[PathBuf], excludes: bool, between: &Between) -> Outcome<Arc<Filesystem>> {
-    let recover = |replicas: &_, catalog: &_, from| History::recover(replicas, catalog, from);
-    let globs: &[String] = if excludes { &[EXCLUDED.into()] } else { &[] };
-    let exclude = Arc::new(Patterns::of_globs(globs).expect("a pattern"));
-    let (own, between) = (exclude.clone(), between.clone());
-    let options = OpenOptions { exclude: own, between, ..OpenOptions::default() };
-    // A store that was dropped, as death would end it, lives until the pass of its background work
-    // ends that was at it, which on a busy machine takes a while.
-    let deadline = Instant::now() + FREE_WITHIN;
-    let store = loop {
-        match store::open(paths, &options, &recover, &Progress::silent()) {
-            Err(Error::InUse(_)) if Instant::now() < deadline => std::thread::yield_now(),
-            opened => break opened.or_else(fail("opening the store"))?,
-        }
-    };
-    let options = VolumeOptions { exclude, ..VolumeOptions::default() };
-    let volume = Volume::open(store, options).or_else(fail("opening the volume"))?;
-    let options = FsOptions {
-        snapdir: SnapDir::Hidden,
-        snapdir_name: entry(".snapshots"),
-        mountpoint: PathBuf::from("/nonexistent"),
-    };
-    Ok(Arc::new(Filesystem::new(volume, options)))
 }
 
 impl Driver {

@@ -247,8 +247,8 @@ impl Import<'_> {
         }
     }
 
-    /// Whether nothing of a node is lost if a file that has its name is another's: it was empty, has
-    /// its file, or is preserved.
+    /// Whether nothing of a node is lost if a file that has its name is another's: it was empty,
+    /// has its file, or is preserved.
     pub(super) fn needs_no_file(&self, row: &NodeRow) -> Result<bool> {
         let is_met = row.content == ContentId::EMPTY || self.claimed.contains(row.id);
         Ok(is_met || self.is_preserved(row)?)

@@ -206,8 +206,8 @@ fn a_version_that_was_never_durable_has_zeros_for_what_is_gone() {
     }
 }
 
-/// Nothing may look well that is not: what a checkpoint or a snapshot made durable, and what relies on that, is
-/// left for `check` to tell.
+/// Nothing may look well that is not: what a checkpoint or a snapshot made durable, and what relies
+/// on that, is left for `check` to tell.
 #[test]
 fn a_version_that_was_durable_and_is_gone_stays_damage() {
     let ages = [Age::Durable, Age::Relied, Age::Promised];
