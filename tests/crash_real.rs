@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 
-use common::disk::{LoopFs, unmount_unused};
+use common::disk::{IN_USE, LoopFs, unmount_unused};
 use common::{Mounted, run, tree, wait_until};
 use crash::dice::{Dice, number};
 use crash::load::{Shared, Worker, dump, seeds};
@@ -330,7 +330,8 @@ fn end_somehow(store: &mut Mounted, dice: &mut Dice) {
         return;
     }
     let unmount = || run(Command::new(common::run::binary()).arg("umount").arg(&store.mnt));
-    unmount_unused(&store.mnt, &[0, 3], unmount).unwrap_or_else(|why| panic!("{why}"));
+    let done = unmount_unused(&store.mnt, IN_USE, unmount).unwrap_or_else(|why| panic!("{why}"));
+    assert!(matches!(done.code, 0 | 3), "{}", done.told());
     store.ended_elsewhere();
 }
 

@@ -7,6 +7,11 @@ use std::time::{Duration, Instant};
 use super::mounts_at;
 use super::run::{Done, run};
 
+/// What `umount` ends with where the mount is busy (umount(8)).
+const UMOUNT_FAILED: i32 = 32;
+/// What `rearview umount` ends with then.
+pub const IN_USE: i32 = 11;
+
 /// A filesystem of its own, unmounted and detached when dropped.
 pub struct LoopFs {
     scratch: tempfile::TempDir,
@@ -101,7 +106,9 @@ impl LoopFs {
     }
 
     fn try_unmount(&self) -> Result<(), String> {
-        unmount_unused(&self.root, &[0], || run(Command::new("umount").arg(&self.root)))
+        let unmount = || run(Command::new("umount").arg(&self.root));
+        let done = unmount_unused(&self.root, UMOUNT_FAILED, unmount)?;
+        if done.code == 0 { Ok(()) } else { Err(done.told()) }
     }
 
     /// Brings it back after [`LoopFs::unmount`].
@@ -142,15 +149,15 @@ impl Drop for LoopFs {
     }
 }
 
-/// Does `unmount` until it ends with one of `codes`. Who looks at a path below at that moment, as
-/// what lists mounts does, a child of ours that has yet to become its command, or one of a program
-/// that was just killed makes the mount busy for a moment.
-pub fn unmount_unused(mnt: &Path, codes: &[i32], unmount: impl Fn() -> Done) -> Result<(), String> {
+/// Does `unmount` until it does not end with the code `busy`. Who looks at a path below at that
+/// moment, as what lists mounts does, a child of ours that has yet to become its command, or one of
+/// a program that was just killed makes the mount busy for a moment. Told is one that stays so.
+pub fn unmount_unused(mnt: &Path, busy: i32, unmount: impl Fn() -> Done) -> Result<Done, String> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let done = unmount();
-        if codes.contains(&done.code) {
-            return Ok(());
+        if done.code != busy {
+            return Ok(done);
         }
         if Instant::now() > deadline {
             let users = run(Command::new("fuser").arg("-vm").arg(mnt));

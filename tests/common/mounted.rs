@@ -7,7 +7,7 @@ use std::process::Command;
 use rearviewfs::check::{CheckOptions, check};
 use rearviewfs::progress::Progress;
 
-use super::disk::unmount_unused;
+use super::disk::{IN_USE, unmount_unused};
 use super::run::{Done, binary, rearview, run, run_within};
 use super::{daemon_of, has_ended, mounts_at, tree, wait_until};
 
@@ -116,7 +116,8 @@ impl Mounted {
     pub fn unmount(&mut self) {
         let daemon = daemon_of(&self.mnt);
         let unmount = || rearview([OsString::from("umount"), self.mnt.clone().into()]);
-        unmount_unused(&self.mnt, &[0], unmount).unwrap_or_else(|why| panic!("{why}"));
+        let done = unmount_unused(&self.mnt, IN_USE, unmount);
+        done.unwrap_or_else(|why| panic!("{why}")).ok();
         self.assert_gone();
         // The disks below can be unmounted only when it has let go of them.
         wait_until("the daemon has ended", 20, || daemon.is_none_or(has_ended));
