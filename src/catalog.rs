@@ -60,7 +60,7 @@ pub use self::audit::Audit;
 pub use self::copy::Original;
 pub use self::equal::TableHashes;
 pub use self::failure::Failure;
-pub use self::lost::PastContent;
+pub use self::lost::{PastContent, PastName};
 pub use self::packed::{PackRow, WaitingContent, Whereabouts};
 pub use self::places::{LiveNode, VersionRecord};
 pub use self::snapshot::SnapshotWatch;

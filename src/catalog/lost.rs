@@ -8,7 +8,7 @@ use super::query::path_at;
 use super::schema::{ContentState, NODE_COLUMNS, node_row, unsigned};
 use super::{Catalog, NEVER, NodeRow, touched};
 use crate::error::Result;
-use crate::types::{ContentId, EntryName, Generation, NodeId, RelPath};
+use crate::types::{ContentId, EntryName, Generation, NodeId, RelPath, Timestamp};
 
 /// A content that history shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,8 +25,23 @@ pub struct PastContent {
     pub born: Generation,
     /// The newest state that shows it.
     pub row: NodeRow,
+    /// The times of modification of all states that show it.
+    pub mtimes: Vec<Timestamp>,
     last: Generation,
     is_live: bool,
+}
+
+/// A name by which a node was reached.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PastName {
+    /// The directory that it was in, by a path which that had.
+    pub dir: RelPath,
+    /// The name.
+    pub name: EntryName,
+    /// The directory's node.
+    pub parent: NodeId,
+    /// No other node had it, and the directory stayed where it is: what lies there is the node's.
+    pub is_own: bool,
 }
 
 impl Catalog {
@@ -55,6 +70,7 @@ impl Catalog {
                 let (state, born, is_live) = (node_row(row, 0)?, row.get(13)?, row.get(14)?);
                 if let Some(content) = found.get_mut(&state.content) {
                     content.is_live |= is_live;
+                    content.mtimes.push(state.mtime);
                     // The newest state of all tells how the file was last.
                     if born > content.last {
                         (content.last, content.row) = (born, state);
@@ -74,6 +90,7 @@ impl Catalog {
                     preserved: preserved.iter().any(|state| *state as i64 == place),
                     chained: place == 0,
                     born,
+                    mtimes: vec![state.mtime],
                     last: born,
                     row: state,
                     is_live,
@@ -109,12 +126,9 @@ impl Catalog {
         })
     }
 
-    /// The directories and names by which a node was reached at any time after `since`.
-    pub fn names_since(
-        &self,
-        node: NodeId,
-        since: Generation,
-    ) -> Result<Vec<(RelPath, EntryName)>> {
+    /// The names by which a node was reached at any time after `since`, in order. One whose
+    /// directory moved is told for each of its places.
+    pub fn names_since(&self, node: NodeId, since: Generation) -> Result<Vec<PastName>> {
         self.settle_pending()?;
         let newest = self.generation();
         self.shared.read_at_once(|db| {
@@ -122,17 +136,24 @@ impl Catalog {
                 "SELECT parent, name, died FROM entry_h WHERE node = ?1 AND died > ?2 \
                  UNION ALL SELECT parent, name, ?3 FROM entry WHERE node = ?1",
             )?;
+            let mut others = db.prepare_cached(
+                "SELECT 1 FROM entry_h WHERE parent = ?1 AND name = ?2 AND died > ?3 \
+                 AND node <> ?4 \
+                 UNION ALL SELECT 1 FROM entry WHERE parent = ?1 AND name = ?2 AND node <> ?4",
+            )?;
             let rows = statement.query_map(params![node, since, NEVER], |row| {
                 Ok((row.get(0)?, row.get(1)?, row.get(2)?))
             })?;
             let mut found = Vec::new();
             for row in rows {
                 let (parent, name, died): (NodeId, EntryName, Generation) = row?;
+                let is_own = !others.exists(params![parent, name, since, node])?
+                    && has_stayed(db, parent, since)?;
                 let last = Generation(died.0.saturating_sub(1)).min(newest);
                 // The directory, too, may lie where it was before.
                 for at in [last, since] {
                     if let Some(dir) = path_at(db, at, parent)? {
-                        found.push((dir, name.clone()));
+                        found.push(PastName { dir, name: name.clone(), parent, is_own });
                     }
                 }
             }
@@ -142,41 +163,7 @@ impl Catalog {
         })
     }
 
-    /// Of the names by which a node was reached after `since` those that nobody else had, in
-    /// directories that had one name each all the time: what lies there is the node's.
-    pub fn own_names_since(
-        &self,
-        node: NodeId,
-        since: Generation,
-    ) -> Result<Vec<(RelPath, EntryName)>> {
-        self.settle_pending()?;
-        self.shared.read_at_once(|db| {
-            let mut statement = db.prepare_cached(
-                "SELECT parent, name FROM entry_h WHERE node = ?1 AND died > ?2 \
-                 UNION SELECT parent, name FROM entry WHERE node = ?1",
-            )?;
-            let mut others = db.prepare_cached(
-                "SELECT 1 FROM entry_h WHERE parent = ?1 AND name = ?2 AND died > ?3 \
-                 AND node <> ?4 \
-                 UNION ALL SELECT 1 FROM entry WHERE parent = ?1 AND name = ?2 AND node <> ?4",
-            )?;
-            let rows = statement.query_map(params![node, since], |row| {
-                Ok((row.get::<_, NodeId>(0)?, row.get::<_, EntryName>(1)?))
-            })?;
-            let mut found = Vec::new();
-            for row in rows {
-                let (parent, name) = row?;
-                if !others.exists(params![parent, name, since, node])?
-                    && let Some(dir) = path_that_stayed(db, parent, since)?
-                {
-                    found.push((dir, name));
-                }
-            }
-            Ok(found)
-        })
-    }
-
-    /// The nodes that lost a name after `since`, as they were last.
+    /// The nodes that had a name at any time after `since`, as they were last.
     pub fn held_since(
         &self,
         (parent, name): (NodeId, &EntryName),
@@ -185,7 +172,8 @@ impl Catalog {
         self.settle_pending()?;
         self.shared.read_at_once(|db| {
             let mut holders = db.prepare_cached(
-                "SELECT DISTINCT node FROM entry_h WHERE parent = ?1 AND name = ?2 AND died > ?3",
+                "SELECT node FROM entry_h WHERE parent = ?1 AND name = ?2 AND died > ?3 \
+                 UNION SELECT node FROM entry WHERE parent = ?1 AND name = ?2",
             )?;
             let mut states = db.prepare_cached(&format!(
                 "SELECT {NODE_COLUMNS}, ?2 AS died FROM node WHERE id = ?1 \
@@ -202,31 +190,20 @@ impl Catalog {
     }
 }
 
-/// The path of a directory, if neither it nor one above it got or lost a name after `since`.
-fn path_that_stayed(
-    db: &Connection,
-    dir: NodeId,
-    since: Generation,
-) -> rusqlite::Result<Option<RelPath>> {
+/// Whether neither a directory nor one above it got or lost a name after `since`.
+fn has_stayed(db: &Connection, dir: NodeId, since: Generation) -> rusqlite::Result<bool> {
     let mut moved = db.prepare_cached("SELECT 1 FROM entry_h WHERE node = ?1 AND died > ?2")?;
-    let mut own = db.prepare_cached("SELECT parent, name, born FROM entry WHERE node = ?1")?;
-    let mut names = Vec::new();
+    let mut own = db.prepare_cached("SELECT parent, born FROM entry WHERE node = ?1")?;
     let mut at = dir;
     while at != NodeId::ROOT {
-        let place = own.query_row(params![at], |row| {
-            Ok((
-                row.get::<_, NodeId>(0)?,
-                row.get::<_, EntryName>(1)?,
-                row.get::<_, Generation>(2)?,
-            ))
-        });
-        let Some((parent, name, born)) = place.optional()? else { return Ok(None) };
+        let place = own.query_row(params![at], |row| Ok((row.get(0)?, row.get(1)?)));
+        let Some((parent, born)): Option<(NodeId, Generation)> = place.optional()? else {
+            return Ok(false);
+        };
         if born > since || moved.exists(params![at, since])? {
-            return Ok(None);
+            return Ok(false);
         }
-        names.push(name);
         at = parent;
     }
-    names.reverse();
-    Ok(Some(RelPath::from(names)))
+    Ok(true)
 }

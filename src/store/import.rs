@@ -39,6 +39,7 @@ mod report;
 mod rescue;
 
 use missing::Missing;
+pub(super) use moves::born_together;
 pub use report::{ImportReport, count_words};
 
 /// Changes in one push: enough to make a batch worth its commit, little enough to hold.

@@ -25,8 +25,9 @@ use std::path::Path;
 use rustix::io::Errno;
 
 use super::copy::Copier;
+use super::import;
 use super::site::{Object, Site, own_creds, private};
-use crate::catalog::{Base, Catalog, Change, Durability, PastContent, digest};
+use crate::catalog::{Base, Catalog, Change, Durability, PastContent, PastName, digest};
 use crate::error::{IoContext, Result};
 use crate::history::ranges::ByteRange;
 use crate::history::{parts_preserved, preserved_dir, preserved_name};
@@ -150,24 +151,26 @@ impl Search<'_> {
                 return self.keep(peer, (&dir, &name, &object), (node, content.id));
             }
         }
-        let row = &content.row;
-        for (dir, name) in self.catalog.names_since(node, self.since)? {
+        let names = self.catalog.names_since(node, self.since)?;
+        for PastName { dir, name, .. } in &names {
             for site in std::iter::once(self.site).chain(self.peers) {
-                let Some((_, object)) = look(site, &dir, &name)? else { continue };
+                let Some((_, object)) = look(site, dir, name)? else { continue };
                 let stat = &object.stat;
-                if stat.kind == Kind::File && (stat.size, stat.mtime) == (row.size, row.mtime) {
-                    return self.keep(site, (&dir, &name, &object), (node, content.id));
+                // Times that were set need not have come to the disk.
+                let has_time = content.mtimes.contains(&stat.mtime);
+                if stat.kind == Kind::File && stat.size == content.row.size && has_time {
+                    return self.keep(site, (dir, name, &object), (node, content.id));
                 }
             }
         }
-        self.regain_older(node, content)
+        self.regain_older(node, content, &names)
     }
 
     /// Takes for a preserved content what its file still is under a name of its node: that it was
     /// moved away came to the catalog and not to the disk. It was written to after the content was
     /// sealed, or lacks some of it; but older contents, which snapshots may show, are all there:
     /// before a byte of theirs is overwritten its image is durable.
-    fn regain_older(&self, node: NodeId, content: &PastContent) -> Result<()> {
+    fn regain_older(&self, node: NodeId, content: &PastContent, names: &[PastName]) -> Result<()> {
         // Where it is there and short, it is that file itself, and another has its name.
         if self.preserved_object(self.site, node, content.id)?.is_some() {
             return Ok(());
@@ -178,17 +181,40 @@ impl Search<'_> {
             return Ok(());
         }
         // What others have of these names may be older than our last checkpoint.
-        for (dir, name) in self.catalog.own_names_since(node, self.since)? {
-            let Some((handle, object)) = look(self.site, &dir, &name)? else { continue };
-            if object.stat.kind == Kind::File && self.may_be(&object, node, content)? {
-                self.digest_of((&handle, &dir, &name), &object, (node, content))?;
-                return self.keep(self.site, (&dir, &name, &object), (node, content.id));
+        for past in names {
+            let (dir, name) = (&past.dir, &past.name);
+            let Some((handle, object)) = look(self.site, dir, name)? else { continue };
+            if object.stat.kind == Kind::File
+                && (past.is_own || self.is_twin(&object, node, content, past)?)
+                && self.may_be(&object, node, content)?
+            {
+                self.digest_of((&handle, dir, name), &object, (node, content))?;
+                return self.keep(self.site, (dir, name, &object), (node, content.id));
             }
         }
         Ok(())
     }
 
-    /// Whether a file under a name of a node's own can be the one that a content lay in.
+    /// Whether a file under a name that others had as well was born with a content's, and none of
+    /// those others was.
+    fn is_twin(
+        &self,
+        object: &Object,
+        node: NodeId,
+        content: &PastContent,
+        past: &PastName,
+    ) -> Result<bool> {
+        let row = &content.row;
+        if import::born_together(row, &object.stat) != Some(true) {
+            return Ok(false);
+        }
+        let births = (row.btime.as_nanos() - BIRTH_NANOS)..=(row.btime.as_nanos() + BIRTH_NANOS);
+        let held = self.catalog.held_since((past.parent, &past.name), self.since)?;
+        let others = held.iter().filter(|one| one.id != node);
+        Ok(others.into_iter().all(|one| !births.contains(&one.btime.as_nanos())))
+    }
+
+    /// Whether a file under a name of a node can be the one that a content lay in.
     fn may_be(&self, object: &Object, node: NodeId, content: &PastContent) -> Result<bool> {
         let birth = object.stat.btime.as_nanos();
         let born = self.catalog.time_of(content.born)?.as_nanos();
@@ -317,7 +343,7 @@ impl Search<'_> {
         let last = self.catalog.names_since(node, Generation::default())?;
         let told = last
             .last()
-            .map_or_else(|| format!("node {node}"), |(dir, name)| dir.join(name).to_string());
+            .map_or_else(|| format!("node {node}"), |one| one.dir.join(&one.name).to_string());
         log::warn!(
             "{told}: a version of {} bytes was not on the disk yet at the unclean end; {} bytes of \
              it are zeros now",

@@ -316,7 +316,11 @@ fn a_name_is_a_nodes_own_where_no_other_had_it_and_its_directories_stayed() {
         catalog.push(create(parent, &format!("f{}", node % 2), file(node, 0))).unwrap();
     }
     let since = catalog.freeze();
-    let own = |node| catalog.own_names_since(NodeId(node), since).unwrap();
+    let own = |node| {
+        let mut names = catalog.names_since(NodeId(node), since).unwrap();
+        names.retain(|one| one.is_own);
+        names
+    };
     assert_eq!([5, 6, 7, 8].map(|node| own(node).len()), [1; 4]);
     // A directory that has a name now that another had.
     let moved = |node, from: &str, to: &str| {
@@ -331,6 +335,12 @@ fn a_name_is_a_nodes_own_where_no_other_had_it_and_its_directories_stayed() {
     catalog.push(vec![remove(4, "f1"), Change::NodeGone(NodeId(7))]).unwrap();
     catalog.push(create(4, "f1", file(9, 0))).unwrap();
     assert_eq!([5, 6, 7, 8].map(|node| own(node).len()), [0, 0, 0, 1]);
-    let (path, name) = own(8).remove(0);
-    assert_eq!(path.join(&name).to_string(), "/stays/f0");
+    let one = own(8).remove(0);
+    assert_eq!(one.dir.join(&one.name).to_string(), "/stays/f0");
+    let holders = |name| -> Vec<u64> {
+        let name = EntryName::new(name).unwrap();
+        let held = catalog.held_since((NodeId(4), &name), since).unwrap();
+        held.iter().map(|one| one.id.0).collect()
+    };
+    assert_eq!((holders("f0"), holders("f1")), (vec![8], vec![7, 9]));
 }

@@ -9,8 +9,8 @@
 //! - one that has all bytes of its contents of which there are no before-images: these are durable
 //!   before a file gets shorter. A content that was not durable itself may have lost its end.
 //!
-//! If it can be one alone, it is. What was born after the checkpoint need not be there at all: such
-//! a one is that file only if no other can be it.
+//! If it can be one alone, it is. What was born after the checkpoint, and is in no snapshot that was
+//! made since, need not be there at all: such a one is that file only if no other can be it.
 
 use std::collections::{HashMap, HashSet};
 
@@ -29,11 +29,16 @@ struct Demand {
     is_untouched: bool,
     /// Its contents that were durable, with their sizes.
     durable: Vec<(Sources, u64)>,
-    /// Its newest content, if all of it is younger than the last checkpoint.
+    /// Its newest content, if nothing of it was durable.
     young: Option<(Sources, u64)>,
 }
 
 impl Demand {
+    /// Whether nothing has to be there of it.
+    fn is_young(&self) -> bool {
+        self.young.is_some()
+    }
+
     /// Whether a file has what was durable.
     fn allows(&self, stat: &Stat) -> bool {
         let untouched = MoveKey::of(stat) == self.key;
@@ -55,7 +60,7 @@ fn is_there((sources, size): &(Sources, u64), stat: &Stat) -> bool {
 /// A lost file, and those that it can be.
 struct Lost {
     origin: usize,
-    /// It was there at the last checkpoint.
+    /// It was durable, at the last checkpoint or in a snapshot since.
     is_old: bool,
     files: Vec<usize>,
 }
@@ -81,7 +86,7 @@ impl Import<'_> {
                 let demand = self.demand(&origin.row, bounds)?;
                 let fit = left.iter().copied().filter(|&file| demand.fits(&files[file].stat));
                 let files = born_with(origin, files, fit.collect(), bounds.told());
-                lost.push(Lost { origin: index, is_old: !bounds.born(origin.row.id), files });
+                lost.push(Lost { origin: index, is_old: !demand.is_young(), files });
             }
         }
         while let Some((file, origin)) = sure_pair(&lost) {
@@ -106,7 +111,8 @@ impl Import<'_> {
                 durable.push(place(older.id, older.size)?);
             }
         }
-        let young = match bounds.born(node) {
+        // Of what a snapshot shows no more has to be there than that: it may have grown since.
+        let young = match bounds.born(node) && durable.is_empty() {
             true => Some(place(row.content, row.size)?),
             false => None,
         };
@@ -162,7 +168,7 @@ impl Import<'_> {
             let demand = self.demand(&origin.row, bounds)?;
             let own = |file: &Deferred| {
                 let has_name =
-                    names.iter().any(|(dir, name)| (dir, name) == (&file.dir, &file.name));
+                    names.iter().any(|one| (&one.dir, &one.name) == (&file.dir, &file.name));
                 let node = file.over.as_ref().map(|row| row.id);
                 let is_other = node != Some(origin.row.id);
                 has_name && is_other && demand.allows(&file.stat) && was_there(origin, file, told)

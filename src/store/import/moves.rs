@@ -103,7 +103,7 @@ fn held(pairs: &Pairs<'_>, displaced: &HashSet<NodeId>) -> HashMap<NodeId, Doubt
 }
 
 /// Whether an object was born when a node was; `None` where that is not known.
-pub(super) fn born_together(row: &NodeRow, stat: &Stat) -> Option<bool> {
+pub(in crate::store) fn born_together(row: &NodeRow, stat: &Stat) -> Option<bool> {
     let is_known = |birth| birth != Timestamp::default();
     (is_known(row.btime) && is_known(stat.btime)).then_some(row.btime == stat.btime)
 }

@@ -171,6 +171,56 @@ fn of_two_files_that_may_be_the_lost_one_neither_is() {
     assert!(!dying.is_at(&store, 0, "two/0") && !dying.is_at(&store, 0, "two/new"));
 }
 
+/// It was born after the last checkpoint, and a snapshot was taken of it. Its newest content, which
+/// nobody was promised, had to be there nevertheless, and the file was taken for a new one.
+#[test]
+fn a_file_of_a_snapshot_that_grew_and_was_renamed_is_the_one_it_was() {
+    let bench = Bench::new();
+    let store = opened(&bench);
+    let catalog = &store.catalog;
+    let [one, two] = ["one", "two"].map(|path| id_of(catalog, path));
+    write(&bench.path("a/one/new"), &[b'o'; 52]);
+    write_later(&bench.path("b/one/new"), &[b'o'; 52], &bench.path("a/one/new"));
+    let meta = fs::metadata(bench.path("a/one/new")).unwrap();
+    let (node, content) = (catalog.next_node(), catalog.next_content());
+    let row = NodeRow {
+        id: node,
+        size: 52,
+        mtime: meta.modified().unwrap().into(),
+        btime: meta.created().map(Timestamp::from).unwrap_or_default(),
+        content,
+        ..catalog.node(id_of(catalog, "one/f")).unwrap().unwrap()
+    };
+    for what in [Dirty::Dir(one), Dirty::Dir(two), Dirty::File(node)] {
+        intend(&store, &[what]);
+    }
+    let name = RelPath::parse("new").unwrap().names()[0].clone();
+    catalog
+        .push(vec![
+            Change::ContentAdd { id: content, node, size: 52 },
+            Change::NodePut(row.clone()),
+            Change::EntryAdd { parent: one, name, node },
+        ])
+        .unwrap();
+    catalog.create_durable_snapshot("s", catalog.freeze(), false, &[]).unwrap();
+    let content = catalog.next_content();
+    let grown = NodeRow { content, size: 60, mtime: Timestamp::now(), ..row };
+    catalog
+        .push(vec![Change::ContentAdd { id: content, node, size: 60 }, Change::NodePut(grown)])
+        .unwrap();
+    catalog.flush(Durability::Durable).unwrap();
+    drop(store);
+    // What was appended did not come to the disk; its name did.
+    for root in bench.paths(&["a", "b"]) {
+        let file = fs::File::open(root.join("one/new")).unwrap();
+        file.set_times(fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH)).unwrap();
+        fs::rename(root.join("one/new"), root.join("two/new")).unwrap();
+    }
+    let store = bench.open(&["b"]).unwrap();
+    assert_eq!(id_of(&store.catalog, "two/new"), node);
+    assert_recorded(&store.catalog, &bench.path("b"));
+}
+
 /// Two links, each renamed: the file had no name left by which it was known.
 #[test]
 fn a_file_all_of_whose_names_are_new_is_the_one_it_was() {

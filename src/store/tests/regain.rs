@@ -21,6 +21,16 @@ enum Age {
 /// A store of two replicas with one file, which is recorded to be gone; opened at that, and dropped
 /// as by a power cut. Tells the node and its last content.
 fn gone(bench: &Bench, preserved: bool, age: Age) -> (NodeId, ContentId) {
+    gone_after(bench, preserved, age, |_, _| {})
+}
+
+/// Likewise, after something else was pushed.
+fn gone_after(
+    bench: &Bench,
+    preserved: bool,
+    age: Age,
+    first_of_all: impl Fn(&Catalog, &NodeRow),
+) -> (NodeId, ContentId) {
     let is_young = matches!(age, Age::Young | Age::Promised);
     let first = if is_young { "other" } else { "f" };
     write(&bench.path("a").join(first), b"what was here");
@@ -52,6 +62,7 @@ fn gone(bench: &Bench, preserved: bool, age: Age) -> (NodeId, ContentId) {
             catalog.create_durable_snapshot("promised", at, false, &[]).unwrap();
         }
     }
+    first_of_all(catalog, &row);
     let mut changes =
         vec![Change::EntryRemove { parent: NodeId::ROOT, name }, Change::NodeGone(row.id)];
     if preserved {
@@ -84,10 +95,31 @@ fn a_file_that_is_live_still_is_preserved_again() {
     }
 }
 
+/// Its times were set before it was removed, and neither came to the disk: it was looked for with
+/// its last times only.
+#[test]
+fn a_file_touched_and_removed_is_preserved_again() {
+    for age in [Age::Durable, Age::Relied, Age::Young, Age::Promised] {
+        let bench = Bench::new();
+        let of = gone_after(&bench, true, age, |catalog, row| {
+            let mtime = Timestamp { secs: 1_000_000_000, nanos: 0 };
+            catalog.push(vec![Change::NodePut(NodeRow { mtime, ..row.clone() })]).unwrap();
+            catalog.freeze();
+        });
+        let store = bench.open(&["a", "b"]).unwrap();
+        for backing in ["a", "b"] {
+            let kept = fs::read(preserved(&bench, backing, of)).ok();
+            assert_eq!(kept.as_deref(), Some(&b"what was here"[..]), "{age:?}");
+        }
+        store.close().unwrap();
+        bench.assert_equal(&["a", "b"]);
+    }
+}
+
 /// A store whose one file was appended to, sealed and then emptied by being moved away: the catalog
 /// has it, and the disk has the file as the checkpoint left it. Tells the node and the content that
-/// is not in `preserved/`. With `taken` another file has the name since.
-fn unmoved(bench: &Bench, size: u64, taken: bool) -> (NodeId, ContentId) {
+/// is not in `preserved/`. With `taken` another file has the name since, born so many seconds later.
+fn unmoved(bench: &Bench, size: u64, taken: Option<i64>) -> (NodeId, ContentId) {
     write(&bench.path("a/f"), b"what was here");
     bench.settle(&["a", "b"]);
     let store = bench.open(&["a", "b"]).unwrap();
@@ -110,12 +142,13 @@ fn unmoved(bench: &Bench, size: u64, taken: bool) -> (NodeId, ContentId) {
     catalog.freeze();
     let mut emptied = vec![Change::ContentPreserved { id: content, cloned: false }];
     let empty = NodeRow { content: ContentId::EMPTY, size: 0, mtime: later(1), ..first.clone() };
-    if taken {
+    if let Some(later) = taken {
+        let btime = Timestamp { secs: first.btime.secs + later, ..first.btime };
         let (parent, name) = (NodeId::ROOT, EntryName::new("f").unwrap());
         let node = catalog.next_node();
         emptied.push(Change::EntryRemove { parent, name: name.clone() });
         emptied.push(Change::NodeGone(first.id));
-        emptied.push(Change::NodePut(NodeRow { id: node, ..empty }));
+        emptied.push(Change::NodePut(NodeRow { id: node, btime, ..empty }));
         emptied.push(Change::EntryAdd { parent, name, node });
     } else {
         emptied.push(Change::NodePut(empty));
@@ -129,7 +162,7 @@ fn unmoved(bench: &Bench, size: u64, taken: bool) -> (NodeId, ContentId) {
 #[test]
 fn what_older_versions_rely_on_is_taken_from_the_file_that_was_not_moved() {
     let bench = Bench::new();
-    let of = unmoved(&bench, 20, false);
+    let of = unmoved(&bench, 20, None);
     let store = bench.open(&["a", "b"]).unwrap();
     for backing in ["a", "b"] {
         let kept = fs::read(preserved(&bench, backing, of)).unwrap();
@@ -143,7 +176,7 @@ fn what_older_versions_rely_on_is_taken_from_the_file_that_was_not_moved() {
 #[test]
 fn what_was_appended_since_is_no_part_of_what_is_taken() {
     let bench = Bench::new();
-    let of = unmoved(&bench, 8, false);
+    let of = unmoved(&bench, 8, None);
     let store = bench.open(&["a", "b"]).unwrap();
     assert_eq!(fs::read(preserved(&bench, "b", of)).unwrap(), b"what was here");
     assert_digest(&store.catalog, of.1, b"what was");
@@ -156,13 +189,27 @@ fn assert_digest(catalog: &Catalog, content: ContentId, bytes: &[u8]) {
     assert_eq!(catalog.digest(content).unwrap(), Some(want));
 }
 
+/// Both were born in one tick of the clock.
 #[test]
 fn what_has_a_name_that_was_taken_by_another_is_not_believed_to_be_the_lost_file() {
     let bench = Bench::new();
-    let of = unmoved(&bench, 20, true);
+    let of = unmoved(&bench, 20, Some(0));
     let store = bench.open(&["a", "b"]).unwrap();
     assert!(!preserved(&bench, "a", of).exists());
     store.close().unwrap();
+}
+
+/// An editor saved over what a shell had appended to: the file under that name was not the only one
+/// that had it, and its bytes, which a snapshot has, were lost.
+#[test]
+fn what_has_a_name_that_was_taken_by_another_is_known_by_its_birth() {
+    let bench = Bench::new();
+    let of = unmoved(&bench, 20, Some(1));
+    let store = bench.open(&["a", "b"]).unwrap();
+    let kept = fs::read(preserved(&bench, "a", of)).unwrap();
+    assert_eq!(kept, b"what was here\0\0\0\0\0\0\0");
+    store.close().unwrap();
+    bench.assert_equal(&["a", "b"]);
 }
 
 #[test]
