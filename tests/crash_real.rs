@@ -285,8 +285,10 @@ fn what_was_synced_survives_disks_that_are_shut_down() {
             disk.mount();
         }
         store.mount().ok();
-        judge(&store.mnt, &before, Names::OneMoment, ACKNOWLEDGED)
-            .unwrap_or_else(|why| panic!("{told}: {why}"));
+        judge(&store.mnt, &before, Names::OneMoment, ACKNOWLEDGED).unwrap_or_else(|why| {
+            let found: String = store.backings.iter().map(|backing| listing(backing)).collect();
+            panic!("{told}: {why}\n--- after recovery\n{found}")
+        });
         finish(&mut store).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
         store.mount().ok();
         common::shell(&store.mnt, "rm -rf w* noise*");

@@ -2,12 +2,15 @@
 //! model test, and knows of each what was acknowledged.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use rustix::fs::{CWD, FallocateFlags, FileType, Mode, RenameFlags, XattrFlags};
+use rustix::fs::{
+    Advice, AtFlags, CWD, FallocateFlags, FileType, Mode, RenameFlags, Timespec, Timestamps,
+    XattrFlags,
+};
 
 use super::dice::Dice;
 use super::sequence::operations;
@@ -193,6 +196,16 @@ impl Worker<'_> {
                 }
                 None => false,
             },
+            // What times the live tree has after a crash is not promised, so nobody is told of it.
+            Op::SetTimes { node, secs } => match self.node(*node) {
+                Some((_, path)) => {
+                    let modified = Timespec { tv_sec: i64::from(*secs), tv_nsec: 0 };
+                    let times = Timestamps { last_access: modified, last_modification: modified };
+                    rustix::fs::utimensat(CWD, path, &times, AtFlags::empty())?;
+                    true
+                }
+                None => false,
+            },
             _ => false,
         };
         Ok(if done { Step::Done(Box::new(next.clone()), synced) } else { Step::Nothing })
@@ -362,7 +375,7 @@ fn dump_dir(
         let path = format!("{path}/{}", name.to_string_lossy());
         let meta = fs::symlink_metadata(&at).map_err(told(&at))?;
         let (kind, content) = match FileType::from_raw_mode(meta.mode()) {
-            FileType::RegularFile => ('f', fs::read(&at).map_err(told(&at))?),
+            FileType::RegularFile => ('f', read(&at).map_err(told(&at))?),
             FileType::Directory => ('d', Vec::new()),
             FileType::Symlink => {
                 let target = fs::read_link(&at).map_err(told(&at))?;
@@ -388,6 +401,15 @@ fn dump_dir(
         }
     }
     Ok(())
+}
+
+/// What the filesystem has of a file, not what the kernel kept of an earlier look.
+fn read(at: &Path) -> io::Result<Vec<u8>> {
+    let mut file = File::open(at)?;
+    rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Seeds of a worker's operations, without end.
