@@ -9,8 +9,8 @@
 //! - one that has all bytes of its contents of which there are no before-images: these are durable
 //!   before a file gets shorter. A content that was not durable itself may have lost its end.
 //!
-//! If it can be one alone, it is. What was born after the checkpoint, and is in no snapshot that was
-//! made since, need not be there at all: such a one is that file only if no other can be it.
+//! If it can be one alone, it is. What was born after the checkpoint, and is in no snapshot made
+//! since, need not be there at all: such a one is that file only if no other can be it.
 
 use std::collections::{HashMap, HashSet};
 

@@ -118,7 +118,7 @@ fn a_file_touched_and_removed_is_preserved_again() {
 
 /// A store whose one file was appended to, sealed and then emptied by being moved away: the catalog
 /// has it, and the disk has the file as the checkpoint left it. Tells the node and the content that
-/// is not in `preserved/`. With `taken` another file has the name since, born so many seconds later.
+/// is not in `preserved/`. With `taken` another file has the name since, so many seconds younger.
 fn unmoved(bench: &Bench, size: u64, taken: Option<i64>) -> (NodeId, ContentId) {
     write(&bench.path("a/f"), b"what was here");
     bench.settle(&["a", "b"]);
