@@ -17,6 +17,7 @@ pub mod pack;
 pub mod packer;
 pub mod packs;
 pub mod ranges;
+pub mod recover;
 mod shared;
 pub mod undo;
 mod useless;
@@ -32,7 +33,7 @@ use rustix::io::Errno;
 
 pub use extents::{Extent, Extents, Place};
 
-use crate::catalog::{Base, Catalog, Change, UndoFile, UndoPlace, Whereabouts};
+use crate::catalog::{Base, Catalog, Change, UndoFile, UndoPlace};
 use crate::error::{Error, Result};
 use crate::replica::backing::{Access, Backing, Creds, DirEntry, Handle, RenameMode, Seek};
 use crate::replica::{Handles, PrivateDir, ReplicaSet};
@@ -327,56 +328,6 @@ impl History {
     ) -> Result<(bool, u64)> {
         Ok(self.recipe(catalog, id)?.run(at, limit))
     }
-
-    /// Finds again what an unclean end left unrecorded: before-images whose rows and whole contents
-    /// whose marks were not committed yet. To be called before the live tree is compared. All rows
-    /// of undo segments before `undo_from` are known to be committed.
-    pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, undo_from: u64) -> Result<()> {
-        undo::recover(replicas, catalog, undo_from)?;
-        remove_orphan_packs(replicas, catalog)?;
-        for shard in preserved_shards(replicas)? {
-            let dir = replicas.private(PrivateDir::Preserved(shard))?;
-            let names = replicas.read("list", |id, b| b.list(dir.get(id)?))?;
-            let mut found = Vec::new();
-            for entry in names {
-                let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
-                let whereabouts = catalog.whereabouts(content)?;
-                let known = whereabouts == Whereabouts::Chained;
-                let (wanted, useless) = match whereabouts {
-                    Whereabouts::Chained => (true, false),
-                    Whereabouts::Preserved => (false, false),
-                    Whereabouts::Elsewhere => (false, true),
-                    Whereabouts::Unknown => (is_uncommitted(catalog, node, content)?, false),
-                    Whereabouts::Forgotten => {
-                        let uncommitted = is_uncommitted(catalog, node, content)?;
-                        (uncommitted, !uncommitted)
-                    }
-                };
-                if useless {
-                    // Packed, or forgotten: we died before the original was removed.
-                    remove_leftover(replicas, &dir, &entry.name)?;
-                    continue;
-                }
-                let place = (&*dir, &entry.name);
-                let preserved = whereabouts == Whereabouts::Preserved;
-                let of = (node, content);
-                if shared::settle(replicas, catalog, of, preserved, place)? || !wanted {
-                    continue;
-                }
-                if !known {
-                    let stat = |id, b: &dyn Backing| b.stat_at(dir.get(id)?, &entry.name);
-                    let size = replicas.read("stat", stat)?.size;
-                    found.push(Change::ContentAdd { id: content, node, size });
-                }
-                found.push(Change::ContentPreserved { id: content, cloned: false });
-            }
-            if !found.is_empty() {
-                log::info!("history: found {} preserved files not yet recorded", found.len());
-                catalog.push(found)?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Removes the shards of `preserved/` in which nothing waits: of a small store they would be most
@@ -411,32 +362,12 @@ fn preserved_shards(replicas: &ReplicaSet) -> Result<Vec<u8>> {
     Ok(entries.iter().filter_map(shard).collect())
 }
 
-/// Removes packs that were written and never recorded.
-fn remove_orphan_packs(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
-    let packs = PackStore::new(uuid::Uuid::nil());
-    let known: std::collections::HashSet<_> =
-        catalog.packs()?.into_iter().map(|pack| pack.id).collect();
-    for id in packs.list(replicas)?.into_iter().filter(|id| !known.contains(id)) {
-        packs.remove(replicas, id)?;
-        log::info!("history: removed the pack {id}, which was never recorded");
-    }
-    Ok(())
-}
-
 fn remove_leftover(replicas: &ReplicaSet, dir: &Handles, name: &EntryName) -> Result<()> {
     replicas.apply("remove", |id, b| match b.unlink(dir.get(id)?, name) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         answer => answer,
     })?;
     Ok(())
-}
-
-/// Whether a content that the catalog does not know was sealed just before the end: its seal was
-/// pushed and not committed any more. Its bytes are what the node's older contents chain to. Ids
-/// grow, so it is greater than the newest content that the catalog knows of that node; a smaller
-/// unknown one was forgotten on purpose.
-fn is_uncommitted(catalog: &Catalog, node: NodeId, content: ContentId) -> Result<bool> {
-    Ok(catalog.node(node)?.is_some_and(|row| content > row.content))
 }
 
 /// Reads small ranges, by where they begin, all at the same time: one after the other each would

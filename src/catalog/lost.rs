@@ -1,6 +1,6 @@
 //! What recovery asks about contents whose bytes an unclean end may have taken.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use rusqlite::{Connection, OptionalExtension, params};
 
@@ -38,8 +38,6 @@ pub struct PastName {
     pub dir: RelPath,
     /// The name.
     pub name: EntryName,
-    /// The directory's node.
-    pub parent: NodeId,
     /// No other node had it, and the directory stayed where it is: what lies there is the node's.
     pub is_own: bool,
 }
@@ -145,15 +143,25 @@ impl Catalog {
                 Ok((row.get(0)?, row.get(1)?, row.get(2)?))
             })?;
             let mut found = Vec::new();
+            // A name can have been a node's many times.
+            let mut own: HashMap<(NodeId, EntryName), bool> = HashMap::new();
             for row in rows {
                 let (parent, name, died): (NodeId, EntryName, Generation) = row?;
-                let is_own = !others.exists(params![parent, name, since, node])?
-                    && has_stayed(db, parent, since)?;
+                let key = (parent, name.clone());
+                let is_own = match own.get(&key) {
+                    Some(&is_own) => is_own,
+                    None => {
+                        let others = others.exists(params![parent, name, since, node])?;
+                        let is_own = !others && has_stayed(db, parent, since)?;
+                        own.insert(key, is_own);
+                        is_own
+                    }
+                };
                 let last = Generation(died.0.saturating_sub(1)).min(newest);
                 // The directory, too, may lie where it was before.
                 for at in [last, since] {
                     if let Some(dir) = path_at(db, at, parent)? {
-                        found.push(PastName { dir, name: name.clone(), parent, is_own });
+                        found.push(PastName { dir, name: name.clone(), is_own });
                     }
                 }
             }
@@ -163,7 +171,7 @@ impl Catalog {
         })
     }
 
-    /// The nodes that had a name at any time after `since`, as they were last.
+    /// The nodes that lost a name after `since`, as they were last.
     pub fn held_since(
         &self,
         (parent, name): (NodeId, &EntryName),
@@ -172,8 +180,7 @@ impl Catalog {
         self.settle_pending()?;
         self.shared.read_at_once(|db| {
             let mut holders = db.prepare_cached(
-                "SELECT node FROM entry_h WHERE parent = ?1 AND name = ?2 AND died > ?3 \
-                 UNION SELECT node FROM entry WHERE parent = ?1 AND name = ?2",
+                "SELECT DISTINCT node FROM entry_h WHERE parent = ?1 AND name = ?2 AND died > ?3",
             )?;
             let mut states = db.prepare_cached(&format!(
                 "SELECT {NODE_COLUMNS}, ?2 AS died FROM node WHERE id = ?1 \

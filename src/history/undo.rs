@@ -515,7 +515,7 @@ fn has(rows: &[UndoRow], row: &UndoRow) -> bool {
 /// Whether this is a before-image that history needs and the catalog does not know.
 fn needs_row(catalog: &Catalog, row: &UndoRow) -> Result<bool> {
     if catalog.content_size(row.content)?.is_none()
-        && !super::is_uncommitted(catalog, row.node, row.content)?
+        && !super::recover::is_uncommitted(catalog, row.node, row.content)?
     {
         return Ok(false);
     }

@@ -27,7 +27,7 @@ use rustix::io::Errno;
 use super::copy::Copier;
 use super::import;
 use super::site::{Object, Site, own_creds, private};
-use crate::catalog::{Base, Catalog, Change, Durability, PastContent, PastName, digest};
+use crate::catalog::{Base, Catalog, Change, Durability, NodeRow, PastContent, PastName, digest};
 use crate::error::{IoContext, Result};
 use crate::history::ranges::ByteRange;
 use crate::history::{parts_preserved, preserved_dir, preserved_name};
@@ -103,7 +103,7 @@ impl Search<'_> {
     fn left_of(&self, node: NodeId, content: &PastContent) -> Result<Option<u64>> {
         if content.preserved {
             let needed = self.needed_of(node, content)?;
-            let size = self.preserved_object(self.site, node, content.id)?;
+            let size = preserved_object(self.site, node, content.id)?;
             let size = size.map_or(0, |object| object.stat.size);
             return Ok((size < needed).then_some(size));
         }
@@ -125,26 +125,12 @@ impl Search<'_> {
         Ok(parts.last().map_or(0, |part| part.end))
     }
 
-    fn preserved_object(
-        &self,
-        site: &Site,
-        node: NodeId,
-        content: ContentId,
-    ) -> Result<Option<Object>> {
-        let path = preserved_dir(node).path();
-        match site.backing.open_dir(&path) {
-            Ok(dir) => site.object(&dir, &path, &preserved_name(node, content)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).context("open the directory", site.at(&path)),
-        }
-    }
-
     /// Takes a preserved content from where it is, if it is anywhere.
     fn regain(&self, node: NodeId, content: &PastContent) -> Result<()> {
         let name = preserved_name(node, content.id);
         let needed = self.needed_of(node, content)?;
         for peer in self.peers {
-            let found = self.preserved_object(peer, node, content.id)?;
+            let found = preserved_object(peer, node, content.id)?;
             // It may be longer: an orphan that was appended to.
             if let Some(object) = found.filter(|object| object.stat.size >= needed) {
                 let dir = preserved_dir(node).path();
@@ -152,18 +138,47 @@ impl Search<'_> {
             }
         }
         let names = self.catalog.names_since(node, self.since)?;
-        for PastName { dir, name, .. } in &names {
-            for site in std::iter::once(self.site).chain(self.peers) {
-                let Some((_, object)) = look(site, dir, name)? else { continue };
-                let stat = &object.stat;
-                // Times that were set need not have come to the disk.
-                let has_time = content.mtimes.contains(&stat.mtime);
-                if stat.kind == Kind::File && stat.size == content.row.size && has_time {
-                    return self.keep(site, (dir, name, &object), (node, content.id));
-                }
+        // Times that were set need not have come to the disk.
+        let is_it = |object: &Object| {
+            object.stat.size == content.row.size && content.mtimes.contains(&object.stat.mtime)
+        };
+        for site in std::iter::once(self.site).chain(self.peers) {
+            // Where it is there and short, it is that file itself, and another has its name.
+            if preserved_object(site, node, content.id)?.is_some() {
+                continue;
+            }
+            let files = files_of(site, &names)?;
+            let alike: Vec<&Candidate> = files.iter().filter(|file| is_it(&file.object)).collect();
+            let file = match alike[..] {
+                [file] => Some(file),
+                _ => only_twin(&alike, &content.row),
+            };
+            if let Some(file) = file
+                && self.has_digest(site, file, (node, content))?
+            {
+                return self.keep(site, file.place(), (node, content.id));
             }
         }
         self.regain_older(node, content, &names)
+    }
+
+    /// Whether a file has the recorded digest of a content, if there is one that tells that.
+    fn has_digest(
+        &self,
+        site: &Site,
+        file: &Candidate,
+        (node, content): (NodeId, &PastContent),
+    ) -> Result<bool> {
+        let Some(digest) = self.catalog.digest(content.id)? else { return Ok(true) };
+        let whole = [ByteRange { start: 0, end: content.size }];
+        if parts_preserved(self.catalog, (node, content.id), content.size)? != whole {
+            return Ok(true);
+        }
+        let shown = site.at(&file.dir.join(&file.name));
+        let opened = site.backing.open_file(&file.handle, &file.name, Access::Read);
+        let opened = opened.context("open", &shown)?;
+        let (hash, _) = site.hash_parts(&opened, &whole).context("read", &shown)?;
+        Ok(digest::first_half(&hash) == digest)
     }
 
     /// Takes for a preserved content what its file still is under a name of its node: that it was
@@ -172,7 +187,7 @@ impl Search<'_> {
     /// before a byte of theirs is overwritten its image is durable.
     fn regain_older(&self, node: NodeId, content: &PastContent, names: &[PastName]) -> Result<()> {
         // Where it is there and short, it is that file itself, and another has its name.
-        if self.preserved_object(self.site, node, content.id)?.is_some() {
+        if preserved_object(self.site, node, content.id)?.is_some() {
             return Ok(());
         }
         // What was durable with another time has images, or it was cloned: overwritten without.
@@ -181,37 +196,28 @@ impl Search<'_> {
             return Ok(());
         }
         // What others have of these names may be older than our last checkpoint.
-        for past in names {
-            let (dir, name) = (&past.dir, &past.name);
-            let Some((handle, object)) = look(self.site, dir, name)? else { continue };
-            if object.stat.kind == Kind::File
-                && (past.is_own || self.is_twin(&object, node, content, past)?)
-                && self.may_be(&object, node, content)?
-            {
-                self.digest_of((&handle, dir, name), &object, (node, content))?;
-                return self.keep(self.site, (dir, name, &object), (node, content.id));
+        let files = files_of(self.site, names)?;
+        let all: Vec<&Candidate> = files.iter().collect();
+        let mut those: Vec<&Candidate> = files.iter().filter(|file| file.is_own).collect();
+        if those.is_empty() && self.lies_with_what_was_durable(node, content)? {
+            those.extend(only_twin(&all, &content.row));
+        }
+        for file in those {
+            if self.may_be(&file.object, node, content)? {
+                self.digest_of(file, (node, content))?;
+                return self.keep(self.site, file.place(), (node, content.id));
             }
         }
         Ok(())
     }
 
-    /// Whether a file under a name that others had as well was born with a content's, and none of
-    /// those others was.
-    fn is_twin(
-        &self,
-        object: &Object,
-        node: NodeId,
-        content: &PastContent,
-        past: &PastName,
-    ) -> Result<bool> {
-        let row = &content.row;
-        if import::born_together(row, &object.stat) != Some(true) {
-            return Ok(false);
-        }
-        let births = (row.btime.as_nanos() - BIRTH_NANOS)..=(row.btime.as_nanos() + BIRTH_NANOS);
-        let held = self.catalog.held_since((past.parent, &past.name), self.since)?;
-        let others = held.iter().filter(|one| one.id != node);
-        Ok(others.into_iter().all(|one| !births.contains(&one.btime.as_nanos())))
+    /// Whether the file of a content had one before that was durable: then it is on the disk.
+    fn lies_with_what_was_durable(&self, node: NodeId, content: &PastContent) -> Result<bool> {
+        let older = self.catalog.contents_since(node, self.since)?;
+        let older = older.iter().filter(|older| older.id < content.id);
+        // Of one that is not reached through others the file was moved aside.
+        let (chained, moved): (Vec<_>, Vec<_>) = older.partition(|older| older.chained);
+        Ok(moved.is_empty() && chained.iter().any(|older| older.born <= self.since))
     }
 
     /// Whether a file under a name of a node can be the one that a content lay in.
@@ -223,12 +229,16 @@ impl Search<'_> {
             return Ok(false);
         }
         for older in self.catalog.contents_since(node, self.since)? {
-            if !older.preserved || older.id >= content.id {
+            if older.chained || older.id >= content.id {
                 continue;
+            }
+            // It is that one's file, if that is packed by now and was not moved away here.
+            if !older.preserved {
+                return Ok(false);
             }
             // Where an older one is missing, it is that one's; also if a recovery that was ended
             // has taken it already.
-            let found = self.preserved_object(self.site, node, older.id)?;
+            let found = preserved_object(self.site, node, older.id)?;
             let key = |object: &Object| (object.stat.size, object.stat.mtime);
             if found.is_none_or(|found| key(&found) == key(object)) {
                 return Ok(false);
@@ -239,18 +249,13 @@ impl Search<'_> {
 
     /// Records the digest of what is to stand for a content that was not durable, if it had one.
     /// Durable before that file is there: else it would be damage if we died in between.
-    fn digest_of(
-        &self,
-        (handle, dir, name): (&Handle, &RelPath, &EntryName),
-        object: &Object,
-        (node, content): (NodeId, &PastContent),
-    ) -> Result<()> {
-        if object.stat.size < content.size {
+    fn digest_of(&self, file: &Candidate, (node, content): (NodeId, &PastContent)) -> Result<()> {
+        if file.object.stat.size < content.size {
             // It is filled up, and gets its digest then.
             return Ok(());
         }
-        let file = self.site.backing.open_file(handle, name, Access::Read);
-        let shown = self.site.at(&dir.join(name));
+        let shown = self.site.at(&file.dir.join(&file.name));
+        let file = self.site.backing.open_file(&file.handle, &file.name, Access::Read);
         let file = file.context("open", &shown)?;
         if let Some(digest) = self.digest_again((&file, &shown), node, content)? {
             self.catalog.push(vec![digest])?;
@@ -354,16 +359,80 @@ impl Search<'_> {
     }
 }
 
-/// What has a name in a site's live tree, and the directory that it is in.
-fn look(site: &Site, dir: &RelPath, name: &EntryName) -> Result<Option<(Handle, Object)>> {
-    let handle = match site.dir(dir) {
-        // It may have it all the same.
-        Err(error) if error.to_errno() == Errno::TIMEDOUT => return Err(error),
-        Err(_) => return Ok(None),
-        Ok(handle) => handle,
-    };
-    let object = site.object(&handle, dir, name)?;
-    Ok(object.map(|object| (handle, object)))
+/// Gives another replica the preserved files of these contents that it lacks. To be called before
+/// both catalogs tell of them: whichever is ahead when we die, its replica has the bytes.
+pub fn complete(
+    (from, to): (&Site, &Site),
+    contents: &[(NodeId, ContentId)],
+    progress: &Progress,
+) -> Result<()> {
+    for &(node, content) in contents {
+        let Some(object) = preserved_object(from, node, content)? else { continue };
+        let own = preserved_object(to, node, content)?;
+        if own.is_none_or(|own| own.stat.size < object.stat.size) {
+            let (dir, name) = (preserved_dir(node).path(), preserved_name(node, content));
+            preserve((from, to), (&dir, &name, &object), (node, content), progress)?;
+        }
+    }
+    Ok(())
+}
+
+/// The file in which a site has a content preserved.
+fn preserved_object(site: &Site, node: NodeId, content: ContentId) -> Result<Option<Object>> {
+    let path = preserved_dir(node).path();
+    match site.backing.open_dir(&path) {
+        Ok(dir) => site.object(&dir, &path, &preserved_name(node, content)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).context("open the directory", site.at(&path)),
+    }
+}
+
+/// A file under a name that a node had.
+struct Candidate {
+    handle: Handle,
+    dir: RelPath,
+    name: EntryName,
+    object: Object,
+    /// No other node had the name.
+    is_own: bool,
+}
+
+impl Candidate {
+    fn place(&self) -> (&RelPath, &EntryName, &Object) {
+        (&self.dir, &self.name, &self.object)
+    }
+}
+
+/// The files, each once, that a site has under these names.
+fn files_of(site: &Site, names: &[PastName]) -> Result<Vec<Candidate>> {
+    let mut found: Vec<Candidate> = Vec::new();
+    for past in names {
+        let handle = match site.dir(&past.dir) {
+            // It may have it all the same.
+            Err(error) if error.to_errno() == Errno::TIMEDOUT => return Err(error),
+            Err(_) => continue,
+            Ok(handle) => handle,
+        };
+        let Some(object) = site.object(&handle, &past.dir, &past.name)? else { continue };
+        if object.stat.kind != Kind::File {
+            continue;
+        }
+        if let Some(known) = found.iter_mut().find(|one| one.object.stat.ino == object.stat.ino) {
+            known.is_own |= past.is_own;
+            continue;
+        }
+        let (dir, name, is_own) = (past.dir.clone(), past.name.clone(), past.is_own);
+        found.push(Candidate { handle, dir, name, object, is_own });
+    }
+    Ok(found)
+}
+
+/// The only one of some files that was born with a node.
+fn only_twin<'a>(files: &[&'a Candidate], row: &NodeRow) -> Option<&'a Candidate> {
+    let is_twin = |file: &&&Candidate| import::born_together(row, &file.object.stat) == Some(true);
+    let mut twins = files.iter().filter(is_twin);
+    let first = *twins.next()?;
+    twins.next().is_none().then_some(first)
 }
 
 /// Copies a file of `from` into the `preserved/` of `to`, as the content `of`. Durable when it

@@ -345,7 +345,12 @@ fn take_in(
             let replicas = which.iter().map(|&index| members[index].as_replica());
             let replicas = ReplicaSet::new(replicas.collect::<Result<Vec<_>>>()?);
             history::undo::complete(&replicas, from)?;
-            recover(&replica_set(std::slice::from_ref(member))?, &catalog, from)?;
+            let own = replica_set(std::slice::from_ref(member))?;
+            let unrecorded = history::recover::unrecorded(&own, &catalog)?;
+            for other in which[1..].iter().map(|&index| &members[index].site) {
+                regain::complete((&member.site, other), &unrecorded, progress)?;
+            }
+            recover(&own, &catalog, from)?;
         }
         let files = bounds.map_or_else(Vec::new, Bounds::files);
         let search = since.filter(|_| recover.is_some()).map(|since| regain::Search {

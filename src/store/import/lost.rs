@@ -29,14 +29,14 @@ struct Demand {
     is_untouched: bool,
     /// Its contents that were durable, with their sizes.
     durable: Vec<(Sources, u64)>,
-    /// Its newest content, if nothing of it was durable.
-    young: Option<(Sources, u64)>,
+    /// Its newest content, if it was born after the last checkpoint.
+    newest: Option<(Sources, u64)>,
 }
 
 impl Demand {
     /// Whether nothing has to be there of it.
     fn is_young(&self) -> bool {
-        self.young.is_some()
+        self.newest.is_some() && self.durable.is_empty()
     }
 
     /// Whether a file has what was durable.
@@ -47,8 +47,8 @@ impl Demand {
 
     /// Whether a file has also what was written since.
     fn fits(&self, stat: &Stat) -> bool {
-        let has_young = || self.young.as_ref().is_none_or(|one| is_there(one, stat));
-        MoveKey::of(stat) == self.key || self.allows(stat) && has_young()
+        let has_newest = || self.newest.as_ref().is_none_or(|one| is_there(one, stat));
+        MoveKey::of(stat) == self.key || self.allows(stat) && has_newest()
     }
 }
 
@@ -84,8 +84,15 @@ impl Import<'_> {
         for (index, origin) in origins.iter().enumerate() {
             if is_missing(origin) && !paired.contains(&index) {
                 let demand = self.demand(&origin.row, bounds)?;
-                let fit = left.iter().copied().filter(|&file| demand.fits(&files[file].stat));
-                let files = born_with(origin, files, fit.collect(), bounds.told());
+                let those = |meets: &dyn Fn(&Stat) -> bool| {
+                    let those = left.iter().copied().filter(|&file| meets(&files[file].stat));
+                    born_with(origin, files, those.collect(), bounds.told())
+                };
+                let mut files = those(&|stat| demand.fits(stat));
+                // Of what a snapshot shows only that has to be there: what grew since may be lost.
+                if files.is_empty() && !demand.is_young() {
+                    files = those(&|stat| demand.allows(stat));
+                }
                 lost.push(Lost { origin: index, is_old: !demand.is_young(), files });
             }
         }
@@ -111,13 +118,12 @@ impl Import<'_> {
                 durable.push(place(older.id, older.size)?);
             }
         }
-        // Of what a snapshot shows no more has to be there than that: it may have grown since.
-        let young = match bounds.born(node) && durable.is_empty() {
+        let newest = match bounds.born(node) {
             true => Some(place(row.content, row.size)?),
             false => None,
         };
         let is_untouched = !bounds.may_differ(node);
-        Ok(Demand { key: MoveKey::of_row(row), is_untouched, durable, young })
+        Ok(Demand { key: MoveKey::of_row(row), is_untouched, durable, newest })
     }
 
     /// Nodes whose names have files that are others: too short, or as one was that had the name at

@@ -118,7 +118,8 @@ fn a_file_touched_and_removed_is_preserved_again() {
 
 /// A store whose one file was appended to, sealed and then emptied by being moved away: the catalog
 /// has it, and the disk has the file as the checkpoint left it. Tells the node and the content that
-/// is not in `preserved/`. With `taken` another file has the name since, so many seconds younger.
+/// is not in `preserved/`. With `taken` another file has the name since, and
+/// the recorded birth is so many seconds off.
 fn unmoved(bench: &Bench, size: u64, taken: Option<i64>) -> (NodeId, ContentId) {
     write(&bench.path("a/f"), b"what was here");
     bench.settle(&["a", "b"]);
@@ -135,20 +136,20 @@ fn unmoved(bench: &Bench, size: u64, taken: Option<i64>) -> (NodeId, ContentId) 
     }
     let later = |nanos| Timestamp::from_nanos(Timestamp::now().as_nanos() + nanos);
     let (content, mtime) = (catalog.next_content(), later(0));
-    let longer = NodeRow { content, size, mtime, ..first.clone() };
+    let btime = Timestamp { secs: first.btime.secs + taken.unwrap_or(0), ..first.btime };
+    let longer = NodeRow { content, size, mtime, btime, ..first.clone() };
     let added = Change::ContentAdd { id: content, node: first.id, size };
     let digest = Change::DigestAdd { content, digest: [7; 16] };
     catalog.push(vec![added, Change::NodePut(longer), digest]).unwrap();
     catalog.freeze();
     let mut emptied = vec![Change::ContentPreserved { id: content, cloned: false }];
     let empty = NodeRow { content: ContentId::EMPTY, size: 0, mtime: later(1), ..first.clone() };
-    if let Some(later) = taken {
-        let btime = Timestamp { secs: first.btime.secs + later, ..first.btime };
+    if taken.is_some() {
         let (parent, name) = (NodeId::ROOT, EntryName::new("f").unwrap());
         let node = catalog.next_node();
         emptied.push(Change::EntryRemove { parent, name: name.clone() });
         emptied.push(Change::NodeGone(first.id));
-        emptied.push(Change::NodePut(NodeRow { id: node, btime, ..empty }));
+        emptied.push(Change::NodePut(NodeRow { id: node, ..empty }));
         emptied.push(Change::EntryAdd { parent, name, node });
     } else {
         emptied.push(Change::NodePut(empty));
@@ -189,11 +190,10 @@ fn assert_digest(catalog: &Catalog, content: ContentId, bytes: &[u8]) {
     assert_eq!(catalog.digest(content).unwrap(), Some(want));
 }
 
-/// Both were born in one tick of the clock.
 #[test]
 fn what_has_a_name_that_was_taken_by_another_is_not_believed_to_be_the_lost_file() {
     let bench = Bench::new();
-    let of = unmoved(&bench, 20, Some(0));
+    let of = unmoved(&bench, 20, Some(1));
     let store = bench.open(&["a", "b"]).unwrap();
     assert!(!preserved(&bench, "a", of).exists());
     store.close().unwrap();
@@ -204,10 +204,38 @@ fn what_has_a_name_that_was_taken_by_another_is_not_believed_to_be_the_lost_file
 #[test]
 fn what_has_a_name_that_was_taken_by_another_is_known_by_its_birth() {
     let bench = Bench::new();
-    let of = unmoved(&bench, 20, Some(1));
+    let of = unmoved(&bench, 20, Some(0));
     let store = bench.open(&["a", "b"]).unwrap();
     let kept = fs::read(preserved(&bench, "a", of)).unwrap();
     assert_eq!(kept, b"what was here\0\0\0\0\0\0\0");
+    store.close().unwrap();
+    bench.assert_equal(&["a", "b"]);
+}
+
+/// It was moved aside on one, which is not recorded, and on the other it was not. What is made of
+/// it goes to both catalogs: with the other's ahead at the next end, nobody had its bytes.
+#[test]
+fn what_one_replica_has_preserved_every_one_has_before_it_is_recorded() {
+    let bench = Bench::new();
+    write(&bench.path("a/f"), b"what was here");
+    bench.settle(&["a", "b"]);
+    let store = bench.open(&["a", "b"]).unwrap();
+    let row = store.catalog.node(id_of(&store.catalog, "f")).unwrap().unwrap();
+    drop(store.intents.begin(&store.replicas, &[Dirty::File(row.id)]).unwrap());
+    drop(store);
+    let of = (row.id, row.content);
+    let kept = preserved(&bench, "a", of);
+    fs::create_dir_all(kept.parent().unwrap()).unwrap();
+    fs::rename(bench.path("a/f"), &kept).unwrap();
+    write(&bench.path("a/f"), b"");
+    let recover = |replicas: &ReplicaSet, catalog: &Catalog, from| {
+        assert!(!catalog.is_preserved(of.1)?);
+        assert_eq!(fs::read(preserved(&bench, "b", of)).unwrap(), b"what was here");
+        crate::history::History::recover(replicas, catalog, from)
+    };
+    let paths = bench.paths(&["a", "b"]);
+    let store = open(&paths, &OpenOptions::default(), &recover, &Progress::silent()).unwrap();
+    assert!(store.catalog.is_preserved(of.1).unwrap());
     store.close().unwrap();
     bench.assert_equal(&["a", "b"]);
 }

@@ -1,0 +1,116 @@
+//! Finding again, after an unclean end, what of history is not recorded: before-images whose rows,
+//! and whole contents whose marks, were not committed yet.
+//!
+//! The rows that are made of it go to the catalogs of several replicas at once, of which any can be
+//! ahead when we die. So what they tell of is brought to each of these replicas first
+//! ([`undo::complete`] and, for whole contents, [`unrecorded`] and who asks for it).
+
+use super::packs::PackStore;
+use super::{History, parse_preserved_name, preserved_shards, remove_leftover, shared, undo};
+use crate::catalog::{Catalog, Change, Whereabouts};
+use crate::error::Result;
+use crate::replica::backing::Backing;
+use crate::replica::{PrivateDir, ReplicaSet};
+use crate::types::{ContentId, NodeId};
+
+/// What the catalog has of a preserved file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    /// That its content lies there.
+    Recorded,
+    /// Not that its content lies there; `known` tells whether it has the content.
+    Missing { known: bool },
+    /// The content lies elsewhere, or was forgotten: we died before the original was removed.
+    Useless,
+    /// Nothing, and nobody needs it.
+    Stray,
+}
+
+fn mark_of(catalog: &Catalog, node: NodeId, content: ContentId) -> Result<Mark> {
+    let uncommitted = || is_uncommitted(catalog, node, content);
+    Ok(match catalog.whereabouts(content)? {
+        Whereabouts::Chained => Mark::Missing { known: true },
+        Whereabouts::Preserved => Mark::Recorded,
+        Whereabouts::Elsewhere => Mark::Useless,
+        Whereabouts::Unknown if uncommitted()? => Mark::Missing { known: false },
+        Whereabouts::Unknown => Mark::Stray,
+        Whereabouts::Forgotten if uncommitted()? => Mark::Missing { known: false },
+        Whereabouts::Forgotten => Mark::Useless,
+    })
+}
+
+/// The whole contents that [`History::recover`] will record as preserved.
+pub fn unrecorded(replicas: &ReplicaSet, catalog: &Catalog) -> Result<Vec<(NodeId, ContentId)>> {
+    let mut found = Vec::new();
+    for shard in preserved_shards(replicas)? {
+        let dir = replicas.private(PrivateDir::Preserved(shard))?;
+        for entry in replicas.read("list", |id, b| b.list(dir.get(id)?))? {
+            let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
+            if matches!(mark_of(catalog, node, content)?, Mark::Missing { .. }) {
+                found.push((node, content));
+            }
+        }
+    }
+    Ok(found)
+}
+
+impl History {
+    /// Finds again what an unclean end left unrecorded: before-images whose rows and whole contents
+    /// whose marks were not committed yet. To be called before the live tree is compared. All rows
+    /// of undo segments before `undo_from` are known to be committed.
+    pub fn recover(replicas: &ReplicaSet, catalog: &Catalog, undo_from: u64) -> Result<()> {
+        undo::recover(replicas, catalog, undo_from)?;
+        remove_orphan_packs(replicas, catalog)?;
+        for shard in preserved_shards(replicas)? {
+            let dir = replicas.private(PrivateDir::Preserved(shard))?;
+            let names = replicas.read("list", |id, b| b.list(dir.get(id)?))?;
+            let mut found = Vec::new();
+            for entry in names {
+                let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
+                let mark = mark_of(catalog, node, content)?;
+                if mark == Mark::Useless {
+                    remove_leftover(replicas, &dir, &entry.name)?;
+                    continue;
+                }
+                let place = (&*dir, &entry.name);
+                let preserved = mark == Mark::Recorded;
+                let of = (node, content);
+                if shared::settle(replicas, catalog, of, preserved, place)? {
+                    continue;
+                }
+                let Mark::Missing { known } = mark else { continue };
+                if !known {
+                    let stat = |id, b: &dyn Backing| b.stat_at(dir.get(id)?, &entry.name);
+                    let size = replicas.read("stat", stat)?.size;
+                    found.push(Change::ContentAdd { id: content, node, size });
+                }
+                found.push(Change::ContentPreserved { id: content, cloned: false });
+            }
+            if !found.is_empty() {
+                log::info!("history: found {} preserved files not yet recorded", found.len());
+                catalog.push(found)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes packs that were written and never recorded.
+fn remove_orphan_packs(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
+    let packs = PackStore::new(uuid::Uuid::nil());
+    let known: std::collections::HashSet<_> =
+        catalog.packs()?.into_iter().map(|pack| pack.id).collect();
+    for id in packs.list(replicas)?.into_iter().filter(|id| !known.contains(id)) {
+        packs.remove(replicas, id)?;
+        log::info!("history: removed the pack {id}, which was never recorded");
+    }
+    Ok(())
+}
+
+/// Whether a content that the catalog does not know was sealed just before the end: its seal was
+/// pushed and not committed any more. Its bytes are what the node's older contents chain to. Ids
+/// grow, so it is greater than the newest content that the catalog knows of that node; a smaller
+/// unknown one was forgotten on purpose.
+pub(super) fn is_uncommitted(catalog: &Catalog, node: NodeId, content: ContentId) -> Result<bool> {
+    Ok(catalog.node(node)?.is_some_and(|row| content > row.content))
+}
