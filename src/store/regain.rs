@@ -47,7 +47,9 @@ pub struct Search<'a> {
     pub peers: &'a [Site],
     /// Its catalog.
     pub catalog: &'a Catalog,
-    /// Up to this generation all bytes were durable.
+    /// The last checkpoint: what was not touched after it, and is none of the files, has not changed.
+    pub checkpoint: Generation,
+    /// Up to this generation, which a snapshot can have made later, all bytes were durable.
     pub since: Generation,
     /// Files that may have changed without a trace in the catalog.
     pub files: Vec<NodeId>,
@@ -94,7 +96,7 @@ pub fn settle(search: &Search<'_>) -> Result<()> {
 impl Search<'_> {
     fn nodes(&self) -> Result<BTreeSet<NodeId>> {
         let mut nodes: BTreeSet<NodeId> = self.files.iter().copied().collect();
-        nodes.extend(self.catalog.touched_since(self.since)?);
+        nodes.extend(self.catalog.touched_since(self.checkpoint)?);
         Ok(nodes)
     }
 

@@ -327,7 +327,7 @@ fn take_in(
     peers: &[Site],
     recover: Option<Recover<'_>>,
     exclude: &Arc<Patterns>,
-    (bounds, since): (Option<&Bounds>, Option<Generation>),
+    (bounds, checkpoint): (Option<&Bounds>, Option<Generation>),
     progress: &Progress,
 ) -> Result<()> {
     let files = which.iter().map(|&index| Some(members[index].catalog_file())).collect();
@@ -336,7 +336,6 @@ fn take_in(
     let result = (|| {
         let told = catalog.time_of(catalog.generation())?;
         let promised = catalog.durable_to()?;
-        let since = since.map(|since| since.max(promised));
         let bounds = bounds.map(|bounds| bounds.clone().told_at(told).durable_to(promised));
         let bounds = bounds.as_ref();
         if let Some(recover) = recover {
@@ -353,11 +352,12 @@ fn take_in(
             recover(&own, &catalog, from)?;
         }
         let files = bounds.map_or_else(Vec::new, Bounds::files);
-        let search = since.filter(|_| recover.is_some()).map(|since| regain::Search {
+        let search = checkpoint.filter(|_| recover.is_some()).map(|checkpoint| regain::Search {
             site: &member.site,
             peers,
             catalog: &catalog,
-            since,
+            checkpoint,
+            since: checkpoint.max(promised),
             files,
             progress,
         });
