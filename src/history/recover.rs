@@ -39,15 +39,19 @@ fn mark_of(catalog: &Catalog, node: NodeId, content: ContentId) -> Result<Mark> 
     })
 }
 
-/// The whole contents that [`History::recover`] will record as preserved.
+/// The whole contents that [`History::recover`] will record as preserved. Not links of live files,
+/// which it drops.
 pub fn unrecorded(replicas: &ReplicaSet, catalog: &Catalog) -> Result<Vec<(NodeId, ContentId)>> {
     let mut found = Vec::new();
     for shard in preserved_shards(replicas)? {
         let dir = replicas.private(PrivateDir::Preserved(shard))?;
         for entry in replicas.read("list", |id, b| b.list(dir.get(id)?))? {
             let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
-            if matches!(mark_of(catalog, node, content)?, Mark::Missing { .. }) {
-                found.push((node, content));
+            let (of, place) = ((node, content), (&*dir, &entry.name));
+            if matches!(mark_of(catalog, node, content)?, Mark::Missing { .. })
+                && !shared::is_only_link(replicas, catalog, of, place)?
+            {
+                found.push(of);
             }
         }
     }

@@ -26,18 +26,28 @@ pub(super) fn settle(
     known: bool,
     (dir, name): (&Handles, &EntryName),
 ) -> Result<bool> {
-    let stat = replicas.read("stat", |id, b| b.stat_at(dir.get(id)?, name))?;
-    if stat.nlink < 2 {
-        return Ok(false);
-    }
-    if !known && is_live(replicas, catalog, of, stat.ino)? {
+    if !known && is_only_link(replicas, catalog, of, (dir, name))? {
         remove_leftover(replicas, dir, name)?;
         return Ok(true);
+    }
+    if replicas.read("stat", |id, b| b.stat_at(dir.get(id)?, name))?.nlink < 2 {
+        return Ok(false);
     }
     let tmp = replicas.private(PrivateDir::Tmp)?;
     replicas.apply("separate", |id, b| separate(b, tmp.get(id)?, dir.get(id)?, name))?;
     log::info!("history: the preserved file {name} had a live name and is one of its own again");
     Ok(false)
+}
+
+/// Whether a preserved file that is not known to be one is only a link of the live file.
+pub(super) fn is_only_link(
+    replicas: &ReplicaSet,
+    catalog: &Catalog,
+    of: (NodeId, ContentId),
+    (dir, name): (&Handles, &EntryName),
+) -> Result<bool> {
+    let stat = replicas.read("stat", |id, b| b.stat_at(dir.get(id)?, name))?;
+    Ok(stat.nlink > 1 && is_live(replicas, catalog, of, stat.ino)?)
 }
 
 /// Whether every name that the node has, by the catalog, is one of this very file, and the content

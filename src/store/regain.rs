@@ -47,7 +47,7 @@ pub struct Search<'a> {
     pub peers: &'a [Site],
     /// Its catalog.
     pub catalog: &'a Catalog,
-    /// The last checkpoint: what was not touched after it, and is none of the files, has not changed.
+    /// The last checkpoint: what was not touched after it, and is none of the files, is as it was.
     pub checkpoint: Generation,
     /// Up to this generation, which a snapshot can have made later, all bytes were durable.
     pub since: Generation,
@@ -151,36 +151,40 @@ impl Search<'_> {
             }
             let files = files_of(site, &names)?;
             let alike: Vec<&Candidate> = files.iter().filter(|file| is_it(&file.object)).collect();
-            let file = match alike[..] {
-                [file] => Some(file),
-                _ => only_twin(&alike, &content.row),
-            };
-            if let Some(file) = file
-                && self.has_digest(site, file, (node, content))?
-            {
+            if let Some(file) = self.one_of(site, &alike, (node, content))? {
                 return self.keep(site, file.place(), (node, content.id));
             }
         }
         self.regain_older(node, content, &names)
     }
 
-    /// Whether a file has the recorded digest of a content, if there is one that tells that.
-    fn has_digest(
+    /// The one of some files of a content's size and time that it must be: by its digest, where one
+    /// is recorded, else as the only one, or the only one that was born with its node.
+    fn one_of<'a>(
         &self,
         site: &Site,
-        file: &Candidate,
+        alike: &[&'a Candidate],
         (node, content): (NodeId, &PastContent),
-    ) -> Result<bool> {
-        let Some(digest) = self.catalog.digest(content.id)? else { return Ok(true) };
+    ) -> Result<Option<&'a Candidate>> {
         let whole = [ByteRange { start: 0, end: content.size }];
-        if parts_preserved(self.catalog, (node, content.id), content.size)? != whole {
-            return Ok(true);
+        let parts = parts_preserved(self.catalog, (node, content.id), content.size)?;
+        let digest = self.catalog.digest(content.id)?.filter(|_| parts == whole);
+        let Some(digest) = digest else {
+            return Ok(match alike[..] {
+                [file] => Some(file),
+                _ => only_twin(alike, &content.row),
+            });
+        };
+        for file in alike {
+            let shown = site.at(&file.dir.join(&file.name));
+            let opened = site.backing.open_file(&file.handle, &file.name, Access::Read);
+            let opened = opened.context("open", &shown)?;
+            let (hash, _) = site.hash_parts(&opened, &whole).context("read", &shown)?;
+            if digest::first_half(&hash) == digest {
+                return Ok(Some(file));
+            }
         }
-        let shown = site.at(&file.dir.join(&file.name));
-        let opened = site.backing.open_file(&file.handle, &file.name, Access::Read);
-        let opened = opened.context("open", &shown)?;
-        let (hash, _) = site.hash_parts(&opened, &whole).context("read", &shown)?;
-        Ok(digest::first_half(&hash) == digest)
+        Ok(None)
     }
 
     /// Takes for a preserved content what its file still is under a name of its node: that it was

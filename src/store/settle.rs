@@ -345,9 +345,12 @@ fn take_in(
             let replicas = ReplicaSet::new(replicas.collect::<Result<Vec<_>>>()?);
             history::undo::complete(&replicas, from)?;
             let own = replica_set(std::slice::from_ref(member))?;
-            let unrecorded = history::recover::unrecorded(&own, &catalog)?;
-            for other in which[1..].iter().map(|&index| &members[index].site) {
-                regain::complete((&member.site, other), &unrecorded, progress)?;
+            let others = &which[1..];
+            if !others.is_empty() {
+                let unrecorded = history::recover::unrecorded(&own, &catalog)?;
+                for other in others.iter().map(|&index| &members[index].site) {
+                    regain::complete((&member.site, other), &unrecorded, progress)?;
+                }
             }
             recover(&own, &catalog, from)?;
         }
