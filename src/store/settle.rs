@@ -133,24 +133,35 @@ pub(super) fn past_of(site: &Site, marker: &Marker) -> Option<Past> {
 fn bounds_of(members: &[Member], winner: usize, known: &Known<'_>) -> Option<Bounded> {
     let mut past = known.pasts[winner].clone()?;
     let head = known.heads[winner].as_ref()?;
-    if head.sequence < past.base.sequence {
-        let file = members[winner].catalog_file();
-        log::error!("{}: commits that were durable are gone", file.display());
+    let mount = past.mount;
+    let of_mount = |index: usize| known.pasts[index].as_ref().filter(|own| own.mount == mount);
+    // What one log calls durable was so on every replica in use. One that lacks it lost what it had
+    // acknowledged, and no log names that any more.
+    let durable = (0..members.len()).filter_map(of_mount).map(|own| own.base.sequence).max();
+    let has_lost = |index: usize| {
+        let head = known.heads[index].as_ref();
+        let lost = head.is_some_and(|head| Some(head.sequence) < durable);
+        if lost {
+            let file = members[index].catalog_file();
+            log::error!("{}: commits that were durable are gone", file.display());
+        }
+        lost
+    };
+    if has_lost(winner) {
         return None;
     }
     let mut replicas = Vec::new();
     for (index, member) in members.iter().enumerate() {
         let marker = &member.marker;
-        let own = &known.pasts[index];
-        let same_mount = own.as_ref().is_some_and(|own| own.mount == past.mount);
         let ended = known.heads[index].as_ref() == Some(head)
             && marker.clean.as_ref().is_some_and(|mark| mark.fits(head));
         let stale = members.iter().any(|other| holds_stale(&other.marker, marker));
-        let whole = marker.phase == Phase::Ok && known.heads[index].is_some();
-        if let Some(own) = own.as_ref().filter(|_| same_mount && whole && !stale) {
+        let whole = marker.phase == Phase::Ok && known.heads[index].is_some() && !stale;
+        let own = of_mount(index).filter(|_| whole && !has_lost(index));
+        if let Some(own) = own {
             past.join(own);
         }
-        replicas.push(whole && !stale && (same_mount || ended));
+        replicas.push(whole && (own.is_some() || ended));
     }
     if past.everything {
         log::warn!("more was being changed than the intent log can hold");

@@ -3,7 +3,8 @@
 use std::process::Command;
 
 use super::*;
-use crate::replica::intent::{Dirty, MovedDir};
+use crate::catalog::{Change, Durability};
+use crate::replica::intent::{Base, Dirty, MovedDir};
 use crate::store::marker::PeerState;
 
 /// Tells the log of an open store that a directory with this path may move.
@@ -380,6 +381,50 @@ fn a_lost_or_foreign_log_means_that_all_is_compared() {
         let store = bench.open(&["a", "b"]).unwrap();
         bench.assert_equal(&["a", "b"]);
         assert_recorded(&store.catalog, &bench.path("b"));
+    }
+}
+
+/// A disk lost a checkpoint that it had acknowledged. Neither its own log, which is older, nor the
+/// other's, which was closed, named what it lacks, so the catalog had names without files.
+#[test]
+fn a_replica_that_lost_a_checkpoint_is_compared_wholly() {
+    for lost in ["a", "b"] {
+        let bench = Bench::new();
+        let store = opened(&bench);
+        let copy = |from: &Path, to: &Path| {
+            let copied = Command::new("cp").arg("-a").args([from, to]).status();
+            assert!(copied.unwrap().success());
+        };
+        let (lost, before) = (bench.path(lost), bench.path("before"));
+        copy(&lost, &before);
+        let (one, catalog) = (id_of(&store.catalog, "one"), &store.catalog);
+        let row = catalog.node(id_of(catalog, "one/f")).unwrap().unwrap();
+        intend(&store, &[Dirty::Dir(one)]);
+        for path in bench.paths(&["a/one/empty", "b/one/empty"]) {
+            write(&path, b"");
+        }
+        let meta = fs::metadata(bench.path("a/one/empty")).unwrap();
+        let mtime = Timestamp { secs: meta.mtime(), nanos: meta.mtime_nsec() as u32 };
+        let (id, content, size) = (catalog.next_node(), ContentId::EMPTY, 0);
+        let name = EntryName::new("empty").unwrap();
+        let added = Change::EntryAdd { parent: one, name, node: id };
+        catalog
+            .push(vec![Change::NodePut(NodeRow { id, content, size, mtime, ..row }), added])
+            .unwrap();
+        store.intents.turn(|| catalog.upcoming_node());
+        let generation = catalog.freeze().0;
+        catalog.flush(Durability::Durable).unwrap();
+        let (_, sequence) = catalog.committed();
+        store.intents.close(&store.replicas, Base { generation, sequence, undo_from: 0 }).unwrap();
+        drop(store);
+        fs::remove_dir_all(&lost).unwrap();
+        copy(&before, &lost);
+        let store = bench.open(&["a", "b"]).unwrap();
+        assert_eq!(id_of(&store.catalog, "one/empty"), id);
+        assert!(lost.join("one/empty").exists(), "{}", lost.display());
+        store.close().unwrap();
+        drop(store);
+        bench.assert_equal(&["a", "b"]);
     }
 }
 
