@@ -100,6 +100,8 @@ pub(super) struct Queue {
     pub committed: Generation,
     pub durable: Generation,
     pub sequence: u64,
+    /// How many of these batches are durable at least.
+    pub durable_sequence: u64,
     pub chain: [u8; 32],
     pub clock: TickClock,
     pub actors: Known,
@@ -131,6 +133,7 @@ impl Queue {
             committed: generation,
             durable: Generation(0),
             sequence: 0,
+            durable_sequence: 0,
             chain: [0; 32],
             clock,
             actors: Known::new(1),
@@ -317,6 +320,11 @@ impl Catalog {
         (queue.committed, queue.sequence)
     }
 
+    /// How many batches, of those that [`committed`](Self::committed) counts, are durable at least.
+    pub fn durable_sequence(&self) -> u64 {
+        self.shared.waiting.queue.lock().durable_sequence
+    }
+
     /// Stops writing to a replica's catalog: the replica is out of the store until it is resynced.
     pub fn detach(&self, replica: ReplicaId) {
         self.shared.detach(replica, None);
@@ -387,6 +395,7 @@ impl Shared {
                     queue.committed = batch.last;
                     if durable {
                         queue.durable = batch.last;
+                        queue.durable_sequence = committed.sequence;
                     }
                     queue.sequence = committed.sequence;
                     queue.chain = committed.chain;

@@ -75,7 +75,8 @@ impl Volume {
             self.end_checkpoint();
             return Ok(());
         }
-        let (_, sequence) = self.catalog().committed();
+        // Not what was committed since the barrier: a replica can lose that.
+        let sequence = self.catalog().durable_sequence();
         intents.close(self.replicas(), Base { generation: generation.0, sequence, undo_from })?;
         self.end_checkpoint();
         Ok(())

@@ -394,6 +394,7 @@ fn a_snapshot_is_durable_by_one_commit_with_what_was_pushed_before_it() {
         assert_eq!(snapshot.generation, at);
         let durable = catalog.shared.waiting.queue.lock().durable;
         assert_eq!(durable, catalog.generation());
+        assert_eq!(catalog.durable_sequence(), catalog.committed().1);
         catalog.committed().1 - before
     };
     // Where the machine is busy, a commit that nobody asked for may come between.
