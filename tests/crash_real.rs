@@ -18,9 +18,11 @@ mod model {
 }
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use common::disk::{IN_USE, LoopFs, unmount_unused};
 use common::{Mounted, run, tree, wait_until};
@@ -460,4 +462,38 @@ fn what_was_synced_survives_btrfs_cut_off_between_two_writes() {
         let done = block_cuts(kinds, cuts.div_ceil(2), seed);
         println!("{done} cuts of {kinds:?} between two writes");
     }
+}
+
+/// A file was emptied, written, made a version and overwritten, and both disks went down: the
+/// before-images of that version were on them, and that the older one had been moved aside was not.
+/// They are not the older one's.
+#[test]
+fn before_images_of_an_emptied_file_are_not_those_of_what_it_was() {
+    let (disks, mut store) = over_two();
+    let write = |name: &str, truncate: bool, at: u64, byte: u8, length: usize| {
+        let mut options = std::fs::File::options();
+        let file = options.write(true).create(true).truncate(truncate).open(store.mnt.join(name));
+        file.and_then(|file| file.write_all_at(&vec![byte; length], at)).expect("it is written");
+    };
+    // The undo log is begun: a record of it takes nothing else to the disk.
+    write("other", true, 0, 1, 100);
+    write("other", false, 0, 2, 100);
+    write("file", true, 0, 3, 30_000);
+    std::fs::create_dir(store.mnt.join(".snapshots/then")).expect("a snapshot can be taken");
+    common::shell(&store.mnt, "sync -f .");
+    write("file", true, 8253, 4, 10_000);
+    write("file", false, 8220, 5, 4000);
+    // What was deferred is carried out.
+    std::thread::sleep(Duration::from_millis(100));
+    disks.iter().for_each(|disk| shut_down(disk.root(), 2));
+    store.kill();
+    for disk in &disks {
+        disk.unmount();
+        disk.mount();
+    }
+    store.mount().ok();
+    let found = std::fs::read(store.mnt.join(".snapshots/then/file")).expect("it can be read");
+    let foreign = found.iter().position(|&byte| byte != 3);
+    assert_eq!((found.len(), foreign), (30_000, None), "the past changed");
+    finish(&mut store).unwrap_or_else(|why| panic!("{why}"));
 }

@@ -107,6 +107,59 @@ fn a_preserved_file_that_has_a_live_name_again_becomes_one_of_its_own() {
     driver.unmount().expect("the replicas are equal");
 }
 
+/// A file was emptied, written and overwritten, and the power of one disk was gone before it was
+/// moved aside there. The before-images that the other one had were taken for the older content's.
+#[test]
+fn before_images_of_an_emptied_file_are_not_those_of_what_it_was() {
+    let scratch = common::scratch();
+    let root = scratch.path().canonicalize().expect("a scratch folder has a path");
+    let paths = vec![root.join("a"), root.join("b")];
+    for linked in [false, true] {
+        let mut driver = Driver::over(paths.clone(), false, Between::default()).expect("a store");
+        let steps = [
+            Op::Create { dir: 0, name: 0, keep_open: false },
+            Op::Write { file: 0, offset: 0, length: 30_000, fill: 7 },
+            Op::Snapshot,
+        ];
+        steps.iter().for_each(|op| driver.step(op).expect("an operation"));
+        driver.catalog().flush(Durability::Durable).expect("a commit");
+        let want = driver.snapshots["s1"]["/n0"].content.clone();
+        let catalogs = ["catalog.db", "catalog.db-wal"];
+        let catalog = |path: &Path, file: &str| path.join(".rearview").join(file);
+        for (path, file) in paths.iter().flat_map(|path| catalogs.map(|file| (path, file))) {
+            let kept = root.join(format!("{}-{file}", path.ends_with("b")));
+            std::fs::copy(catalog(path, file), kept).expect("a copy");
+        }
+        let steps = [
+            Op::OpenTruncate { file: 0 },
+            Op::Write { file: 0, offset: 8253, length: 10_000, fill: 107 },
+            Op::Write { file: 0, offset: 8220, length: 4000, fill: 50 },
+        ];
+        steps.iter().for_each(|op| driver.step(op).expect("an operation"));
+        drop(driver);
+        for (path, file) in paths.iter().flat_map(|path| catalogs.map(|file| (path, file))) {
+            let kept = root.join(format!("{}-{file}", path.ends_with("b")));
+            std::fs::copy(kept, catalog(path, file)).expect("a copy");
+        }
+        let (live, preserved) = (paths[0].join("n0"), only_preserved(&paths[0]));
+        match linked {
+            false => std::fs::rename(preserved, live).expect("it is moved back"),
+            // It was cut off between the two steps.
+            true => {
+                std::fs::remove_file(&live).expect("it is there");
+                std::fs::hard_link(preserved, live).expect("a link can be made");
+            }
+        }
+        let mut driver =
+            Driver::over(paths.clone(), false, Between::default()).expect("it recovers");
+        let snapshot = driver.catalog().snapshot("s1").expect("a look").expect("it is there");
+        let shown = driver.dump_moment(snapshot.generation).expect("it can be read");
+        assert!(shown["/n0"].content == want, "the past changed, linked: {linked}");
+        driver.unmount().expect("the replicas are equal");
+        paths.iter().for_each(|path| std::fs::remove_dir_all(path).expect("it is there"));
+    }
+}
+
 /// The one file in `preserved/`.
 fn only_preserved(backing: &Path) -> PathBuf {
     let shards = std::fs::read_dir(backing.join(".rearview/preserved")).expect("it is there");

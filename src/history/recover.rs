@@ -58,6 +58,24 @@ pub fn unrecorded(replicas: &ReplicaSet, catalog: &Catalog) -> Result<Vec<(NodeI
     Ok(found)
 }
 
+/// The whole contents that these replicas have and the catalog does not know to be preserved, and
+/// of whose nodes a later content was overwritten. Segments before `undo_from` tell of none.
+///
+/// That later content lay in another file. Where the older one was not moved away, as the power of
+/// that replica was gone before, its before-images would be taken for those of older ones.
+pub fn overwritten_since(
+    replicas: &ReplicaSet,
+    catalog: &Catalog,
+    undo_from: u64,
+) -> Result<Vec<(NodeId, ContentId)>> {
+    let mut found = unrecorded(replicas, catalog)?;
+    if !found.is_empty() {
+        let newest = undo::newest(replicas, undo_from)?;
+        found.retain(|(node, content)| newest.get(node).is_some_and(|newest| newest > content));
+    }
+    Ok(found)
+}
+
 impl History {
     /// Finds again what an unclean end left unrecorded: before-images whose rows and whole contents
     /// whose marks were not committed yet. To be called before the live tree is compared. All rows

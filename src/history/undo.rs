@@ -390,6 +390,21 @@ pub fn overwritten(bytes: &[u8]) -> impl Iterator<Item = (NodeId, ContentId)> {
     records(bytes).into_values().map(|(_, record)| (record.row.node, record.row.content))
 }
 
+/// The newest content of each node of which these segments hold whole records.
+pub fn newest(replicas: &ReplicaSet, from: u64) -> Result<BTreeMap<NodeId, ContentId>> {
+    let dir = replicas.private(PrivateDir::Undo)?;
+    let mut newest = BTreeMap::<NodeId, ContentId>::new();
+    for segment in segments(replicas)?.into_iter().filter(|&segment| segment >= from) {
+        let bytes =
+            replicas.read("undo", |id, b| read_segment(b, dir.get(id)?, &segment_name(segment)))?;
+        for (node, content) in overwritten(&bytes) {
+            let known = newest.entry(node).or_insert(content);
+            *known = content.max(*known);
+        }
+    }
+    Ok(newest)
+}
+
 /// All of a segment on one replica, as far as one can reach.
 pub fn read_segment(b: &dyn Backing, dir: &Handle, name: &EntryName) -> std::io::Result<Vec<u8>> {
     let file = b.open_file(dir, name, Access::Read)?;

@@ -375,7 +375,9 @@ pub fn complete(
     for &(node, content) in contents {
         let Some(object) = preserved_object(from, node, content)? else { continue };
         let own = preserved_object(to, node, content)?;
-        if own.is_none_or(|own| own.stat.size < object.stat.size) {
+        // Where it has another name still, it is the live file, which may be written to.
+        let moved = |own: &Object| own.stat.nlink == 1 || object.stat.nlink > 1;
+        if own.is_none_or(|own| own.stat.size < object.stat.size || !moved(&own)) {
             let (dir, name) = (preserved_dir(node).path(), preserved_name(node, content));
             preserve((from, to), (&dir, &name, &object), (node, content), progress)?;
         }

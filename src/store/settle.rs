@@ -355,6 +355,11 @@ fn take_in(
             let replicas = which.iter().map(|&index| members[index].as_replica());
             let replicas = ReplicaSet::new(replicas.collect::<Result<Vec<_>>>()?);
             history::undo::complete(&replicas, from)?;
+            for other in which[1..].iter().map(|&index| &members[index]) {
+                let theirs = replica_set(std::slice::from_ref(other))?;
+                let aside = history::recover::overwritten_since(&theirs, &catalog, from)?;
+                regain::complete((&other.site, &member.site), &aside, progress)?;
+            }
             let own = replica_set(std::slice::from_ref(member))?;
             let others = &which[1..];
             if !others.is_empty() {

@@ -115,7 +115,7 @@ impl Volume {
     /// Makes the filesystems of all replicas in use durable, all at once.
     fn sync_replicas(&self) -> Result<()> {
         let replicas = self.replicas();
-        let begun = self.nodes.replaced.now();
+        let begun = (self.nodes.replaced.now(), self.nodes.emptied.now());
         let ids: Vec<ReplicaId> = replicas.online().collect();
         let sync = |id: ReplicaId| replicas.get(id).backing().sync_all();
         let mut synced: Vec<(ReplicaId, std::io::Result<()>)> = std::thread::scope(|scope| {
@@ -132,7 +132,8 @@ impl Volume {
                 None => b.sync_all(),
             }
         })?;
-        self.nodes.replaced.settle(begun);
+        self.nodes.replaced.settle(begun.0);
+        self.nodes.emptied.settle(begun.1);
         Ok(())
     }
 

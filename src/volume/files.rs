@@ -283,6 +283,7 @@ impl Volume {
         if lost.is_empty() {
             return Ok(());
         }
+        self.settle_emptied(node.id)?;
         let of = (node.id, open.sealed.content);
         let whole = ByteRange { start: 0, end: open.sealed.size };
         let untouched = open.is_untouched();
@@ -412,6 +413,7 @@ impl Volume {
             b.set_times(dir.get(id)?, SetTime::To(times.atime), SetTime::To(times.mtime))?;
             Ok(file)
         });
+        self.nodes.emptied.note(&[node.id]);
         let made = match made {
             Ok(made) => made,
             Err(error) => {

@@ -261,6 +261,8 @@ pub struct Nodes {
     lingering: Mutex<Vec<NodeId>>,
     /// Files that took the name of another.
     pub replaced: Replaced,
+    /// Files that were emptied: another one took their place.
+    pub emptied: Replaced,
 }
 
 impl Nodes {
@@ -271,6 +273,7 @@ impl Nodes {
             stamps: AtomicU64::new(1),
             lingering: Mutex::default(),
             replaced: Replaced::default(),
+            emptied: Replaced::default(),
         };
         let root = Arc::new(nodes.make(NodeId::ROOT, Kind::Dir, Place::Nowhere));
         root.looked_up();

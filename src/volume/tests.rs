@@ -7,6 +7,7 @@ use crate::store::{self, OpenOptions};
 mod ahead;
 mod catalogs;
 mod deferred;
+mod emptied;
 mod faults;
 mod growth;
 mod hangs;
