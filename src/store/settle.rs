@@ -351,23 +351,8 @@ fn take_in(
         let bounds = bounds.as_ref();
         if let Some(recover) = recover {
             let from = bounds.map_or(0, Bounds::undo_from);
-            // All of these catalogs get the rows.
-            let replicas = which.iter().map(|&index| members[index].as_replica());
-            let replicas = ReplicaSet::new(replicas.collect::<Result<Vec<_>>>()?);
-            history::undo::complete(&replicas, from)?;
-            for other in which[1..].iter().map(|&index| &members[index]) {
-                let theirs = replica_set(std::slice::from_ref(other))?;
-                let aside = history::recover::overwritten_since(&theirs, &catalog, from)?;
-                regain::complete((&other.site, &member.site), &aside, progress)?;
-            }
             let own = replica_set(std::slice::from_ref(member))?;
-            let others = &which[1..];
-            if !others.is_empty() {
-                let unrecorded = history::recover::unrecorded(&own, &catalog)?;
-                for other in others.iter().map(|&index| &members[index].site) {
-                    regain::complete((&member.site, other), &unrecorded, progress)?;
-                }
-            }
+            complete_history(members, which, &own, &catalog, from, progress)?;
             recover(&own, &catalog, from)?;
         }
         let files = bounds.map_or_else(Vec::new, Bounds::files);
@@ -401,6 +386,34 @@ fn take_in(
         }
         None => result.and(closed),
     }
+}
+
+/// Brings what history has unrecorded to each of these replicas, before all their catalogs get rows
+/// of it: whichever is ahead when we die, its replica has the bytes. `own` is the first of them.
+fn complete_history(
+    members: &[Member],
+    which: &[usize],
+    own: &ReplicaSet,
+    catalog: &Catalog,
+    undo_from: u64,
+    progress: &Progress,
+) -> Result<()> {
+    let [first, others @ ..] = which else { return Ok(()) };
+    if others.is_empty() {
+        return Ok(());
+    }
+    let all = which.iter().map(|&index| members[index].as_replica());
+    history::undo::complete(&ReplicaSet::new(all.collect::<Result<Vec<_>>>()?), undo_from)?;
+    let first = &members[*first].site;
+    for other in others.iter().map(|&index| &members[index]) {
+        let theirs = replica_set(std::slice::from_ref(other))?;
+        let aside = history::recover::overwritten_since(&theirs, catalog, undo_from)?;
+        regain::complete((&other.site, first), &aside, progress)?;
+    }
+    let aside = history::recover::unrecorded(own, catalog)?;
+    others
+        .iter()
+        .try_for_each(|&index| regain::complete((first, &members[index].site), &aside, progress))
 }
 
 /// Takes the live tree of a backing into a catalog that was made anew. Pushed, not flushed.
