@@ -258,7 +258,9 @@ impl Catalog {
         if clean {
             // A clean end was durable: a mount that changes nothing leaves the head as it is, so
             // that a replica which missed only such mounts has missed nothing.
-            shared.waiting.queue.lock().durable = head.head.generation;
+            let mut queue = shared.waiting.queue.lock();
+            queue.durable = head.head.generation;
+            queue.durable_sequence = head.head.sequence;
         }
         let committer = std::thread::Builder::new()
             .name("rv-commit".into())

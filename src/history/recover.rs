@@ -5,8 +5,12 @@
 //! ahead when we die. So what they tell of is brought to each of these replicas first
 //! ([`undo::complete`] and, for whole contents, [`unrecorded`] and who asks for it).
 
+use std::collections::{BTreeMap, HashSet};
+
 use super::packs::PackStore;
-use super::{History, parse_preserved_name, preserved_shards, remove_leftover, shared, undo};
+use super::{
+    History, parse_preserved_name, preserved_dir, preserved_shards, remove_leftover, shared, undo,
+};
 use crate::catalog::{Catalog, Change, Whereabouts};
 use crate::error::Result;
 use crate::replica::backing::Backing;
@@ -44,34 +48,52 @@ fn mark_of(catalog: &Catalog, node: NodeId, content: ContentId) -> Result<Mark> 
 pub fn unrecorded(replicas: &ReplicaSet, catalog: &Catalog) -> Result<Vec<(NodeId, ContentId)>> {
     let mut found = Vec::new();
     for shard in preserved_shards(replicas)? {
-        let dir = replicas.private(PrivateDir::Preserved(shard))?;
-        for entry in replicas.read("list", |id, b| b.list(dir.get(id)?))? {
-            let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
-            let (of, place) = ((node, content), (&*dir, &entry.name));
-            if matches!(mark_of(catalog, node, content)?, Mark::Missing { .. })
-                && !shared::is_only_link(replicas, catalog, of, place)?
-            {
-                found.push(of);
-            }
-        }
+        found.extend(unrecorded_in(shard, replicas, catalog, |_, _| true)?);
     }
     Ok(found)
 }
 
-/// The whole contents that these replicas have and the catalog does not know to be preserved, and
-/// of whose nodes a later content was overwritten. Segments before `undo_from` tell of none.
+/// Those of nodes of which a later content was overwritten; `newest` tells these
+/// ([`undo::newest`]).
 ///
 /// That later content lay in another file. Where the older one was not moved away, as the power of
 /// that replica was gone before, its before-images would be taken for those of older ones.
 pub fn overwritten_since(
     replicas: &ReplicaSet,
     catalog: &Catalog,
-    undo_from: u64,
+    newest: &BTreeMap<NodeId, ContentId>,
 ) -> Result<Vec<(NodeId, ContentId)>> {
-    let mut found = unrecorded(replicas, catalog)?;
-    if !found.is_empty() {
-        let newest = undo::newest(replicas, undo_from)?;
-        found.retain(|(node, content)| newest.get(node).is_some_and(|newest| newest > content));
+    if newest.is_empty() {
+        return Ok(Vec::new());
+    }
+    let is_older = |node, content| newest.get(&node).is_some_and(|&newest| newest > content);
+    let of_these: HashSet<_> = newest.keys().map(|&node| preserved_dir(node)).collect();
+    let mut found = Vec::new();
+    for shard in preserved_shards(replicas)? {
+        if of_these.contains(&PrivateDir::Preserved(shard)) {
+            found.extend(unrecorded_in(shard, replicas, catalog, is_older)?);
+        }
+    }
+    Ok(found)
+}
+
+fn unrecorded_in(
+    shard: u8,
+    replicas: &ReplicaSet,
+    catalog: &Catalog,
+    is_asked_for: impl Fn(NodeId, ContentId) -> bool,
+) -> Result<Vec<(NodeId, ContentId)>> {
+    let mut found = Vec::new();
+    let dir = replicas.private(PrivateDir::Preserved(shard))?;
+    for entry in replicas.read("list", |id, b| b.list(dir.get(id)?))? {
+        let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
+        let (of, place) = ((node, content), (&*dir, &entry.name));
+        if is_asked_for(node, content)
+            && matches!(mark_of(catalog, node, content)?, Mark::Missing { .. })
+            && !shared::is_only_link(replicas, catalog, of, place)?
+        {
+            found.push(of);
+        }
     }
     Ok(found)
 }

@@ -366,18 +366,19 @@ impl Search<'_> {
 }
 
 /// Gives another replica the preserved files of these contents that it lacks. To be called before
-/// both catalogs tell of them: whichever is ahead when we die, its replica has the bytes.
+/// both catalogs tell of them: whichever is ahead when we die, its replica has the bytes. With
+/// `moved`, one that has another name too, so that it can be the live file, is none.
 pub fn complete(
     (from, to): (&Site, &Site),
     contents: &[(NodeId, ContentId)],
+    moved: bool,
     progress: &Progress,
 ) -> Result<()> {
     for &(node, content) in contents {
         let Some(object) = preserved_object(from, node, content)? else { continue };
         let own = preserved_object(to, node, content)?;
-        // Where it has another name still, it is the live file, which may be written to.
-        let moved = |own: &Object| own.stat.nlink == 1 || object.stat.nlink > 1;
-        if own.is_none_or(|own| own.stat.size < object.stat.size || !moved(&own)) {
+        let is_link = |own: &Object| moved && own.stat.nlink > 1 && object.stat.nlink == 1;
+        if own.is_none_or(|own| own.stat.size < object.stat.size || is_link(&own)) {
             let (dir, name) = (preserved_dir(node).path(), preserved_name(node, content));
             preserve((from, to), (&dir, &name, &object), (node, content), progress)?;
         }

@@ -10,6 +10,7 @@
 //! stays on record in the logs until the next mount begins, so every replica can recover by itself
 //! whatever becomes of the others meanwhile.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -26,7 +27,7 @@ use crate::history;
 use crate::progress::Progress;
 use crate::replica::ReplicaSet;
 use crate::replica::intent::{self, Past};
-use crate::types::{Generation, ReplicaMap, Timestamp};
+use crate::types::{ContentId, Generation, NodeId, ReplicaMap, Timestamp};
 
 fn judge(members: &[Member], heads: &[Option<Head>]) -> Verdict {
     let standings: Vec<Standing> = members
@@ -402,18 +403,28 @@ fn complete_history(
     if others.is_empty() {
         return Ok(());
     }
-    let all = which.iter().map(|&index| members[index].as_replica());
-    history::undo::complete(&ReplicaSet::new(all.collect::<Result<Vec<_>>>()?), undo_from)?;
+    // Whole contents first: images of what came after one was moved aside, on a replica where it
+    // was not, would be taken for its own.
+    let mut newest = BTreeMap::<NodeId, ContentId>::new();
+    for &index in which {
+        let set = replica_set(std::slice::from_ref(&members[index]))?;
+        for (node, content) in history::undo::newest(&set, undo_from)? {
+            let known = newest.entry(node).or_insert(content);
+            *known = content.max(*known);
+        }
+    }
     let first = &members[*first].site;
     for other in others.iter().map(|&index| &members[index]) {
         let theirs = replica_set(std::slice::from_ref(other))?;
-        let aside = history::recover::overwritten_since(&theirs, catalog, undo_from)?;
-        regain::complete((&other.site, first), &aside, progress)?;
+        let aside = history::recover::overwritten_since(&theirs, catalog, &newest)?;
+        regain::complete((&other.site, first), &aside, true, progress)?;
     }
     let aside = history::recover::unrecorded(own, catalog)?;
-    others
-        .iter()
-        .try_for_each(|&index| regain::complete((first, &members[index].site), &aside, progress))
+    for &index in others {
+        regain::complete((first, &members[index].site), &aside, false, progress)?;
+    }
+    let all = which.iter().map(|&index| members[index].as_replica());
+    history::undo::complete(&ReplicaSet::new(all.collect::<Result<Vec<_>>>()?), undo_from)
 }
 
 /// Takes the live tree of a backing into a catalog that was made anew. Pushed, not flushed.

@@ -263,6 +263,8 @@ pub struct Nodes {
     pub replaced: Replaced,
     /// Files that were emptied: another one took their place.
     pub emptied: Replaced,
+    /// One makes durable at a time that they were. Held while nothing else is waited for.
+    pub settling: Mutex<()>,
 }
 
 impl Nodes {
@@ -274,6 +276,7 @@ impl Nodes {
             lingering: Mutex::default(),
             replaced: Replaced::default(),
             emptied: Replaced::default(),
+            settling: Mutex::default(),
         };
         let root = Arc::new(nodes.make(NodeId::ROOT, Kind::Dir, Place::Nowhere));
         root.looked_up();

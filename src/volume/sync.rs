@@ -59,6 +59,11 @@ impl Volume {
     /// for bytes of the older ones.
     pub(super) fn settle_emptied(&self, node: NodeId) -> Result<()> {
         let emptied = &self.nodes.emptied;
+        if emptied.concerns(node).is_none() {
+            return Ok(());
+        }
+        // Who waits for another's sync mostly needs none of its own.
+        let _settling = self.nodes.settling.lock();
         let Some(begun) = emptied.concerns(node) else { return Ok(()) };
         // From there all of these took their names.
         let tmp = self.replicas().private(PrivateDir::Tmp)?;

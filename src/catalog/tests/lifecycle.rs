@@ -79,6 +79,18 @@ fn ids_are_skipped_after_an_unclean_end_but_not_in_a_new_store() {
     assert!(after.next_node().0 > 1 << 20);
 }
 
+/// Else a mount that commits nothing would tell its log that nothing is durable.
+#[test]
+fn what_was_durable_at_a_clean_end_is_durable_after_it() {
+    let scratch = Scratch::new(1);
+    let catalog = scratch.open_rooted();
+    catalog.push(create(1, "f", file(2, 1))).unwrap();
+    catalog.close().unwrap();
+    let after = scratch.open();
+    assert_eq!(after.durable_sequence(), after.committed().1);
+    assert!(after.durable_sequence() > 0);
+}
+
 #[test]
 fn replicas_have_one_chain() {
     let scratch = Scratch::new(2);
