@@ -22,7 +22,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use common::disk::{IN_USE, LoopFs, unmount_unused};
 use common::{Mounted, run, tree, wait_until};
@@ -483,8 +482,10 @@ fn before_images_of_an_emptied_file_are_not_those_of_what_it_was() {
     common::shell(&store.mnt, "sync -f .");
     write("file", true, 8253, 4, 10_000);
     write("file", false, 8220, 5, 4000);
-    // What was deferred is carried out.
-    std::thread::sleep(Duration::from_millis(100));
+    let is_written = |backing: &PathBuf| {
+        std::fs::read(backing.join("file")).is_ok_and(|bytes| bytes.get(8220) == Some(&5))
+    };
+    wait_until("what was deferred is carried out", 20, || store.backings.iter().all(is_written));
     disks.iter().for_each(|disk| shut_down(disk.root(), 2));
     store.kill();
     for disk in &disks {
