@@ -1,5 +1,6 @@
 //! What recovery asks about contents whose bytes an unclean end may have taken.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
 use rusqlite::{Connection, OptionalExtension, params};
@@ -147,14 +148,11 @@ impl Catalog {
             let mut own: HashMap<(NodeId, EntryName), bool> = HashMap::new();
             for row in rows {
                 let (parent, name, died): (NodeId, EntryName, Generation) = row?;
-                let key = (parent, name.clone());
-                let is_own = match own.get(&key) {
-                    Some(&is_own) => is_own,
-                    None => {
+                let is_own = match own.entry((parent, name.clone())) {
+                    Entry::Occupied(known) => *known.get(),
+                    Entry::Vacant(unknown) => {
                         let others = others.exists(params![parent, name, since, node])?;
-                        let is_own = !others && has_stayed(db, parent, since)?;
-                        own.insert(key, is_own);
-                        is_own
+                        *unknown.insert(!others && has_stayed(db, parent, since)?)
                     }
                 };
                 let last = Generation(died.0.saturating_sub(1)).min(newest);

@@ -26,12 +26,13 @@ pub(super) fn settle(
     known: bool,
     (dir, name): (&Handles, &EntryName),
 ) -> Result<bool> {
-    if !known && is_only_link(replicas, catalog, of, (dir, name))? {
+    let stat = replicas.read("stat", |id, b| b.stat_at(dir.get(id)?, name))?;
+    if stat.nlink < 2 {
+        return Ok(false);
+    }
+    if !known && is_live(replicas, catalog, of, stat.ino)? {
         remove_leftover(replicas, dir, name)?;
         return Ok(true);
-    }
-    if replicas.read("stat", |id, b| b.stat_at(dir.get(id)?, name))?.nlink < 2 {
-        return Ok(false);
     }
     let tmp = replicas.private(PrivateDir::Tmp)?;
     replicas.apply("separate", |id, b| separate(b, tmp.get(id)?, dir.get(id)?, name))?;

@@ -27,6 +27,7 @@ use rustix::io::Errno;
 use super::copy::Copier;
 use super::import;
 use super::site::{Object, Site, own_creds, private};
+use crate::catalog::digest::Digest;
 use crate::catalog::{Base, Catalog, Change, Durability, NodeRow, PastContent, PastName, digest};
 use crate::error::{IoContext, Result};
 use crate::history::ranges::ByteRange;
@@ -166,10 +167,7 @@ impl Search<'_> {
         alike: &[&'a Candidate],
         (node, content): (NodeId, &PastContent),
     ) -> Result<Option<&'a Candidate>> {
-        let whole = [ByteRange { start: 0, end: content.size }];
-        let parts = parts_preserved(self.catalog, (node, content.id), content.size)?;
-        let digest = self.catalog.digest(content.id)?.filter(|_| parts == whole);
-        let Some(digest) = digest else {
+        let Some(digest) = self.digest_of_file(node, content)? else {
             return Ok(match alike[..] {
                 [file] => Some(file),
                 _ => only_twin(alike, &content.row),
@@ -179,12 +177,19 @@ impl Search<'_> {
             let shown = site.at(&file.dir.join(&file.name));
             let opened = site.backing.open_file(&file.handle, &file.name, Access::Read);
             let opened = opened.context("open", &shown)?;
-            let (hash, _) = site.hash_parts(&opened, &whole).context("read", &shown)?;
-            if digest::first_half(&hash) == digest {
+            if hashed(site, (&opened, &shown), content)? == digest {
                 return Ok(Some(file));
             }
         }
         Ok(None)
+    }
+
+    /// The recorded digest of a content that its file alone is to have. One that has before-images
+    /// has another than its file.
+    fn digest_of_file(&self, node: NodeId, content: &PastContent) -> Result<Option<Digest>> {
+        let whole = [ByteRange { start: 0, end: content.size }];
+        let parts = parts_preserved(self.catalog, (node, content.id), content.size)?;
+        Ok(self.catalog.digest(content.id)?.filter(|_| parts == whole))
     }
 
     /// Takes for a preserved content what its file still is under a name of its node: that it was
@@ -219,11 +224,11 @@ impl Search<'_> {
 
     /// Whether the file of a content had one before that was durable: then it is on the disk.
     fn lies_with_what_was_durable(&self, node: NodeId, content: &PastContent) -> Result<bool> {
-        let older = self.catalog.contents_since(node, self.since)?;
-        let older = older.iter().filter(|older| older.id < content.id);
+        let mut older = self.catalog.contents_since(node, self.since)?;
+        older.retain(|older| older.id < content.id);
         // Of one that is not reached through others the file was moved aside.
-        let (chained, moved): (Vec<_>, Vec<_>) = older.partition(|older| older.chained);
-        Ok(moved.is_empty() && chained.iter().any(|older| older.born <= self.since))
+        let none_moved = older.iter().all(|older| older.chained);
+        Ok(none_moved && older.iter().any(|older| older.born <= self.since))
     }
 
     /// Whether a file under a name of a node can be the one that a content lay in.
@@ -278,15 +283,10 @@ impl Search<'_> {
         node: NodeId,
         content: &PastContent,
     ) -> Result<Option<Change>> {
-        let whole = [ByteRange { start: 0, end: content.size }];
-        if content.born <= self.since
-            || self.catalog.digest(content.id)?.is_none()
-            || parts_preserved(self.catalog, (node, content.id), content.size)? != whole
-        {
+        if content.born <= self.since || self.digest_of_file(node, content)?.is_none() {
             return Ok(None);
         }
-        let (hash, _) = self.site.hash_parts(file, &whole).context("read", shown)?;
-        let digest = digest::first_half(&hash);
+        let digest = hashed(self.site, (file, shown), content)?;
         Ok(Some(Change::DigestAdd { content: content.id, digest }))
     }
 
@@ -363,6 +363,13 @@ impl Search<'_> {
         );
         Ok(())
     }
+}
+
+/// The digest of what a file has of a content.
+fn hashed(site: &Site, (file, shown): (&Handle, &Path), content: &PastContent) -> Result<Digest> {
+    let whole = [ByteRange { start: 0, end: content.size }];
+    let (hash, _) = site.hash_parts(file, &whole).context("read", shown)?;
+    Ok(digest::first_half(&hash))
 }
 
 /// Gives another replica the preserved files of these contents that it lacks. To be called before

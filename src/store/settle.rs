@@ -352,9 +352,8 @@ fn take_in(
         let bounds = bounds.as_ref();
         if let Some(recover) = recover {
             let from = bounds.map_or(0, Bounds::undo_from);
-            let own = replica_set(std::slice::from_ref(member))?;
-            complete_history(members, which, &own, &catalog, from, progress)?;
-            recover(&own, &catalog, from)?;
+            complete_history(members, which, &catalog, from, progress)?;
+            recover(&replica_set(std::slice::from_ref(member))?, &catalog, from)?;
         }
         let files = bounds.map_or_else(Vec::new, Bounds::files);
         let search = checkpoint.filter(|_| recover.is_some()).map(|checkpoint| regain::Search {
@@ -390,38 +389,39 @@ fn take_in(
 }
 
 /// Brings what history has unrecorded to each of these replicas, before all their catalogs get rows
-/// of it: whichever is ahead when we die, its replica has the bytes. `own` is the first of them.
+/// of it: whichever is ahead when we die, its replica has the bytes.
 fn complete_history(
     members: &[Member],
     which: &[usize],
-    own: &ReplicaSet,
     catalog: &Catalog,
     undo_from: u64,
     progress: &Progress,
 ) -> Result<()> {
-    let [first, others @ ..] = which else { return Ok(()) };
+    let alone = |&index: &usize| {
+        let member = &members[index];
+        Ok((&member.site, replica_set(std::slice::from_ref(member))?))
+    };
+    let each = which.iter().map(alone).collect::<Result<Vec<_>>>()?;
+    let [(site, own), others @ ..] = &each[..] else { return Ok(()) };
     if others.is_empty() {
         return Ok(());
     }
     // Whole contents first: images of what came after one was moved aside, on a replica where it
     // was not, would be taken for its own.
     let mut newest = BTreeMap::<NodeId, ContentId>::new();
-    for &index in which {
-        let set = replica_set(std::slice::from_ref(&members[index]))?;
-        for (node, content) in history::undo::newest(&set, undo_from)? {
+    for (_, replica) in &each {
+        for (node, content) in history::undo::newest(replica, undo_from)? {
             let known = newest.entry(node).or_insert(content);
             *known = content.max(*known);
         }
     }
-    let first = &members[*first].site;
-    for other in others.iter().map(|&index| &members[index]) {
-        let theirs = replica_set(std::slice::from_ref(other))?;
-        let aside = history::recover::overwritten_since(&theirs, catalog, &newest)?;
-        regain::complete((&other.site, first), &aside, true, progress)?;
+    for (other, theirs) in others {
+        let aside = history::recover::overwritten_since(theirs, catalog, &newest)?;
+        regain::complete((other, site), &aside, true, progress)?;
     }
     let aside = history::recover::unrecorded(own, catalog)?;
-    for &index in others {
-        regain::complete((first, &members[index].site), &aside, false, progress)?;
+    for (other, _) in others {
+        regain::complete((site, other), &aside, false, progress)?;
     }
     let all = which.iter().map(|&index| members[index].as_replica());
     history::undo::complete(&ReplicaSet::new(all.collect::<Result<Vec<_>>>()?), undo_from)
