@@ -101,6 +101,18 @@ impl Catalog {
         })
     }
 
+    /// Whether it has anything of a node: that it lives, a past state of it, or a content.
+    pub fn knows_node(&self, node: NodeId) -> Result<bool> {
+        self.settle_pending()?;
+        self.shared.read(|db| {
+            let mut statement = db.prepare_cached(
+                "SELECT 1 FROM node WHERE id = ?1 UNION ALL SELECT 1 FROM node_h WHERE id = ?1 \
+                 UNION ALL SELECT 1 FROM content WHERE node = ?1 LIMIT 1",
+            )?;
+            statement.exists(params![node])
+        })
+    }
+
     /// The first generation known to show a content of a node.
     pub fn shown_from(&self, node: NodeId, content: ContentId) -> Result<Option<Generation>> {
         self.settle_pending()?;

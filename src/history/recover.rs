@@ -26,7 +26,7 @@ enum Mark {
     Missing { known: bool },
     /// The content lies elsewhere, or was forgotten: we died before the original was removed.
     Useless,
-    /// Nothing, and nobody needs it.
+    /// Nothing, and nobody needs it ([`remove_strays`]).
     Stray,
 }
 
@@ -96,6 +96,37 @@ fn unrecorded_in(
         }
     }
     Ok(found)
+}
+
+/// Whether a preserved file is of a node of which the catalog has nothing.
+///
+/// Mostly that was born, written and overwritten or deleted again after the last commit: nothing
+/// tells what it was called, and what has its name now was taken in as a node of its own. Or all
+/// of it was forgotten, and we died before its file went. Either way no version can show it.
+pub fn is_stray(catalog: &Catalog, node: NodeId, content: ContentId) -> Result<bool> {
+    Ok(!catalog.knows_node(node)? && catalog.whereabouts(content)? == Whereabouts::Unknown)
+}
+
+/// Removes the preserved files of nodes of which the catalog has nothing: what their contents take
+/// would never be free again. Only to be called where the catalog lacks nothing that was durable:
+/// of one that does, another can be rebuilt, with what lies in these files.
+pub fn remove_strays(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
+    let mut count = 0;
+    for shard in preserved_shards(replicas)? {
+        let dir = replicas.private(PrivateDir::Preserved(shard))?;
+        for entry in replicas.read("list", |id, b| b.list(dir.get(id)?))? {
+            let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
+            if is_stray(catalog, node, content)? {
+                // Where it has another name too, that one stays.
+                remove_leftover(replicas, &dir, &entry.name)?;
+                count += 1;
+            }
+        }
+    }
+    if count > 0 {
+        log::info!("history: removed {count} preserved files that belong to no version");
+    }
+    Ok(())
 }
 
 impl History {

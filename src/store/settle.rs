@@ -353,7 +353,12 @@ fn take_in(
         if let Some(recover) = recover {
             let from = bounds.map_or(0, Bounds::undo_from);
             complete_history(members, which, &catalog, from, progress)?;
-            recover(&replica_set(std::slice::from_ref(member))?, &catalog, from)?;
+            let own = replica_set(std::slice::from_ref(member))?;
+            if bounds.is_some() {
+                // The logs tell that no commit which was durable is gone.
+                history::recover::remove_strays(&own, &catalog)?;
+            }
+            recover(&own, &catalog, from)?;
         }
         let files = bounds.map_or_else(Vec::new, Bounds::files);
         let search = checkpoint.filter(|_| recover.is_some()).map(|checkpoint| regain::Search {

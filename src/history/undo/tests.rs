@@ -174,6 +174,42 @@ fn an_unknown_content_is_as_long_as_the_file_in_which_it_is_preserved() {
     assert_eq!(sources.base, crate::catalog::Base::Preserved { node: NODE, content: UNKNOWN });
 }
 
+/// The file was born, written and emptied after the last commit: its preserved content stayed for
+/// good, as that of a node of which nobody knows anything.
+#[test]
+fn only_files_of_nodes_that_the_catalog_has_nothing_of_are_strays() {
+    use crate::history::recover::remove_strays;
+    let (dirs, replicas) = replicas(2);
+    let catalog = catalog_in(dirs[0].path());
+    let dead = NodeId(6);
+    let past = NodeRow { id: dead, ..catalog.node(NODE).expect("a look").expect("it lives") };
+    catalog.push(vec![Change::NodePut(past)]).expect("pushed");
+    catalog.freeze();
+    catalog.push(vec![Change::NodeGone(dead)]).expect("pushed");
+    let unknown = NodeId(NODE.0 + 1);
+    let place = |dir: &tempfile::TempDir, of: (NodeId, ContentId)| {
+        let shard = dir.path().join(format!(".rearview/preserved/{:02x}", of.0.0));
+        std::fs::create_dir_all(&shard).expect("a folder");
+        shard.join(format!("{:016x}.{:016x}", of.0.0, of.1.0))
+    };
+    let needed = [(NODE, SEALED), (NODE, UNKNOWN), (dead, UNKNOWN)];
+    let strays = [(unknown, UNKNOWN), (unknown, ContentId(UNKNOWN.0 + 1))];
+    for dir in &dirs {
+        for of in needed.into_iter().chain(strays) {
+            std::fs::write(place(dir, of), b"bytes").expect("a file");
+        }
+    }
+    // One that took no name away any more: the file itself is live.
+    let live = dirs[0].path().join("live");
+    std::fs::hard_link(place(&dirs[0], strays[0]), &live).expect("a link");
+    remove_strays(&replicas, &catalog).expect("removed");
+    for dir in &dirs {
+        assert!(needed.iter().all(|&of| place(dir, of).exists()));
+        assert!(!strays.iter().any(|&of| place(dir, of).exists()));
+    }
+    assert_eq!(std::fs::read(live).expect("it is there"), b"bytes");
+}
+
 proptest! {
     #[test]
     fn a_changed_record_is_never_taken(at in 0usize..73, flip in 1u8..=255) {

@@ -128,7 +128,7 @@ impl History<'_> {
         let wanted = files(source, path, known)?;
         for name in present.keys().filter(|name| !wanted.contains_key(*name)) {
             known.remove(name);
-            if self.catalog.map_or(Ok(false), |catalog| is_over(catalog, name))? {
+            if self.catalog.map_or(Ok(false), |catalog| self.is_over(catalog, name))? {
                 let removed = target.backing.unlink(&to, name);
                 removed.context("remove", target.at(&path.join(name)))?;
             } else if !self.changing {
@@ -179,6 +179,18 @@ impl History<'_> {
             self.note_equal(name, is_undo, known);
         }
         Ok(equal)
+    }
+
+    /// Whether the catalog has no use for a file of the target any more.
+    fn is_over(&self, catalog: &Catalog, name: &EntryName) -> Result<bool> {
+        // The target was in use to the same end: what the source had of it was removed as well.
+        if let (Doubt::Within(_), Some((node, content))) =
+            (self.doubt, history::parse_preserved_name(name))
+            && history::recover::is_stray(catalog, node, content)?
+        {
+            return Ok(true);
+        }
+        is_over(catalog, name)
     }
 
     fn note_equal(&self, name: &EntryName, is_undo: bool, known: &mut HashSet<EntryName>) {

@@ -205,3 +205,41 @@ fn reports_are_sentences_for_people() {
     assert_eq!(filled.to_string(), "2 files copied (2.0 KiB), 1 adjusted");
     assert_eq!(FillReport::default().to_string(), "nothing to do");
 }
+
+/// What was born after the last commit and overwritten or deleted again is of no version. It stayed
+/// on the one, and was told to have differed on the other. Where commits that were durable may be
+/// gone, it may be what is left of a version.
+#[test]
+fn what_is_preserved_of_a_file_that_no_commit_knows_goes_with_the_recovery() {
+    for is_bounded in [true, false] {
+        let bench = Bench::new();
+        write(&bench.path("a/f"), b"what was here");
+        bench.settle(&["a", "b"]);
+        let store = bench.open(&["a", "b"]).unwrap();
+        let of = (store.catalog.next_node(), store.catalog.next_content());
+        let what = [crate::replica::intent::Dirty::Dir(NodeId::ROOT)];
+        drop(store.intents.begin(&store.replicas, &what).unwrap());
+        drop(store);
+        for backing in ["a", "b"] {
+            write(&bench.path(backing).join("born"), b"deleted again");
+            preserve(&bench.path(backing), "born", of, true);
+        }
+        if !is_bounded {
+            bench.lose_logs();
+        }
+        let paths = bench.paths(&["a", "b"]);
+        let recover = |replicas: &ReplicaSet, catalog: &Catalog, from| {
+            crate::history::History::recover(replicas, catalog, from)
+        };
+        let store = open(&paths, &OpenOptions::default(), &recover, &Progress::silent()).unwrap();
+        store.close().unwrap();
+        for path in &paths {
+            let shard = path.join(format!(".rearview/preserved/{:02x}", of.0.0 & 0xff));
+            let left = fs::read_dir(shard).unwrap().count();
+            assert_eq!(left, if is_bounded { 0 } else { 1 }, "{}", path.display());
+            let aside = fs::read_dir(path.join(".rearview/quarantine")).map(Iterator::count);
+            assert_eq!(aside.unwrap_or(0), 0, "{}", path.display());
+        }
+        bench.assert_equal(&["a", "b"]);
+    }
+}
