@@ -125,8 +125,10 @@ Examples:
   /a:/b /mnt fuse.rearview allow_other,nofail 0 0        in /etc/fstab
 
 Options for -o: allow_other, snapdir=hidden|root|visible|disabled, snapdirname=NAME, fsname=TEXT,
-threads=N, ro, dev, suid, noexec, nosubtype, nonempty, exclude=GLOB (repeatable; no comma in it);
-generic options of mount(8) are accepted.
+threads=N, io_uring=auto|off, ro, dev, suid, noexec, nosubtype, nonempty, exclude=GLOB (repeatable;
+no comma in it); generic options of mount(8) are accepted. Requests come over io_uring, which is
+faster, where the administrator allows it: fuse.enable_uring=1 on the kernel's command line, or Y in
+/sys/module/fuse/parameters/enable_uring before the mount.
 
 Files .rearviewignore in the tree exclude as --exclude does, with the syntax of .gitignore.";
 const UMOUNT_EXAMPLES: &str = "\

@@ -182,8 +182,8 @@ fn mount_and_wait(
     };
     let device = device::mount(target, &source, &plan.options)?;
     let threads = thread_count(plan.options.threads);
-    let session =
-        fuse::serve(fs, device, &ServeOptions { threads }).inspect_err(|_| take_away(target))?;
+    let options = ServeOptions { threads, over_rings: plan.options.io_uring };
+    let session = fuse::serve(fs, device, &options).inspect_err(|_| take_away(target))?;
     // The handshake is done: from here on requests are answered. We must not ask for an answer
     // ourselves: killed while the kernel waits for it, this process could never end, for its
     // descriptor of the mount would stay open.

@@ -1,38 +1,45 @@
 //! FUSE: the kernel's requests, one call each on [`Filesystem`], and its answers as replies.
 //!
+//! They come from `/dev/fuse`, unpacked by the library, which calls [`Fuse`]; or, where the kernel
+//! offers it, over io_uring to threads of ours ([`rings`]), which unpack them themselves ([`wire`])
+//! and have the same calls made ([`ring_requests`]).
+//!
 //! Translates, never decides. A handler that panics answers `EIO` (an unanswered reply does so when
 //! dropped) and leaves its thread alive.
 
 mod convert;
 mod listing;
+mod ring_requests;
+mod rings;
 mod session;
+mod wire;
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use fuser::{
-    BsdFileFlags, Errno, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, FileHandle, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
 };
 
 use crate::fs::{Fh, Filesystem, Wish, Writing};
-use crate::past::Past;
-use crate::replica::backing::{RenameMode, Seek};
+use crate::sys::fuse_ring::PAYLOAD_BYTES;
 use crate::types::Kind;
 use crate::volume::{Changes, Newborn};
 
-use listing::list_plus;
+use listing::{list, list_plus};
 pub use session::{ServeOptions, Session, serve};
-use session::{apart, guarded};
+use session::{guarded, guarded_at};
 
 use convert::{
-    answer_empty, answer_entry, answer_lookup, answer_xattr, attr, caller, errno, file_type, name,
-    open_flags, set_time, ttl,
+    answer_empty, answer_entry, answer_lookup, answer_xattr, attr, caller, errno, handle_flags,
+    listing_flags, name, names_of, rename_mode, seek_to, set_time, ttl,
 };
 
 /// Requests the kernel may have under way in the background; more than its default of 12, above
@@ -61,17 +68,29 @@ pub fn ask_kernel(config: &mut KernelConfig) {
             log::debug!("the kernel lacks {flag:?}");
         }
     }
+    // What the kernel sends at once anyway, by its limit of 256 pages; a ring has memory for it.
+    let _ = config.set_max_write(PAYLOAD_BYTES as u32);
     let _ = config.set_max_background(MAX_BACKGROUND);
     let _ = config.set_congestion_threshold(MAX_BACKGROUND / 4 * 3);
 }
 
+/// What the library calls for the kernel.
 struct Fuse {
     fs: Arc<Filesystem>,
+    /// It may send requests over io_uring.
+    over_rings: bool,
+    /// It is going to.
+    are_rings_agreed: Arc<AtomicBool>,
 }
 
 impl fuser::Filesystem for Fuse {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         ask_kernel(config);
+        let rings = InitFlags::FUSE_OVER_IO_URING;
+        if self.over_rings && config.capabilities().contains(rings) && rings::can_serve() {
+            let agreed = config.add_capabilities(rings).is_ok();
+            self.are_rings_agreed.store(agreed, Ordering::Relaxed);
+        }
         Ok(())
     }
 
@@ -168,11 +187,9 @@ impl fuser::Filesystem for Fuse {
             Err(error) => return reply.error(errno(&error)),
         };
         let fs = self.fs.clone();
-        let make = move || {
+        guarded_at(parent.0, move || {
             answer_entry(reply, fs.make(parent.0, &entry, &Newborn::Dir, mode, &caller));
-        };
-        // A snapshot flushes files by way of this mount.
-        if Past::owns(parent.0) { apart(make) } else { guarded(make) }
+        });
     }
 
     fn unlink(&self, req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEmpty) {
@@ -184,9 +201,9 @@ impl fuser::Filesystem for Fuse {
     }
 
     fn rmdir(&self, req: &Request, parent: INodeNo, entry: &OsStr, reply: ReplyEmpty) {
-        guarded(|| {
-            let by = caller(req, 0);
-            let done = name(entry).and_then(|entry| self.fs.rmdir(parent.0, &entry, &by));
+        let (by, fs, entry) = (caller(req, 0), self.fs.clone(), name(entry));
+        guarded_at(parent.0, move || {
+            let done = entry.and_then(|entry| fs.rmdir(parent.0, &entry, &by));
             answer_empty(reply, done);
         });
     }
@@ -218,25 +235,14 @@ impl fuser::Filesystem for Fuse {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        guarded(|| {
-            let mode = if flags.is_empty() {
-                RenameMode::Replace
-            } else if flags == RenameFlags::RENAME_NOREPLACE {
-                RenameMode::NoReplace
-            } else if flags == RenameFlags::RENAME_EXCHANGE {
-                RenameMode::Exchange
-            } else {
-                return reply.error(Errno::EINVAL);
-            };
-            let (by, fs) = (caller(req, 0), self.fs.clone());
-            let names = name(entry).and_then(|from| Ok((from, name(newname)?)));
-            let rename = move || {
-                let renamed = names
-                    .and_then(|(from, to)| fs.rename(parent.0, &from, newparent.0, &to, mode, &by));
-                answer_empty(reply, renamed);
-            };
-            // The kernel is told of the name that a snapshot lost, and may be busy with it.
-            if Past::owns(parent.0) { apart(rename) } else { rename() }
+        let (by, fs) = (caller(req, 0), self.fs.clone());
+        let how =
+            rename_mode(flags.bits()).and_then(|mode| Ok((mode, name(entry)?, name(newname)?)));
+        guarded_at(parent.0, move || {
+            let renamed = how.and_then(|(mode, from, to)| {
+                fs.rename(parent.0, &from, newparent.0, &to, mode, &by)
+            });
+            answer_empty(reply, renamed);
         });
     }
 
@@ -260,12 +266,7 @@ impl fuser::Filesystem for Fuse {
             let wish = Wish::from_flags(flags.0);
             match self.fs.open(ino.0, wish, &caller(req, 0)) {
                 Ok(fh) => {
-                    let mut answer = open_flags(&self.fs, fh);
-                    if !wish.writable {
-                        // Its close changes nothing: the kernel need not ask.
-                        answer |= FopenFlags::FOPEN_NOFLUSH;
-                    }
-                    reply.opened(FileHandle(fh.0), answer);
+                    reply.opened(FileHandle(fh.0), handle_flags(&self.fs, fh, wish.writable));
                 }
                 Err(error) => reply.error(errno(&error)),
             }
@@ -293,7 +294,7 @@ impl fuser::Filesystem for Fuse {
                     &attr(&found.stat),
                     Generation(0),
                     FileHandle(fh.0),
-                    open_flags(&self.fs, fh),
+                    handle_flags(&self.fs, fh, true),
                 ),
                 Err(error) => reply.error(errno(&error)),
             }
@@ -380,15 +381,7 @@ impl fuser::Filesystem for Fuse {
     fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         guarded(|| {
             let fh = self.fs.open_dir(req.pid(), ino.0);
-            let mut flags = FopenFlags::empty();
-            // The listing of `.snapshots` changes without the kernel's doing.
-            if self.fs.keeps_listing(ino.0) {
-                flags |= FopenFlags::FOPEN_CACHE_DIR;
-                if !self.fs.is_listed_anew(ino.0, fh) {
-                    flags |= FopenFlags::FOPEN_KEEP_CACHE;
-                }
-            }
-            reply.opened(FileHandle(fh.0), flags);
+            reply.opened(FileHandle(fh.0), listing_flags(&self.fs, ino.0, fh));
         });
     }
 
@@ -400,22 +393,8 @@ impl fuser::Filesystem for Fuse {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        guarded(|| match self.fs.list(ino.0, Fh(fh.0), offset == 0) {
-            Ok(lines) => {
-                let offset = offset as usize;
-                let most = self.fs.lines_max(Fh(fh.0), offset);
-                if offset >= lines.len() {
-                    self.fs.listing_ended(ino.0);
-                }
-                for (index, line) in lines.iter().enumerate().skip(offset).take(most) {
-                    let next = index as u64 + 1;
-                    let kind = file_type(line.kind);
-                    if reply.add(INodeNo(line.ino), next, kind, OsStr::from_bytes(&line.name)) {
-                        break;
-                    }
-                }
-                reply.ok();
-            }
+        guarded(|| match list(&self.fs, ino.0, Fh(fh.0), offset as usize, &mut reply) {
+            Ok(()) => reply.ok(),
             Err(error) => reply.error(errno(&error)),
         });
     }
@@ -426,9 +405,12 @@ impl fuser::Filesystem for Fuse {
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
-        reply: ReplyDirectoryPlus,
+        mut reply: ReplyDirectoryPlus,
     ) {
-        guarded(|| list_plus(&self.fs, ino, Fh(fh.0), offset as usize, reply));
+        guarded(|| match list_plus(&self.fs, ino.0, Fh(fh.0), offset as usize, &mut reply) {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(&error)),
+        });
     }
 
     fn releasedir(
@@ -493,14 +475,7 @@ impl fuser::Filesystem for Fuse {
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         guarded(|| {
-            let names = self.fs.xattrs(ino.0).map(|all| {
-                let mut names = Vec::new();
-                for name in all.0.keys() {
-                    names.extend_from_slice(name);
-                    names.push(0);
-                }
-                names
-            });
+            let names = self.fs.xattrs(ino.0).map(|all| names_of(&all));
             answer_xattr(reply, size, names);
         });
     }
@@ -535,13 +510,9 @@ impl fuser::Filesystem for Fuse {
         reply: ReplyLseek,
     ) {
         guarded(|| {
-            let to = match whence {
-                libc::SEEK_DATA => Seek::Data,
-                libc::SEEK_HOLE => Seek::Hole,
-                _ => return reply.error(Errno::EINVAL),
-            };
-            let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-            match self.fs.seek(ino.0, Fh(fh.0), offset, to) {
+            let found = seek_to(whence, offset)
+                .and_then(|(to, offset)| self.fs.seek(ino.0, Fh(fh.0), offset, to));
+            match found {
                 Ok(found) => reply.offset(found as i64),
                 Err(error) => reply.error(errno(&error)),
             }

@@ -22,6 +22,8 @@ mod dying;
 pub mod options;
 pub mod table;
 
+pub use dying::end_connection;
+
 /// How long a mount may take to answer before it counts as hanging.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 

@@ -24,7 +24,9 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Unsh
 
 use crate::types::Creds;
 
+pub mod affinity;
 pub mod device;
+pub mod fuse_ring;
 pub mod patience;
 pub mod sqlite;
 

@@ -81,7 +81,10 @@ impl Lanes {
         let mut thread = self.threads[replica].lock();
         if thread.is_none() {
             let (give, works) = unbounded::<Work>();
-            let run = move || works.into_iter().for_each(|work| work());
+            let run = move || {
+                crate::sys::affinity::go_anywhere();
+                works.into_iter().for_each(|work| work());
+            };
             // Without a thread the work is dropped, which counts as a failure.
             let started = std::thread::Builder::new().name("rv-catalog".into()).spawn(run);
             *thread = started.is_ok().then_some(give);

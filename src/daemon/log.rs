@@ -104,6 +104,9 @@ fn init(level: log::LevelFilter, shown: log::LevelFilter, sink: Sink) -> LogHand
     builder.parse_default_env();
     builder.target(env_logger::Target::Pipe(Box::new(handle.clone())));
     builder.format(move |out, record| {
+        if is_no_error(record) {
+            return Ok(());
+        }
         if matches!(*shared.0.lock(), Sink::Stderr) {
             if record.level() > shown && record.target() != NOTICES {
                 return Ok(());
@@ -118,6 +121,16 @@ fn init(level: log::LevelFilter, shown: log::LevelFilter, sink: Sink) -> LogHand
     // In tests several commands share a process; the first one's log serves all.
     let _ = builder.try_init();
     handle
+}
+
+/// Whether it is the library's complaint that the kernel took no answer to an interrupt. Of a
+/// request that came over io_uring it knows none at the device, each time anew.
+fn is_no_error(record: &log::Record<'_>) -> bool {
+    record.target() == "fuser::reply"
+        && record
+            .args()
+            .to_string()
+            .ends_with(&io::Error::from(rustix::io::Errno::NOENT).to_string())
 }
 
 impl LogHandle {

@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -14,6 +15,16 @@ use super::{Filesystem, Opened};
 use crate::types::NodeId;
 
 impl Filesystem {
+    /// Where it is mounted.
+    pub fn mountpoint(&self) -> &Path {
+        &self.options.mountpoint
+    }
+
+    /// Makes a request of the mount that costs next to nothing.
+    pub fn knock(&self) {
+        let _ = rustix::fs::statvfs(&self.options.mountpoint);
+    }
+
     /// Flushes the maps of all files that may have any, by way of the mount. Files that cannot be
     /// reached by a path are in no snapshot.
     pub(super) fn flush_maps(&self) {

@@ -8,13 +8,14 @@ use fuser::{
     Errno, FileAttr, FileType, FopenFlags, Generation, INodeNo, ReplyEmpty, ReplyEntry, ReplyXattr,
     Request, TimeOrNow,
 };
+use rustix::io::Errno as Unix;
 
 use crate::error::{Error, Result};
 use crate::fs::{Fh, Filesystem, Found, Keep, Line};
 use crate::past::Past;
 use crate::past::ino::is_settled;
-use crate::replica::backing::{Creds, SetTime, Stat};
-use crate::types::{EntryName, Kind, Timestamp};
+use crate::replica::backing::{Creds, RenameMode, Seek, SetTime, Stat};
+use crate::types::{EntryName, Kind, Timestamp, Xattrs};
 use crate::volume::Caller;
 
 /// The kernel keeps what cannot change for this long: longer than any mount.
@@ -53,11 +54,59 @@ pub(super) fn ttl(keep: Keep) -> Duration {
 
 /// How the kernel is to treat an open file: what it has of the content stays good, for nothing
 /// changes it but what the kernel itself sends.
-pub(super) fn open_flags(fs: &Filesystem, fh: Fh) -> FopenFlags {
-    match fs.writes_past_cache(fh) {
-        true => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_DIRECT_IO,
-        false => FopenFlags::FOPEN_KEEP_CACHE,
+pub(super) fn handle_flags(fs: &Filesystem, fh: Fh, is_writable: bool) -> FopenFlags {
+    let mut flags = FopenFlags::FOPEN_KEEP_CACHE;
+    if fs.writes_past_cache(fh) {
+        flags |= FopenFlags::FOPEN_DIRECT_IO;
     }
+    if !is_writable {
+        // Its close changes nothing: the kernel need not ask.
+        flags |= FopenFlags::FOPEN_NOFLUSH;
+    }
+    flags
+}
+
+/// The same of an open directory. The listing of `.snapshots` changes without the kernel's doing.
+pub(super) fn listing_flags(fs: &Filesystem, ino: u64, fh: Fh) -> FopenFlags {
+    let mut flags = FopenFlags::empty();
+    if fs.keeps_listing(ino) {
+        flags |= FopenFlags::FOPEN_CACHE_DIR;
+        if !fs.is_listed_anew(ino, fh) {
+            flags |= FopenFlags::FOPEN_KEEP_CACHE;
+        }
+    }
+    flags
+}
+
+/// How to rename, by the flags of `renameat2(2)`.
+pub(super) fn rename_mode(flags: u32) -> Result<RenameMode> {
+    match flags {
+        0 => Ok(RenameMode::Replace),
+        libc::RENAME_NOREPLACE => Ok(RenameMode::NoReplace),
+        libc::RENAME_EXCHANGE => Ok(RenameMode::Exchange),
+        _ => Err(Error::Posix(Unix::INVAL)),
+    }
+}
+
+/// What to look for, and from where on, by the words of `lseek(2)`.
+pub(super) fn seek_to(whence: i32, offset: i64) -> Result<(Seek, u64)> {
+    let to = match whence {
+        libc::SEEK_DATA => Seek::Data,
+        libc::SEEK_HOLE => Seek::Hole,
+        _ => return Err(Error::Posix(Unix::INVAL)),
+    };
+    let offset = u64::try_from(offset).map_err(|_| Error::Posix(Unix::NXIO))?;
+    Ok((to, offset))
+}
+
+/// The names of attributes as `listxattr(2)` gives them: a zero after each.
+pub(super) fn names_of(xattrs: &Xattrs) -> Vec<u8> {
+    let mut names = Vec::new();
+    for name in xattrs.0.keys() {
+        names.extend_from_slice(name);
+        names.push(0);
+    }
+    names
 }
 
 /// The kernel's word for a kind.
@@ -141,18 +190,22 @@ pub(super) fn set_time(time: Option<TimeOrNow>) -> Option<SetTime> {
     })
 }
 
+/// How long the kernel may keep that there is no such name in a directory; `None`: not at all.
+pub(super) fn absence(parent: u64) -> Option<Keep> {
+    match (Past::owns(parent), is_settled(parent)) {
+        (false, _) => Some(Keep::WhileMounted),
+        (true, true) => Some(Keep::Always),
+        (true, false) => None,
+    }
+}
+
 /// Answers a lookup. That there is no such name is kept as well, where it can be.
 pub(super) fn answer_lookup(reply: ReplyEntry, parent: INodeNo, found: Result<Found>) {
-    let keep = match (Past::owns(parent.0), is_settled(parent.0)) {
-        (false, _) => Keep::WhileMounted,
-        (true, true) => Keep::Always,
-        (true, false) => Keep::Never,
-    };
-    match found {
-        Err(error) if error.is(rustix::io::Errno::NOENT) && keep != Keep::Never => {
+    match (found, absence(parent.0)) {
+        (Err(error), Some(keep)) if error.is(Unix::NOENT) => {
             reply.entry(&ttl(keep), &negative(), Generation(0));
         }
-        found => answer_entry(reply, found),
+        (found, _) => answer_entry(reply, found),
     }
 }
 
@@ -174,12 +227,28 @@ pub(super) fn answer_empty(reply: ReplyEmpty, outcome: Result<()>) {
     }
 }
 
-/// Answers the size where the caller asks for it, else the value if it fits.
+/// What is answered to who asks for attributes, or for their names.
+pub(super) enum XattrAnswer {
+    /// How long it is, in bytes.
+    Size(u32),
+    /// It.
+    Value(Vec<u8>),
+}
+
+/// The size where the caller asks for it, else the value if it fits.
+pub(super) fn xattr_answer(size: u32, value: Vec<u8>) -> Result<XattrAnswer> {
+    match size {
+        0 => Ok(XattrAnswer::Size(value.len() as u32)),
+        size if value.len() > size as usize => Err(Error::Posix(Unix::RANGE)),
+        _ => Ok(XattrAnswer::Value(value)),
+    }
+}
+
+/// Answers with the size or the value.
 pub(super) fn answer_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>>) {
-    match value {
-        Ok(value) if size == 0 => reply.size(value.len() as u32),
-        Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
-        Ok(value) => reply.data(&value),
+    match value.and_then(|value| xattr_answer(size, value)) {
+        Ok(XattrAnswer::Size(size)) => reply.size(size),
+        Ok(XattrAnswer::Value(value)) => reply.data(&value),
         Err(error) => reply.error(errno(&error)),
     }
 }

@@ -52,6 +52,14 @@ fn is_dying(pid: u32) -> bool {
     name_end.and_then(|at| stat.get(at + 2)).is_some_and(|state| matches!(state, b'Z' | b'X'))
 }
 
+/// Ends the connection of our mount at `target`: all that waits for an answer gets an error, and
+/// its daemon closes the store.
+pub fn end_connection(target: &Path) {
+    let Ok(table) = table::read() else { return };
+    let own = |entry: &&MountEntry| entry.is_rearview() && entry.target == target;
+    table.iter().filter(own).for_each(abort);
+}
+
 /// Ends a mount's connection: all that waits for an answer gets an error.
 fn abort(entry: &MountEntry) {
     let switch = format!("/sys/fs/fuse/connections/{}/abort", entry.minor);

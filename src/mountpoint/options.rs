@@ -27,6 +27,8 @@ pub struct MountOptions {
     pub fs_name: Option<String>,
     /// Threads that serve the kernel; 0 = by the number of processors.
     pub threads: usize,
+    /// The kernel's requests may come over io_uring, where it offers that.
+    pub io_uring: bool,
     /// Device nodes work.
     pub dev: bool,
     /// Set-user-id bits work.
@@ -63,6 +65,7 @@ impl Default for MountOptions {
             snapdir_name: EntryName::new(".snapshots").expect("a valid name"),
             fs_name: None,
             threads: 0,
+            io_uring: true,
             dev: false,
             suid: false,
             exec: true,
@@ -121,6 +124,7 @@ impl MountOptions {
             ("timeout", Some(value)) => self.timeout = parse_timeout(value)?,
             ("scrub_every", Some(value)) => self.scrub_every = Some(value.parse()?),
             ("threads", Some(value)) => self.threads = parse_threads(value)?,
+            ("io_uring", Some(value)) => self.io_uring = parse_io_uring(value)?,
             ("remount", None) => {
                 return Err(Error::Refused(
                     "a mount cannot be changed while it stands: unmount, then mount anew".into(),
@@ -164,6 +168,7 @@ impl MountOptions {
             (self.read_only, "ro"),
             (!self.subtype, "nosubtype"),
             (self.nonempty, "nonempty"),
+            (!self.io_uring, "io_uring=off"),
         ];
         parts.extend(flags.iter().filter(|(set, _)| *set).map(|(_, word)| word.to_string()));
         if let Some(name) = &self.fs_name {
@@ -238,6 +243,17 @@ fn parse_threads(value: &str) -> Result<usize> {
     }
 }
 
+fn parse_io_uring(value: &str) -> Result<bool> {
+    match value {
+        "auto" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(Error::Refused(format!(
+            "io_uring={} is not known: auto or off",
+            escape(value.as_bytes())
+        ))),
+    }
+}
+
 /// Options that mount(8), systemd and fstab use among themselves and that mean nothing to us.
 fn is_generic(key: &str) -> bool {
     const WORDS: &[&str] = &[
@@ -291,10 +307,11 @@ mod tests {
     fn our_options_are_taken_and_the_last_word_counts() {
         let options = MountOptions::parse([
             "allow_other,snapdir=visible,snapdirname=.past",
-            "ro,rw,dev,suid,threads=3,snapdir=root,fsname=x,exclude=*.o,exclude=/tmp/",
+            "io_uring=off,ro,rw,dev,suid,threads=3,snapdir=root,fsname=x,exclude=*.o,exclude=/tmp/",
         ])
         .unwrap();
         assert!(options.allow_other && options.dev && options.suid && !options.read_only);
+        assert!(!options.io_uring && MountOptions::parse(["io_uring=auto"]).unwrap().io_uring);
         assert_eq!(options.snapdir, SnapDir::Root);
         assert_eq!(options.snapdir_name.as_bytes(), b".past");
         assert_eq!((options.threads, options.fs_name.as_deref()), (3, Some("x")));
@@ -306,9 +323,14 @@ mod tests {
 
     #[test]
     fn unknown_and_bad_options_are_refused_by_name() {
-        for bad in
-            ["frobnicate", "snapdir=x", "snapdirname=a/b", "snapdirname=.rearview", "threads=-1"]
-        {
+        for bad in [
+            "frobnicate",
+            "snapdir=x",
+            "snapdirname=a/b",
+            "snapdirname=.rearview",
+            "threads=-1",
+            "io_uring=yes",
+        ] {
             let error = MountOptions::parse([bad]).unwrap_err().to_string();
             let key = bad.split('=').next().unwrap();
             assert!(error.contains(key), "{error}");

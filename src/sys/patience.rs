@@ -118,7 +118,10 @@ pub fn each_within<T: Send + 'static, W: FnOnce() -> T + Send + 'static>(
 /// A new thread, if there can be one.
 fn begin() -> Option<Sender<Job>> {
     let (give, jobs) = unbounded::<Job>();
-    let run = move || jobs.into_iter().for_each(|job| job());
+    let run = move || {
+        super::affinity::go_anywhere();
+        jobs.into_iter().for_each(|job| job());
+    };
     let started = std::thread::Builder::new().name("rv-patience".into()).spawn(run);
     started.is_ok().then_some(give)
 }

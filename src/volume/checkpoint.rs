@@ -117,7 +117,10 @@ impl Volume {
         let replicas = self.replicas();
         let begun = (self.nodes.replaced.now(), self.nodes.emptied.now());
         let ids: Vec<ReplicaId> = replicas.online().collect();
-        let sync = |id: ReplicaId| replicas.get(id).backing().sync_all();
+        let sync = |id: ReplicaId| {
+            crate::sys::affinity::go_anywhere();
+            replicas.get(id).backing().sync_all()
+        };
         let mut synced: Vec<(ReplicaId, std::io::Result<()>)> = std::thread::scope(|scope| {
             let threads: Vec<_> =
                 ids.iter().map(|&id| (id, scope.spawn(move || sync(id)))).collect();

@@ -184,6 +184,7 @@ impl Workers {
         let worker = Arc::new(Worker { job: Mutex::new(Some(job)), ..Worker::default() });
         let (shared, alive) = (self.shared().clone(), self.alive.clone());
         let run = move || {
+            crate::sys::affinity::go_anywhere();
             shared.work(&worker);
             drop((worker, shared));
             *alive.count.lock() -= 1;

@@ -160,7 +160,7 @@ fn serves_a_disk() {
     };
     let fs = Arc::new(Filesystem::new(volume, options));
     let device = device::mount(&mount, b"disk", &MountOptions::default()).unwrap();
-    let _session = serve(fs, device, &ServeOptions { threads: 8 }).unwrap();
+    let _session = serve(fs, device, &ServeOptions { threads: 8, over_rings: true }).unwrap();
     println!("{ANSWER}0");
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
