@@ -16,6 +16,7 @@ import threading
 import time
 
 import bench_report as report
+from bench_live import daemon_pid
 from bench_place import REARVIEW, Place, must_be_mounted, run, say
 
 FORM = 1
@@ -271,8 +272,7 @@ def resync(place, count):
 
 def kill(backing):
     """Kills the daemon that holds a backing, and waits for its end."""
-    text = (backing / ".rearview/lock").read_text(encoding="utf-8")
-    pid = int(text.split("pid = ")[1].split()[0])
+    pid = daemon_pid(backing)
     os.kill(pid, 9)
     deadline = time.monotonic() + 20
     while pathlib.Path(f"/proc/{pid}").exists():

@@ -11,10 +11,14 @@ from bench_place import REARVIEW, Failure, mounts, must_be_equal, must_be_mounte
 from bench_systems import Borg, Restic, settle_history, status
 
 NAMES = ["ext4", "ext4-twice", "btrfs", "mergerfs", "bindfs", "rearview", "rearview-xfs"]
+# Where an administrator allows FUSE over io_uring: there only where the kernel has that.
+URING = pathlib.Path("/sys/module/fuse/parameters/enable_uring")
+OVER_RINGS = ["rearview-uring"] if URING.exists() else []
 BROWSERS = ["restic", "borg"]
 # What FUSE alone takes, in memory, and with bare copies on two disks (tests/floor.rs). Measured
 # when they are asked for: the server is built for that.
 FLOORS = ["floor", "floor-twice"]
+ALL = NAMES + OVER_RINGS + BROWSERS + FLOORS
 FLOOR_SERVER = os.environ.get("FLOOR_SERVER", "")
 MKFS = {"ext4": ["-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0"], "xfs": []}
 SNAPSHOT = "before"
@@ -160,6 +164,12 @@ class Over(Live):
         must_be_mounted(self.folders[0], {"mergerfs": "fuse.mergerfs", "bindfs": "fuse"}[self.name])
 
 
+def daemon_pid(backing):
+    """The number of the daemon that holds a backing."""
+    text = (backing / ".rearview/lock").read_text(encoding="utf-8")
+    return int(text.split("pid = ")[1].split()[0])
+
+
 class Rearview(Live):
     """Two replicas, with history."""
 
@@ -168,14 +178,35 @@ class Rearview(Live):
         backings = [self.disk(f"disk{number}", kind) for number in range(2)]
         mnt = self.folder / "mnt"
         mnt.mkdir()
-        run(REARVIEW, "mount", "--init", *backings, mnt)
+        self._mount(*backings, mnt)
         self.backings = backings
         self.folders = [mnt]
         # History holds from here on.
         self.snapshot("empty")
 
+    def _mount(self, *folders):
+        over_rings = self.name.endswith("uring")
+        allowed = URING.read_text().strip() if over_rings else ""
+        if over_rings:
+            URING.write_text("Y")
+        try:
+            how = "auto" if over_rings else "off"
+            run(REARVIEW, "mount", "--init", "-o", f"io_uring={how}", *folders)
+        finally:
+            if over_rings:
+                # What is mounted keeps it.
+                URING.write_text(allowed)
+
+    def _is_over_rings(self):
+        """Whether threads that serve rings are there."""
+        tasks = pathlib.Path(f"/proc/{daemon_pid(self.backings[0])}/task").glob("*/comm")
+        names = (task.read_text() for task in tasks)
+        return any(name.startswith("rv-ring") for name in names)
+
     def check(self):
         must_be_mounted(self.folders[0], "fuse.rearview")
+        if self._is_over_rings() != self.name.endswith("uring"):
+            raise Failure(f"{self.folders[0]} is served in another way than {self.name} says")
         if len(status(self.folders[0])["replicas"]) != 2:
             raise Failure(f"{self.folders[0]} has not two replicas")
 
@@ -232,7 +263,8 @@ class Browser(Live):
 def lives(place, wanted, size):
     """The wanted systems."""
     kinds = {"ext4": Plain, "ext4-twice": Plain, "btrfs": Btrfs, "mergerfs": Over, "bindfs": Over}
-    kinds.update({"rearview": Rearview, "rearview-xfs": Rearview, "restic": Browser})
+    kinds.update(dict.fromkeys(["rearview", "rearview-xfs", *OVER_RINGS], Rearview))
+    kinds["restic"] = Browser
     kinds.update({name: Floor for name in FLOORS})
     return [kinds.get(name, Browser)(place, name, size) for name in wanted]
 

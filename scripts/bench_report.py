@@ -6,7 +6,7 @@ import os
 import platform
 from xml.sax.saxutils import escape
 
-COLOURS = {"rearview": "#1b6ca8", "rearview-xfs": "#5aa5d6"}
+COLOURS = {"rearview": "#1b6ca8", "rearview-uring": "#0f4a75", "rearview-xfs": "#5aa5d6"}
 OTHERS = "#9aa3ab"
 
 

@@ -11,7 +11,7 @@ import time
 
 import bench_report as report
 from bench_jobs import GROUPS, Sizes, Sources
-from bench_live import BROWSERS, FLOORS, NAMES, lives
+from bench_live import ALL, BROWSERS, NAMES, OVER_RINGS, lives
 from bench_place import Failure, Place, chosen, say
 from bench_systems import versions_of_programs
 
@@ -29,7 +29,8 @@ Medians in milliseconds, ± half of the range between the slowest and the fastes
 ext4-twice is one ext4 after the other; btrfs is RAID1 with snapshots, rearview two replicas on ext4
 with history; mergerfs and bindfs show one folder of one ext4. All images are in memory. `cold`:
 after dropping the kernel's caches and running the programs once elsewhere. restic and borg show a
-backup by their own mounts. floor keeps all in memory: what the way through FUSE takes by itself;
+backup by their own mounts. rearview-uring is rearview where the kernel sends requests over
+io_uring. floor keeps all in memory: what the way through FUSE takes by itself;
 floor-twice keeps files on two ext4, and those deleted, and does nothing beside that.
 """
 
@@ -38,7 +39,7 @@ def add_arguments(parser):
     """The options of `speed` alone."""
     parser.add_argument("--rounds", type=int, help="how many (default: 5, quick: 1)")
     parser.add_argument("--work", help=f"only these groups: {','.join(GROUPS)}")
-    parser.add_argument("--systems", help=f"only these: {','.join(NAMES + BROWSERS + FLOORS)}")
+    parser.add_argument("--systems", help=f"only these: {','.join(ALL)}")
     parser.add_argument("--files", type=int, help="small files instead of 6000")
     parser.add_argument("--mib", type=int, help="size of large files instead of 512 MiB")
     parser.add_argument("--order", type=int, default=0, help="with which system to begin")
@@ -48,7 +49,9 @@ def main(options):
     """Measures, tells, and returns 1 if a time is missing."""
     sizes = Sizes(options.quick, options.files, options.mib)
     groups = chosen(options.work, GROUPS, "group")
-    known = NAMES + BROWSERS + (FLOORS if options.systems else [])
+    known = NAMES + ([] if options.quick else OVER_RINGS) + BROWSERS
+    if options.systems:
+        known = ALL
     systems = chosen(options.systems, known, "system")
     rounds = options.rounds or (1 if options.quick else 5)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,7 @@ class Results:
 
     def write_all(self):
         """Tables and chart; the table goes to standard output as well."""
-        systems = [name for name in NAMES + BROWSERS + FLOORS
+        systems = [name for name in ALL
                    if any(name in cells for cells in self.times.values())]
         header = ["work", *systems]
         rows = [[work, *(cell(cells.get(name)) for name in systems)]
