@@ -14,7 +14,7 @@ mod floor {
 }
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -361,7 +361,7 @@ fn serve() {
         std::env::split_paths(&paths).filter(|path| !path.as_os_str().is_empty()).collect();
     let disks = Disks::new(paths.iter().map(PathBuf::as_path), 1).expect("its disks are there");
     let attr = attr_of(1, DIR, 0o755, (0, 0));
-    let root = Node { attr, place: (1, OsString::new()), body: Body::Dir(BTreeMap::new()) };
+    let root = Node { attr, place: (1, ".".into()), body: Body::Dir(BTreeMap::new()) };
     let memory = Memory(Mutex::new(Nodes { all: HashMap::from([(1, root)]), last: 1, disks }));
     let mut config = Config::default();
     config.n_threads = Some(2);
