@@ -6,6 +6,7 @@
 //! ([`undo::complete`] and, for whole contents, [`unrecorded`] and who asks for it).
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 
 use super::packs::PackStore;
 use super::{
@@ -13,9 +14,9 @@ use super::{
 };
 use crate::catalog::{Catalog, Change, Whereabouts};
 use crate::error::Result;
-use crate::replica::backing::Backing;
-use crate::replica::{PrivateDir, ReplicaSet};
-use crate::types::{ContentId, NodeId};
+use crate::replica::backing::{Backing, DirEntry};
+use crate::replica::{Handles, PrivateDir, ReplicaSet};
+use crate::types::{ContentId, EntryName, NodeId};
 
 /// What the catalog has of a preserved file.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -84,18 +85,29 @@ fn unrecorded_in(
     is_asked_for: impl Fn(NodeId, ContentId) -> bool,
 ) -> Result<Vec<(NodeId, ContentId)>> {
     let mut found = Vec::new();
-    let dir = replicas.private(PrivateDir::Preserved(shard))?;
-    for entry in replicas.read("list", |id, b| b.list(dir.get(id)?))? {
-        let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
-        let (of, place) = ((node, content), (&*dir, &entry.name));
+    let (dir, files) = preserved_in(shard, replicas)?;
+    for (name, of) in files {
+        let (node, content) = of;
         if is_asked_for(node, content)
             && matches!(mark_of(catalog, node, content)?, Mark::Missing { .. })
-            && !shared::is_only_link(replicas, catalog, of, place)?
+            && !shared::is_only_link(replicas, catalog, of, (&*dir, &name))?
         {
             found.push(of);
         }
     }
     Ok(found)
+}
+
+/// The directory of a shard, and its files.
+type Preserved = (Arc<Handles>, Vec<(EntryName, (NodeId, ContentId))>);
+
+/// The preserved files of a shard, each with the node and the content that its name tells.
+fn preserved_in(shard: u8, replicas: &ReplicaSet) -> Result<Preserved> {
+    let dir = replicas.private(PrivateDir::Preserved(shard))?;
+    let entries = replicas.read("list", |id, b| b.list(dir.get(id)?))?;
+    let parsed = |entry: DirEntry| parse_preserved_name(&entry.name).map(|of| (entry.name, of));
+    let files = entries.into_iter().filter_map(parsed).collect();
+    Ok((dir, files))
 }
 
 /// Whether a preserved file is of a node of which the catalog has nothing.
@@ -113,12 +125,11 @@ pub fn is_stray(catalog: &Catalog, node: NodeId, content: ContentId) -> Result<b
 pub fn remove_strays(replicas: &ReplicaSet, catalog: &Catalog) -> Result<()> {
     let mut count = 0;
     for shard in preserved_shards(replicas)? {
-        let dir = replicas.private(PrivateDir::Preserved(shard))?;
-        for entry in replicas.read("list", |id, b| b.list(dir.get(id)?))? {
-            let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
+        let (dir, files) = preserved_in(shard, replicas)?;
+        for (name, (node, content)) in files {
             if is_stray(catalog, node, content)? {
                 // Where it has another name too, that one stays.
-                remove_leftover(replicas, &dir, &entry.name)?;
+                remove_leftover(replicas, &dir, &name)?;
                 count += 1;
             }
         }
@@ -137,25 +148,23 @@ impl History {
         undo::recover(replicas, catalog, undo_from)?;
         remove_orphan_packs(replicas, catalog)?;
         for shard in preserved_shards(replicas)? {
-            let dir = replicas.private(PrivateDir::Preserved(shard))?;
-            let names = replicas.read("list", |id, b| b.list(dir.get(id)?))?;
+            let (dir, files) = preserved_in(shard, replicas)?;
             let mut found = Vec::new();
-            for entry in names {
-                let Some((node, content)) = parse_preserved_name(&entry.name) else { continue };
+            for (name, of) in files {
+                let (node, content) = of;
                 let mark = mark_of(catalog, node, content)?;
                 if mark == Mark::Useless {
-                    remove_leftover(replicas, &dir, &entry.name)?;
+                    remove_leftover(replicas, &dir, &name)?;
                     continue;
                 }
-                let place = (&*dir, &entry.name);
+                let place = (&*dir, &name);
                 let preserved = mark == Mark::Recorded;
-                let of = (node, content);
                 if shared::settle(replicas, catalog, of, preserved, place)? {
                     continue;
                 }
                 let Mark::Missing { known } = mark else { continue };
                 if !known {
-                    let stat = |id, b: &dyn Backing| b.stat_at(dir.get(id)?, &entry.name);
+                    let stat = |id, b: &dyn Backing| b.stat_at(dir.get(id)?, &name);
                     let size = replicas.read("stat", stat)?.size;
                     found.push(Change::ContentAdd { id: content, node, size });
                 }
