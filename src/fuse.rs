@@ -28,12 +28,12 @@ use fuser::{
     WriteFlags,
 };
 
-use crate::fs::{Fh, Filesystem, Wish, Writing};
+use crate::fs::{Fh, Filesystem, Found, Line, Wish, Writing};
 use crate::sys::fuse_ring::PAYLOAD_BYTES;
 use crate::types::Kind;
 use crate::volume::{Changes, Newborn};
 
-use listing::{list, list_plus};
+use listing::{add_line, add_line_plus, list, list_plus};
 pub use session::{ServeOptions, Session, serve};
 use session::{guarded, guarded_at};
 
@@ -393,9 +393,12 @@ impl fuser::Filesystem for Fuse {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        guarded(|| match list(&self.fs, ino.0, Fh(fh.0), offset as usize, &mut reply) {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(errno(&error)),
+        guarded(|| {
+            let add = |line: &Line, next| add_line(&mut reply, line, next);
+            match list(&self.fs, ino.0, Fh(fh.0), offset as usize, add) {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(errno(&error)),
+            }
         });
     }
 
@@ -407,9 +410,14 @@ impl fuser::Filesystem for Fuse {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        guarded(|| match list_plus(&self.fs, ino.0, Fh(fh.0), offset as usize, &mut reply) {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(errno(&error)),
+        guarded(|| {
+            let add = |line: &Line, found: Option<&Found>, next| {
+                add_line_plus(&mut reply, line, found, next)
+            };
+            match list_plus(&self.fs, ino.0, Fh(fh.0), offset as usize, add) {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(errno(&error)),
+            }
         });
     }
 

@@ -34,8 +34,12 @@ pub(super) fn errno(error: &Error) -> Errno {
 
 /// Who asks.
 pub(super) fn caller(req: &Request, umask: u32) -> Caller {
-    let creds = Creds { uid: req.uid(), gid: req.gid(), umask: umask & 0o777 };
-    Caller { creds, pid: req.pid() }
+    caller_of((req.uid(), req.gid()), req.pid(), umask)
+}
+
+/// Who asks, by these numbers.
+pub(super) fn caller_of((uid, gid): (u32, u32), pid: u32, umask: u32) -> Caller {
+    Caller { creds: Creds { uid, gid, umask: umask & 0o777 }, pid }
 }
 
 /// A name as the kernel sent it.

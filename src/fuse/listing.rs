@@ -7,7 +7,6 @@ use std::time::Duration;
 use fuser::{Generation, INodeNo, ReplyDirectory, ReplyDirectoryPlus};
 
 use super::convert::{attr, dot, file_type, ttl};
-use super::wire::Out;
 use crate::error::Result;
 use crate::fs::{Fh, Filesystem, Found, Line};
 
@@ -18,25 +17,14 @@ const PLUS_BATCH: usize = 64;
 /// `.` and `..`, with which every listing begins: the kernel takes no attributes of them.
 const DOTS: usize = 2;
 
-/// An answer that lines are added to until one does not fit.
-pub(super) trait Lines {
-    /// Adds a line, after which the kernel goes on at `next`; whether it was full before.
-    fn add(&mut self, line: &Line, next: u64) -> bool;
-}
-
-/// The same with attributes; `.` and `..` have none.
-pub(super) trait LinesPlus {
-    /// Adds a line, after which the kernel goes on at `next`; whether it was full before.
-    fn add(&mut self, line: &Line, found: Option<&Found>, next: u64) -> bool;
-}
-
-/// Adds the lines of a directory from `offset` on.
+/// Adds the lines of a directory from `offset` on. `add` adds one, after which the kernel goes on
+/// at that number, and tells whether the answer was full before.
 pub(super) fn list(
     fs: &Filesystem,
     ino: u64,
     fh: Fh,
     offset: usize,
-    answer: &mut impl Lines,
+    mut add: impl FnMut(&Line, u64) -> bool,
 ) -> Result<()> {
     let lines = fs.list(ino, fh, offset == 0)?;
     let most = fs.lines_max(fh, offset);
@@ -44,7 +32,7 @@ pub(super) fn list(
         fs.listing_ended(ino);
     }
     for (index, line) in lines.iter().enumerate().skip(offset).take(most) {
-        if answer.add(line, index as u64 + 1) {
+        if add(line, index as u64 + 1) {
             break;
         }
     }
@@ -53,13 +41,14 @@ pub(super) fn list(
 
 /// Adds the entries of a directory from `offset` on. The kernel begins every listing with such a
 /// request: for a thread that has no use for the attributes it is answered with the first two
-/// lines, and the kernel asks for the others without.
+/// lines, and the kernel asks for the others without. `add` is as for [`list`], and has attributes
+/// but for `.` and `..`.
 pub(super) fn list_plus(
     fs: &Filesystem,
     ino: u64,
     fh: Fh,
     offset: usize,
-    answer: &mut impl LinesPlus,
+    mut add: impl FnMut(&Line, Option<&Found>, u64) -> bool,
 ) -> Result<()> {
     let lines = fs.list(ino, fh, offset == 0)?;
     let all = offset > 0 || fs.begins_with_attributes(ino, fh).unwrap_or(true);
@@ -77,7 +66,7 @@ pub(super) fn list_plus(
             next += 1;
             // One that was removed since the listing began is passed over.
             let is_there = found.is_some() || line.is_dot();
-            full = full || is_there && answer.add(line, found.as_ref(), next);
+            full = full || is_there && add(line, found.as_ref(), next);
             if let (true, Some(found)) = (full, found) {
                 // The kernel never saw it, so it will not forget it either.
                 fs.forget(found.stat.ino, 1);
@@ -90,32 +79,23 @@ pub(super) fn list_plus(
     Ok(())
 }
 
-impl Lines for ReplyDirectory {
-    fn add(&mut self, line: &Line, next: u64) -> bool {
-        let name = OsStr::from_bytes(&line.name);
-        ReplyDirectory::add(self, INodeNo(line.ino), next, file_type(line.kind), name)
-    }
+/// Adds a line to an answer of the library's; whether it was full before.
+pub(super) fn add_line(reply: &mut ReplyDirectory, line: &Line, next: u64) -> bool {
+    let name = OsStr::from_bytes(&line.name);
+    reply.add(INodeNo(line.ino), next, file_type(line.kind), name)
 }
 
-impl LinesPlus for ReplyDirectoryPlus {
-    fn add(&mut self, line: &Line, found: Option<&Found>, next: u64) -> bool {
-        let (ino, incarnation, valid, attr) = match found {
-            Some(found) => (found.stat.ino, found.incarnation, ttl(found.keep), attr(&found.stat)),
-            None => (line.ino, 0, Duration::ZERO, dot(line)),
-        };
-        let (ino, name) = (INodeNo(ino), OsStr::from_bytes(&line.name));
-        ReplyDirectoryPlus::add(self, ino, next, name, &valid, &attr, Generation(incarnation))
-    }
-}
-
-impl Lines for Out<'_> {
-    fn add(&mut self, line: &Line, next: u64) -> bool {
-        self.line(line, next)
-    }
-}
-
-impl LinesPlus for Out<'_> {
-    fn add(&mut self, line: &Line, found: Option<&Found>, next: u64) -> bool {
-        self.line_plus(line, found, next)
-    }
+/// The same with attributes.
+pub(super) fn add_line_plus(
+    reply: &mut ReplyDirectoryPlus,
+    line: &Line,
+    found: Option<&Found>,
+    next: u64,
+) -> bool {
+    let (ino, incarnation, valid, attr) = match found {
+        Some(found) => (found.stat.ino, found.incarnation, ttl(found.keep), attr(&found.stat)),
+        None => (line.ino, 0, Duration::ZERO, dot(line)),
+    };
+    let (ino, name) = (INodeNo(ino), OsStr::from_bytes(&line.name));
+    reply.add(ino, next, name, &valid, &attr, Generation(incarnation))
 }

@@ -59,7 +59,8 @@ const WRITE_STRIPS: u32 = 1 << 2;
 /// `FUSE_FSYNC_FDATASYNC`.
 const DATA_ONLY: u32 = 1;
 
-/// Whether it is a request that [`Past::owns`] and that waits for others of the kernel's.
+/// Whether a request changes the names of snapshots, and may wait for others of the kernel's
+/// ([`guarded_at`](super::session::guarded_at)).
 pub(super) fn is_long(slot: &Slot<'_>) -> bool {
     let head = Head::read(slot.head);
     let makes_or_ends = matches!(head.opcode, op::MKDIR | op::RMDIR | op::RENAME | op::RENAME2);
@@ -161,9 +162,12 @@ pub(super) fn serve(fs: &Filesystem, slot: &mut Slot<'_>) -> Result<usize> {
         op::READDIR | op::READDIRPLUS => {
             let (fh, offset, size) = (Fh(words.u64()), words.u64(), words.u32() as usize);
             let mut out = Out::within(slot, size);
+            let from = offset as usize;
             match head.opcode {
-                op::READDIR => list(fs, ino, fh, offset as usize, &mut out)?,
-                _ => list_plus(fs, ino, fh, offset as usize, &mut out)?,
+                op::READDIR => list(fs, ino, fh, from, |line, next| out.line(line, next))?,
+                _ => list_plus(fs, ino, fh, from, |line, found, next| {
+                    out.line_plus(line, found, next)
+                })?,
             }
             return Ok(out.bytes());
         }

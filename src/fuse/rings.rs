@@ -12,7 +12,6 @@
 //! queue has threads of its own, and always [`FREE_HANDS`] that are not long away.
 
 use std::os::fd::OwnedFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -21,6 +20,7 @@ use parking_lot::Mutex;
 
 use super::convert::errno;
 use super::ring_requests::{is_long, serve};
+use super::session::guarded;
 use crate::fs::Filesystem;
 use crate::mountpoint;
 use crate::sys::affinity;
@@ -169,17 +169,11 @@ impl Queue {
             log::error!("cannot start a thread to serve requests during a snapshot: {error}");
             return Err(libc::EAGAIN);
         }
-        let served = catch_unwind(AssertUnwindSafe(|| serve(&self.fs, slot)));
+        let served = guarded(|| serve(&self.fs, slot));
         if is_long {
             self.hands.lock().away -= 1;
         }
-        match served {
-            Ok(served) => served.map_err(|error| errno(&error).code()),
-            Err(_) => {
-                log::error!("a request failed by a bug of ours; it was answered with EIO");
-                Err(libc::EIO)
-            }
-        }
+        served.map_or(Err(libc::EIO), |served| served.map_err(|error| errno(&error).code()))
     }
 
     /// A thread is going to be away for long: sees to it that enough are left.

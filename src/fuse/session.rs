@@ -59,11 +59,12 @@ fn failed(error: std::io::Error) -> Error {
     Error::Refused(format!("the kernel's FUSE handshake failed: {error}"))
 }
 
-/// Runs a handler so that a panic costs one request, not the thread.
-pub(super) fn guarded(handler: impl FnOnce()) {
-    if catch_unwind(AssertUnwindSafe(handler)).is_err() {
-        log::error!("a request failed by a bug of ours; it was answered with EIO");
-    }
+/// Runs a handler so that a panic costs one request, which is to be answered with EIO, and not the
+/// thread.
+pub(super) fn guarded<T>(handler: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(handler))
+        .inspect_err(|_| log::error!("a request failed by a bug of ours; it was answered with EIO"))
+        .ok()
 }
 
 /// Runs a handler that changes the names of a directory. Those of snapshots are changed in a thread
@@ -72,7 +73,8 @@ pub(super) fn guarded(handler: impl FnOnce()) {
 /// lost. If no thread can be had, the dropped reply answers EIO.
 pub(super) fn guarded_at(parent: u64, handler: impl FnOnce() + Send + 'static) {
     if !Past::owns(parent) {
-        return guarded(handler);
+        guarded(handler);
+        return;
     }
     let thread = std::thread::Builder::new().name("rv-snapshot".into());
     if let Err(error) = thread.spawn(|| guarded(handler)) {

@@ -7,12 +7,12 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::fs::{Found, Keep, Line};
-use crate::replica::backing::{Creds, SetTime, Space, Stat};
+use crate::replica::backing::{SetTime, Space, Stat};
 use crate::sys::fuse_ring::Slot;
 use crate::types::{EntryName, Kind, Timestamp};
 use crate::volume::{Caller, Changes};
 
-use super::convert::ttl;
+use super::convert::{caller_of, ttl};
 
 /// What `struct fuse_in_header` says.
 #[derive(Clone, Copy)]
@@ -33,8 +33,7 @@ impl Head {
 
     /// Who asks.
     pub(super) fn caller(&self, umask: u32) -> Caller {
-        let creds = Creds { uid: self.uid, gid: self.gid, umask: umask & 0o777 };
-        Caller { creds, pid: self.pid }
+        caller_of((self.uid, self.gid), self.pid, umask)
     }
 }
 
